@@ -1,0 +1,150 @@
+//! The threads device workers run on: epoll loops that own their workers.
+//!
+//! A loop can carry one worker or many, so "a thread per device" and "one shared loop" are a choice of who gets which
+//! [`LoopHandle`], not of code. Workers are attached when the driver activates a device and detached on reset; `detach` returns
+//! only when the worker can no longer run, which is what makes giving its queues back sound.
+//!
+//! Built by `launch`; used by every device's `activate`/`deactivate`. A worker must never block for long on anything but its
+//! own backing file, and nothing on the loop's own thread may call `attach` or `detach` (it would wait for itself).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
+use virtio_queue::Queue;
+
+/// Workers need little stack: no recursion, no big arrays.
+const LOOP_STACK_BYTES: usize = 256 * 1024;
+/// Ready events taken per epoll_wait.
+const READY_EVENTS_MAX: usize = 64;
+
+/// A device's active half: it registers its kick eventfds (and whatever else it polls) in `init` and serves them in `process`.
+pub trait Worker: MutEventSubscriber + Send {
+    /// Takes the worker apart after it left its loop and returns its rings.
+    fn into_queues(self: Box<Self>) -> Vec<Queue>;
+}
+
+/// Why a loop could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LoopError {
+    /// epoll, eventfd or thread creation failed
+    #[error("event loop could not be started")]
+    Start(#[from] std::io::Error),
+    /// the loop's thread is gone or refused
+    #[error("event loop does not answer: {0}")]
+    Gone(event_manager::Error),
+}
+
+impl From<event_manager::Error> for LoopError {
+    fn from(error: event_manager::Error) -> Self {
+        Self::Gone(error)
+    }
+}
+
+/// A worker's seat on its loop.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerId(SubscriberId);
+
+/// A way to reach a loop; clones reach the same one. The thread ends with [`LoopHandle::stop`].
+#[derive(Clone)]
+pub struct LoopHandle {
+    endpoint: RemoteEndpoint<Box<dyn Worker>>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl LoopHandle {
+    /// Starts a loop on a thread of its own called `name` (at most 15 bytes are shown by the kernel).
+    pub fn start(name: &str) -> Result<Self, LoopError> {
+        let stopping = Arc::new(AtomicBool::new(false));
+        let stop_seen = Arc::clone(&stopping);
+        // The manager holds boxed trait objects and is not Send as a whole: it is made on its own thread.
+        let (ready, started) = std::sync::mpsc::sync_channel(1);
+        thread::Builder::new().name(name.to_owned()).stack_size(LOOP_STACK_BYTES).spawn(move || {
+            let mut manager = match EventManager::<Box<dyn Worker>>::new_with_capacity(READY_EVENTS_MAX) {
+                Ok(manager) => manager,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            if ready.send(Ok(manager.remote_endpoint())).is_err() {
+                return;
+            }
+            while !stop_seen.load(Ordering::Acquire) {
+                if let Err(error) = manager.run() {
+                    tracing::error!(%error, "device event loop failed");
+                    return;
+                }
+            }
+        })?;
+        let endpoint = started.recv().map_err(|_| LoopError::Gone(event_manager::Error::ChannelRecv))??;
+        Ok(Self { endpoint, stopping })
+    }
+
+    /// Moves `worker` onto the loop; its `init` has run when this returns.
+    pub fn attach(&self, worker: Box<dyn Worker>) -> Result<WorkerId, LoopError> {
+        self.endpoint.call_blocking(move |operations| Ok(WorkerId(operations.add_subscriber(worker))))
+    }
+
+    /// Takes the worker off the loop; it is not running any more when this returns.
+    pub fn detach(&self, worker: WorkerId) -> Result<Box<dyn Worker>, LoopError> {
+        self.endpoint.call_blocking(move |operations| operations.remove_subscriber(worker.0).map_err(LoopError::from))
+    }
+
+    /// Ends the thread after its current event; workers still attached are dropped.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let _ = self.endpoint.kick();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use event_manager::{EventOps, EventSet, Events};
+
+    use super::*;
+    use crate::devices::virtio::notifier::Notifier;
+
+    struct Echo {
+        kick: Notifier,
+        seen: mpsc::Sender<()>,
+    }
+
+    impl MutEventSubscriber for Echo {
+        fn init(&mut self, operations: &mut EventOps) {
+            operations.add(Events::new(&self.kick, EventSet::IN)).expect("fresh descriptor");
+        }
+
+        fn process(&mut self, _events: Events, _operations: &mut EventOps) {
+            if self.kick.drain() {
+                let _ = self.seen.send(());
+            }
+        }
+    }
+
+    impl Worker for Echo {
+        fn into_queues(self: Box<Self>) -> Vec<Queue> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_worker_runs_until_it_is_detached() {
+        let kick = Notifier::new().expect("eventfd");
+        let (seen, events) = mpsc::channel();
+        let handle = LoopHandle::start("test-loop").expect("loop");
+        let worker = Echo { kick: kick.try_clone().expect("clone"), seen };
+        let id = handle.attach(Box::new(worker)).expect("attach");
+        kick.notify().expect("notify");
+        events.recv_timeout(Duration::from_secs(5)).expect("the worker saw the kick");
+        handle.detach(id).expect("detach");
+        kick.notify().expect("notify");
+        assert!(events.recv_timeout(Duration::from_millis(50)).is_err());
+        assert!(handle.detach(id).is_err(), "a seat is given up once");
+        handle.stop();
+    }
+}
