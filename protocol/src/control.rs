@@ -1,0 +1,618 @@
+//! The control API, version 1: routes and bodies between `msbd` and its clients (`msb`, the SDKs).
+//!
+//! HTTP/1.1 on a Unix socket, JSON bodies. An error is an [`ApiError`] with the status of its row in the table.
+//!
+//! | route | body | answer |
+//! |---|---|---|
+//! | `GET /v1/version` | | [`VersionInfo`] |
+//! | `GET /v1/host` | | [`HostInfo`] |
+//! | `POST /v1/shutdown` | | `{}`; the daemon ends, sandboxes go on |
+//! | `POST /v1/sandboxes` | [`CreateRequest`] | [`SandboxDetail`] |
+//! | `GET /v1/sandboxes?label=…` | | [`SandboxList`] |
+//! | `GET /v1/sandboxes/{name}` | | [`SandboxDetail`] |
+//! | `DELETE /v1/sandboxes/{name}?force=` | | `{}` |
+//! | `POST /v1/sandboxes/{name}/start` | [`StartRequest`] | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/stop` | [`StopRequest`] | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/restart` | [`StopRequest`] | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/detach` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/touch` | | [`SandboxDetail`] |
+//! | `GET /v1/sandboxes/{name}/wait` | | [`SandboxDetail`], once it rests |
+//! | `GET /v1/sandboxes/{name}/exec` | WebSocket | [`ClientMessage`], [`ServerMessage`] |
+//! | `GET /v1/sandboxes/{name}/main` | WebSocket | the same; starts the main workload |
+//! | `GET /v1/sandboxes/{name}/attach` | WebSocket | the same; watches the main workload |
+//! | `GET /v1/sandboxes/{name}/logs?…` | [`LogQuery`] | lines of [`LogRecord`] (`application/x-ndjson`) |
+//! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
+//! | `GET /v1/images` | | [`ImageList`] |
+//! | `GET /v1/image?reference=` | | [`ImageDetail`] |
+//! | `DELETE /v1/image?reference=&force=` | | `{}` |
+//! | `POST /v1/images/load?tag=` | an archive | lines of [`LoadEvent`], the last `done` or `error` |
+//! | `GET /v1/store/check` | | [`StoreReport`] |
+//! | `GET /v1/debug/actors` | | [`ActorTree`] |
+//! | `GET /openapi.json` | | OpenAPI 3.1 |
+//!
+//! On a WebSocket, text messages are JSON ([`ClientMessage`], [`ServerMessage`]); a binary message of the client is stdin, one of
+//! the server is a byte ([`STDOUT_TAG`], [`STDERR_TAG`]) and then output. The client sends stdin only within its credit
+//! ([`crate::guest::STDIN_WINDOW`] at first, then what `stdin_credit` adds), so that signals are never stuck behind it.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ApiError;
+use crate::id::{BootId, SandboxId, SandboxName};
+use crate::spec::{EngineChoice, Rlimit, SandboxSpec};
+use crate::state::{EndCause, ProcessEnd, SandboxState};
+use crate::vmm::{BootError, JailReport, Phase, ProbeReport};
+
+/// First byte of a binary message that is standard output.
+pub const STDOUT_TAG: u8 = 1;
+/// First byte of a binary message that is standard error.
+pub const STDERR_TAG: u8 = 2;
+
+/// What a service is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct VersionInfo {
+    /// Version of the daemon.
+    pub version: String,
+    /// Version of the control API.
+    pub api_version: u32,
+    /// Newest generation of the guest border.
+    pub guest_generation: u32,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// When it started.
+    #[schema(value_type = String, format = DateTime)]
+    pub started_at: Timestamp,
+}
+
+/// What the host can do, as the daemon sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HostInfo {
+    /// The daemon.
+    pub service: VersionInfo,
+    /// MSB_HOME.
+    pub home: String,
+    /// Directory of sockets.
+    pub runtime_dir: String,
+    /// Directory of kernel, initramfs and templates.
+    pub share_dir: String,
+    /// Kernel in use.
+    pub kernel: String,
+    /// Engines.
+    pub probe: ProbeReport,
+    /// Sandboxes by state.
+    pub sandboxes: BTreeMap<String, u64>,
+    /// Free bytes of the home's file system.
+    pub home_free_bytes: u64,
+}
+
+/// A sandbox to create.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRequest {
+    /// What it is made of.
+    pub spec: SandboxSpec,
+    /// Whether the main workload waits for `GET …/main` (so that no output is lost) instead of starting by itself.
+    #[serde(default)]
+    pub hold_main: bool,
+    /// Remove an existing sandbox of this name first, giving it this many milliseconds to stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replace_grace_ms: Option<u64>,
+}
+
+/// How to start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartRequest {
+    /// As in [`CreateRequest::hold_main`].
+    #[serde(default)]
+    pub hold_main: bool,
+}
+
+/// How to stop.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Time between the stop signal and the kill in milliseconds; the sandbox's own if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grace_ms: Option<u64>,
+    /// Kill at once, without a flush.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Sandboxes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SandboxList {
+    /// Newest first.
+    pub sandboxes: Vec<SandboxSummary>,
+}
+
+/// One sandbox in a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SandboxSummary {
+    /// Its name.
+    pub name: SandboxName,
+    /// Its identity.
+    pub id: SandboxId,
+    /// Its state.
+    pub status: SandboxState,
+    /// The image as the user wrote it.
+    pub image: String,
+    /// The main workload's words; empty if it has none.
+    pub command: Vec<String>,
+    /// When it was created.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: Timestamp,
+    /// When its present or last run became ready.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// How its last run ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_end: Option<RunEnd>,
+    /// Restarts since somebody last started it.
+    pub restarts: u32,
+    /// Published ports as text; none until the network is built.
+    pub ports: Vec<String>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// The engine of its present or last run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineChoice>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RunEnd {
+    /// The run.
+    pub boot_id: BootId,
+    /// Why the VM ended.
+    pub cause: EndCause,
+    /// How the main workload ended, if it had one and it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessEnd>,
+    /// For people.
+    #[serde(default)]
+    pub message: String,
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub at: Timestamp,
+}
+
+/// Everything about one sandbox.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SandboxDetail {
+    /// What a list shows.
+    #[serde(flatten)]
+    pub summary: SandboxSummary,
+    /// What it is made of.
+    pub spec: SandboxSpec,
+    /// Digest of the image's manifest.
+    pub image_digest: String,
+    /// The present run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<BootId>,
+    /// The VM process on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_pid: Option<u32>,
+    /// Why this engine, when `auto` picked it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_reason: Option<String>,
+    /// Durations of the last boot's phases.
+    pub boot_phases: Vec<Phase>,
+    /// What confines the VM process.
+    pub jail: JailReport,
+    /// What the sandbox can reach: `loopback only` until the network is built.
+    pub network: String,
+    /// Bytes the host allocates for its writable disk.
+    pub root_allocated_bytes: u64,
+    /// Its directory.
+    pub directory: String,
+    /// Its heartbeat file.
+    pub heartbeat_file: String,
+    /// When state `restarting` tries again.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_try_at: Option<Timestamp>,
+    /// Time without activity in milliseconds, if it has an idle timeout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_for_ms: Option<u64>,
+    /// Time until it stops for idleness in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stops_in_ms: Option<u64>,
+    /// What counted as activity last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_activity: Option<String>,
+    /// The evidence, if its last boot failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_error: Option<BootError>,
+}
+
+/// A command to run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Environment over the sandbox's.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// `USER|UID[:GROUP|GID]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Resource limits.
+    #[serde(default)]
+    pub rlimits: Vec<Rlimit>,
+    /// Whether stdin is forwarded.
+    #[serde(default)]
+    pub stdin: bool,
+    /// A terminal of this size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
+    /// Time in milliseconds after which it is killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// End when output ends, not when the process does.
+    #[serde(default)]
+    pub wait_output: bool,
+}
+
+/// Size of a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TerminalSize {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+}
+
+/// client → daemon on a stream, as text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ClientMessage {
+    /// First on `…/exec`.
+    Exec {
+        /// What to run.
+        exec: ExecRequest,
+    },
+    /// First on `…/main` and `…/attach`.
+    Attach {
+        /// Whether stdin is forwarded.
+        stdin: bool,
+        /// The terminal's size, if the workload has one.
+        terminal: Option<TerminalSize>,
+        /// On `…/main`: time in milliseconds after which the workload is killed.
+        timeout_ms: Option<u64>,
+    },
+    /// A signal for the process group.
+    Signal {
+        /// Its number.
+        number: i32,
+    },
+    /// The terminal has this size now.
+    Resize {
+        /// The size.
+        size: TerminalSize,
+    },
+    /// stdin ends here.
+    StdinEof,
+}
+
+/// daemon → client on a stream, as text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ServerMessage {
+    /// The process exists.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
+    },
+    /// This many more bytes of stdin may be sent.
+    StdinCredit {
+        /// Bytes.
+        bytes: u32,
+    },
+    /// A watcher was too slow for this much output.
+    OutputLost {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// The process ended; nothing follows.
+    Exited {
+        /// How.
+        end: ProcessEnd,
+    },
+    /// It failed; nothing follows.
+    Error {
+        /// Why.
+        error: ApiError,
+    },
+}
+
+/// Which log lines.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, utoipa::IntoParams)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogQuery {
+    /// Go on with new lines until the sandbox rests.
+    pub follow: bool,
+    /// Only the last lines before now.
+    pub tail: Option<u64>,
+    /// Only lines from this time on (RFC 3339).
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[param(value_type = Option<String>)]
+    pub since: Option<Timestamp>,
+    /// Only lines before this time (RFC 3339).
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[param(value_type = Option<String>)]
+    pub until: Option<Timestamp>,
+    /// `stdout`, `stderr`, `output` (both), `system` (agent, vmm, console) or `all`; several with commas. `output` if absent.
+    pub source: Option<String>,
+}
+
+/// A line of a sandbox's log; also the form in the log file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LogRecord {
+    /// When it was seen.
+    #[schema(value_type = String, format = DateTime)]
+    pub time: Timestamp,
+    /// The run.
+    pub boot_id: BootId,
+    /// Where it came from.
+    pub source: LogSource,
+    /// What was written, lossy UTF-8; a line keeps its newline, a piece of an unfinished line has none.
+    pub data: String,
+}
+
+/// Where a log line came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogSource {
+    /// The main workload's standard output.
+    Stdout,
+    /// The main workload's standard error.
+    Stderr,
+    /// msb itself: agent, VM process, a failed boot.
+    System,
+}
+
+/// Which events.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, utoipa::IntoParams)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventQuery {
+    /// Go on with new events.
+    pub follow: bool,
+    /// Only events after this sequence number.
+    pub since: Option<u64>,
+}
+
+/// Something that happened to a sandbox.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct EventRecord {
+    /// Counts up without gaps in one home.
+    pub sequence: u64,
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub time: Timestamp,
+    /// The sandbox.
+    pub sandbox: SandboxName,
+    /// Its identity.
+    pub sandbox_id: SandboxId,
+    /// The run, if one was on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<BootId>,
+    /// What: `created`, `state`, `removed`, `host_disk_full`, …
+    pub event: String,
+    /// The state after it.
+    pub state: SandboxState,
+    /// Why, if the event ends a run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<EndCause>,
+    /// Who: `user`, `creator`, `idle`, `supervisor`, `guest`.
+    pub actor: String,
+    /// For people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// Images.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ImageList {
+    /// Newest first.
+    pub images: Vec<ImageSummary>,
+}
+
+/// One image in a list: one record for each manifest digest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ImageSummary {
+    /// Digest of the manifest.
+    pub digest: String,
+    /// Its names, short form.
+    pub references: Vec<String>,
+    /// `linux/amd64`.
+    pub platform: String,
+    /// Bytes of its layers as they came.
+    pub compressed_bytes: u64,
+    /// Bytes of its layers unpacked.
+    pub unpacked_bytes: u64,
+    /// Number of layers.
+    pub layers: u32,
+    /// When it was made, if its maker said so.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_at: Option<Timestamp>,
+    /// When it came into the store.
+    #[schema(value_type = String, format = DateTime)]
+    pub loaded_at: Timestamp,
+    /// Whether prune leaves it alone.
+    #[serde(default)]
+    pub pinned: bool,
+}
+
+/// Everything about one image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ImageDetail {
+    /// What a list shows.
+    #[serde(flatten)]
+    pub summary: ImageSummary,
+    /// What it says about running it.
+    pub config: ImageConfigDetail,
+    /// Its layers, lowest first.
+    pub layer_details: Vec<ImageLayerDetail>,
+    /// Sandboxes that use it.
+    pub used_by: Vec<SandboxName>,
+}
+
+/// What an image says about running it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ImageConfigDetail {
+    /// Digest of the configuration.
+    pub digest: String,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    /// Words.
+    pub entrypoint: Vec<String>,
+    /// Words.
+    pub cmd: Vec<String>,
+    /// Working directory.
+    pub working_dir: String,
+    /// User.
+    pub user: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Stop signal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+    /// Exposed ports.
+    pub exposed_ports: Vec<String>,
+    /// Volumes.
+    pub volumes: Vec<String>,
+}
+
+/// One layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ImageLayerDetail {
+    /// Digest of the unpacked tar.
+    pub diff_id: String,
+    /// Digest of the blob.
+    pub blob_digest: String,
+    /// Media type of the blob.
+    pub media_type: String,
+    /// Bytes of the blob.
+    pub compressed_bytes: u64,
+    /// Bytes of the data file, as allocated.
+    pub data_bytes: u64,
+    /// Images of the store that have it, this one counted.
+    pub shared_by: u32,
+}
+
+/// Progress of a load: one JSON line each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum LoadEvent {
+    /// Bytes of the archive read so far.
+    Progress {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// A layer is ready.
+    Layer {
+        /// Its unpacked digest.
+        diff_id: String,
+        /// Whether the store had it already.
+        known: bool,
+    },
+    /// Something in the image was left out, and why.
+    Warning {
+        /// For people.
+        message: String,
+    },
+    /// The end: the images.
+    Done {
+        /// In the order of the archive.
+        images: Vec<ImageSummary>,
+    },
+    /// The end: it failed; the store is as it was.
+    Error {
+        /// Why.
+        error: ApiError,
+    },
+}
+
+/// What a check of the store found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct StoreReport {
+    /// Images checked.
+    pub images: u64,
+    /// Blobs checked.
+    pub blobs: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// What is wrong; empty if nothing.
+    pub problems: Vec<String>,
+}
+
+/// The actors of a daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ActorTree {
+    /// One row for each actor, parents before children.
+    pub actors: Vec<ActorRow>,
+}
+
+/// One actor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ActorRow {
+    /// Its name: `supervisor`, `sandbox/web`, `metrics`, `images`.
+    pub name: String,
+    /// Its parent's name; empty for the root.
+    pub parent: String,
+    /// Messages handled.
+    pub handled: u64,
+    /// Messages waiting.
+    pub mailbox: u64,
+    /// How often it was rebuilt.
+    pub restarts: u32,
+    /// Why it was last rebuilt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_cause: Option<String>,
+    /// Its state, for people.
+    pub state: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_of_a_stream_have_stable_text() {
+        let message = ClientMessage::Exec { exec: ExecRequest { command: vec!["id".into()], ..Default::default() } };
+        assert_eq!(
+            serde_json::to_string(&message).unwrap(),
+            r#"{"type":"exec","exec":{"command":["id"],"env":{},"rlimits":[],"stdin":false,"wait_output":false}}"#
+        );
+        let minimal: ClientMessage = serde_json::from_str(r#"{"type":"exec","exec":{"command":["id"]}}"#).unwrap();
+        assert_eq!(minimal, message);
+        let exited = ServerMessage::Exited { end: ProcessEnd::signalled(9) };
+        assert_eq!(
+            serde_json::to_string(&exited).unwrap(),
+            r#"{"type":"exited","end":{"signal":9,"core_dumped":false,"oom_killed":false,"timed_out":false}}"#
+        );
+    }
+
+    #[test]
+    fn log_records_are_one_json_line_with_an_rfc_3339_time() {
+        let record = LogRecord {
+            time: Timestamp::UNIX_EPOCH,
+            boot_id: BootId(uuid::Uuid::nil()),
+            source: LogSource::Stderr,
+            data: "a\nb".into(),
+        };
+        let line = serde_json::to_string(&record).unwrap();
+        assert!(line.contains("\"1970-01-01T00:00:00Z\"") && !line.contains('\n'));
+        assert_eq!(serde_json::from_str::<LogRecord>(&line).unwrap(), record);
+    }
+}

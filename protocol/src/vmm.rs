@@ -1,0 +1,416 @@
+//! The VMM border: what `msbd` and `msb-vmm` say to each other on a sandbox's control socket.
+//!
+//! Frames ([`crate::frame`]) with JSON bodies. The first connection is the socketpair that `msb-vmm` got as its standard
+//! input; it begins with [`Request::Launch`]. A daemon that was restarted connects to `<run>/control.sock` and begins with
+//! [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ApiError;
+use crate::guest::GuestConfig;
+use crate::id::{BootId, SandboxId, SandboxName};
+use crate::spec::EngineChoice;
+use crate::state::{EndCause, ProcessEnd};
+
+/// File name of the control socket in the run directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// File name of the vsock socket in the run directory: `CONNECT <port>\n`, then `OK <port>\n`, then bytes.
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// File name of the record that `msb-vmm` leaves in the run directory when it ends ([`EndRecord`], JSON).
+pub const END_FILE: &str = "end.json";
+/// File name of the evidence of a failed boot in the log directory ([`BootError`], JSON).
+pub const BOOT_ERROR_FILE: &str = "boot-error.json";
+/// virtio serial of the read-only root.
+pub const LOWER_SERIAL: &str = "root";
+/// virtio serial of the writable disk.
+pub const UPPER_SERIAL: &str = "upper";
+
+/// msbd → msb-vmm.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestFrame {
+    /// Comes back in [`Message::Reply`].
+    pub id: u64,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// What the daemon asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// First on the first connection: boot this.
+    Launch {
+        /// What to boot.
+        spec: Box<VmSpec>,
+    },
+    /// First on a later connection: tell me what you are and send me your events.
+    Adopt {
+        /// The daemon's generation of this border.
+        generation: u32,
+    },
+    /// What you are now.
+    Status,
+    /// End now, without a flush, and record this cause.
+    Kill {
+        /// What to record.
+        cause: EndCause,
+    },
+    /// The daemon has begun a stop: record this cause when the guest says goodbye.
+    ExpectEnd {
+        /// What to record.
+        cause: EndCause,
+    },
+    /// The end of the console's output.
+    ConsoleTail {
+        /// At most this many bytes.
+        bytes_max: u32,
+    },
+    /// Counters of the devices and vCPUs.
+    Sample,
+}
+
+/// msb-vmm → msbd.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Message {
+    /// Answer to the request of this id.
+    Reply {
+        /// The request's id.
+        id: u64,
+        /// The answer.
+        #[serde(with = "reply_result")]
+        result: Result<Reply, ApiError>,
+    },
+    /// Something happened.
+    Event {
+        /// What.
+        event: Event,
+    },
+}
+
+mod reply_result {
+    use super::{ApiError, Deserialize, Reply, Serialize};
+    use serde::{Deserializer, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Wire {
+        Ok(Reply),
+        Error(ApiError),
+    }
+
+    pub(super) fn serialize<S: Serializer>(result: &Result<Reply, ApiError>, serializer: S) -> Result<S::Ok, S::Error> {
+        match result {
+            Ok(reply) => Wire::Ok(reply.clone()).serialize(serializer),
+            Err(error) => Wire::Error(error.clone()).serialize(serializer),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Result<Reply, ApiError>, D::Error> {
+        Ok(match Wire::deserialize(from)? {
+            Wire::Ok(reply) => Ok(reply),
+            Wire::Error(error) => Err(error),
+        })
+    }
+}
+
+/// What `msb-vmm` answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// To `Launch`, `Adopt` and `Status`.
+    Status(Box<VmStatus>),
+    /// To `ConsoleTail`.
+    ConsoleTail {
+        /// Lossy text, control characters but newline and tab removed.
+        text: String,
+    },
+    /// To `Sample`.
+    Sample(Box<Sample>),
+}
+
+/// What a VM process is now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its generation of this border.
+    pub generation: u32,
+    /// Its version, for people.
+    pub version: String,
+    /// The sandbox.
+    pub sandbox_id: SandboxId,
+    /// This run.
+    pub boot_id: BootId,
+    /// Its process id on the host.
+    pub pid: u32,
+    /// The engine in use, never `auto`.
+    pub engine: EngineChoice,
+    /// Why this engine, when it was picked by `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_reason: Option<String>,
+    /// Where it is.
+    pub state: VmState,
+    /// The guest generation of the agent, once it said hello.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_generation: Option<u32>,
+    /// How the main workload ended, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main_end: Option<ProcessEnd>,
+    /// Whether the main workload was started.
+    #[serde(default)]
+    pub main_started: bool,
+    /// Phases so far.
+    #[serde(default)]
+    pub phases: Vec<Phase>,
+    /// What confines this process and what the host could not give.
+    #[serde(default)]
+    pub jail: JailReport,
+}
+
+/// Where a VM process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Before the agent's hello.
+    Booting,
+    /// The agent sets the guest up.
+    SettingUp,
+    /// The agent is ready.
+    Ready,
+    /// The agent said goodbye.
+    Ending,
+}
+
+/// What confines a VM process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct JailReport {
+    /// In force, one word or phrase each: `no_new_privs`, `seccomp`, `landlock abi 3`.
+    pub in_force: Vec<String>,
+    /// What the host could not give, each with its reason.
+    pub missing: Vec<String>,
+}
+
+/// One phase of a boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Phase {
+    /// Its name: `spawn`, `kernel_load`, `kernel`, `init`, `agent`, `ready`.
+    pub name: String,
+    /// Its duration in microseconds.
+    pub duration_us: u64,
+}
+
+/// What happens in a VM process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The agent said hello.
+    AgentHello {
+        /// This run.
+        boot_id: BootId,
+        /// The agent's generation.
+        generation: u32,
+    },
+    /// The guest is set up; streams to the agent can be opened.
+    AgentReady {
+        /// This run.
+        boot_id: BootId,
+        /// Every phase so far.
+        phases: Vec<Phase>,
+    },
+    /// The main workload runs.
+    MainStarted {
+        /// This run.
+        boot_id: BootId,
+        /// Its process id in the guest.
+        pid: u32,
+    },
+    /// The main workload ended.
+    MainExited {
+        /// This run.
+        boot_id: BootId,
+        /// How.
+        end: ProcessEnd,
+    },
+    /// The host's disk is full, or has room again; writes of the guest wait meanwhile.
+    HostDiskFull {
+        /// This run.
+        boot_id: BootId,
+        /// Whether it is full now.
+        full: bool,
+    },
+    /// The VM ended; the process exits after this. Also in `end.json`.
+    Ended {
+        /// The record.
+        record: Box<EndRecord>,
+    },
+}
+
+/// How a run ended, as `msb-vmm` leaves it behind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndRecord {
+    /// The run.
+    pub boot_id: BootId,
+    /// Why.
+    pub cause: EndCause,
+    /// How the main workload ended, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main_end: Option<ProcessEnd>,
+    /// For people: what was seen.
+    #[serde(default)]
+    pub message: String,
+    /// When, nanoseconds since 1970.
+    pub at_ns: u64,
+    /// The evidence, if the boot failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_error: Option<BootError>,
+}
+
+/// The evidence of a boot that failed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct BootError {
+    /// The run.
+    pub boot_id: BootId,
+    /// When, nanoseconds since 1970.
+    pub at_ns: u64,
+    /// Where it failed: `config`, `engine`, `kernel`, `agent`, `mount`, `setup`, `other`.
+    pub stage: String,
+    /// The error as users see it.
+    pub error: ApiError,
+    /// The end of the console's output, lossy and cleaned.
+    pub console_tail: String,
+}
+
+/// Counters of a VM, cumulative since its boot.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// When, nanoseconds since 1970.
+    pub at_ns: u64,
+    /// Time since the VM started in milliseconds.
+    pub uptime_ms: u64,
+    /// Time the vCPU threads ran, in microseconds.
+    pub cpu_time_us: u64,
+    /// Memory the guest was given, in bytes.
+    pub memory_limit_bytes: u64,
+    /// Memory of the guest that the host holds, in bytes.
+    pub memory_resident_bytes: u64,
+    /// Bytes read from all disks.
+    pub disk_read_bytes: u64,
+    /// Bytes written to all disks.
+    pub disk_written_bytes: u64,
+    /// Read requests.
+    pub disk_read_operations: u64,
+    /// Write requests.
+    pub disk_write_operations: u64,
+    /// Bytes the host allocates for the writable disk.
+    pub root_allocated_bytes: u64,
+    /// Bytes the guest received.
+    pub network_received_bytes: u64,
+    /// Bytes the guest sent.
+    pub network_sent_bytes: u64,
+    /// Packets the guest received.
+    pub network_received_packets: u64,
+    /// Packets the guest sent.
+    pub network_sent_packets: u64,
+}
+
+/// What to boot. Made by an actor, turned into devices only by `msb-vmm`, which checks it again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// The daemon's generation of this border.
+    pub generation: u32,
+    /// The sandbox.
+    pub sandbox_id: SandboxId,
+    /// Its name, for logs and process titles.
+    pub name: SandboxName,
+    /// This run.
+    pub boot_id: BootId,
+    /// Which engine.
+    pub engine: EngineChoice,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Kernel file: vmlinux or bzImage.
+    pub kernel: PathBuf,
+    /// Initramfs file, uncompressed cpio.
+    pub initramfs: PathBuf,
+    /// Words added to the kernel command line, for tests and debugging.
+    #[serde(default)]
+    pub cmdline_extra: Vec<String>,
+    /// The read-only root: files of which the device is the concatenation, each with its length in bytes (multiples of 4096).
+    pub lower: Vec<DiskPart>,
+    /// The writable disk, sparse.
+    pub upper: PathBuf,
+    /// Directory of sockets and `end.json`; exists, 0700.
+    pub run_dir: PathBuf,
+    /// Directory of logs; exists, 0700.
+    pub log_dir: PathBuf,
+    /// Size at which a log is rotated, in bytes.
+    pub log_size_max_bytes: u64,
+    /// Rotated logs kept.
+    pub log_files_max: u32,
+    /// What the agent gets.
+    pub guest: GuestConfig,
+    /// Time for the agent's hello and set-up, in milliseconds.
+    pub boot_timeout_ms: u64,
+    /// Time that writes wait for room on a full host disk before they fail, in milliseconds.
+    pub disk_full_timeout_ms: u64,
+    /// The QEMU program, if it is not the one in PATH.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<PathBuf>,
+}
+
+/// One file of the read-only root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPart {
+    /// The file.
+    pub path: PathBuf,
+    /// Bytes of it that belong to the device.
+    pub len_bytes: u64,
+}
+
+/// What `msb-vmm --probe` prints: which engine this host can run and why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ProbeReport {
+    /// What `auto` picks; none if no engine works.
+    pub engine: Option<EngineChoice>,
+    /// One line: why.
+    pub reason: String,
+    /// Whether KVM can be used, and if not why not.
+    pub kvm: ProbeOutcome,
+    /// Whether QEMU can be used, and if not why not.
+    pub qemu: ProbeOutcome,
+    /// Guest instructions per second that the probe saw on KVM, in millions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kvm_million_instructions_per_second: Option<f64>,
+}
+
+/// One engine's part of a probe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ProbeOutcome {
+    /// Whether it works.
+    pub usable: bool,
+    /// For people: the version, or why not and what to do.
+    pub detail: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorCode;
+    use crate::frame::{decode_json, encode_json};
+
+    #[test]
+    fn replies_and_errors_round_trip() {
+        for result in [Ok(Reply::Done), Ok(Reply::ConsoleTail { text: "x".into() }), Err(ApiError::new(ErrorCode::DiskFull, "full"))] {
+            let message = Message::Reply { id: 7, result };
+            let mut wire = Vec::new();
+            encode_json(&message, &mut wire).unwrap();
+            assert_eq!(decode_json::<Message>(&wire[4..]).unwrap(), message);
+        }
+    }
+}
