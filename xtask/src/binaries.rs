@@ -1,0 +1,113 @@
+//! `cargo xtask build`: compiles the programs, each under the profile its failure model asks for.
+//!
+//! `msb`, `msbd` and `msb-metrics` unwind (a panic is one actor's death) and link dynamically. `msb-vmm` and `msb-agent` abort (a
+//! panic is one VM's death) and are static, so that the jail needs to open no library and the guest needs none. The two kinds are
+//! two calls of cargo, because a profile's panic setting holds for a whole call.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::{cache, debian, program};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Package and binary of the programs that run as services and commands.
+pub(crate) const HOST: &[(&str, &str)] =
+    &[("msb-cli", "msb"), ("msb-supervisor", "msbd"), ("msb-metrics-exporter", "msb-metrics")];
+
+/// Package and binary of the static ones.
+pub(crate) const STATIC: &[(&str, &str)] = &[("msb-vmm", "msb-vmm"), ("msb-guest", "msb-agent")];
+
+#[derive(clap::Args, Clone, Copy, Default)]
+pub(crate) struct Arguments {
+    /// Compile with the development profile: faster to build, slower to run, never for measuring
+    #[arg(long)]
+    pub(crate) fast: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    for (name, path) in build(*arguments)?.named() {
+        println!("{name:<12} {}", path.display());
+    }
+    Ok(())
+}
+
+/// Where the compiled programs are.
+pub(crate) struct Binaries {
+    host: PathBuf,
+    linked_statically: PathBuf,
+}
+
+impl Binaries {
+    /// Every program with its path.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
+        let host = HOST.iter().map(|(_, name)| (*name, self.host.join(name)));
+        host.chain(STATIC.iter().map(|(_, name)| (*name, self.linked_statically.join(name))))
+    }
+}
+
+/// Compiles all programs; cargo decides what is up to date.
+pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
+    debian::ensure(&[debian::BUILD])?;
+    let (host_profile, static_profile) = if arguments.fast { ("dev", "dev") } else { ("release", "vm") };
+
+    let mut host = cargo();
+    host.args(["build", "--locked", "--profile", host_profile]);
+    name_all(&mut host, HOST);
+    program::run(&mut host)?;
+
+    let mut linked_statically = cargo();
+    linked_statically
+        .args(["build", "--locked", "--profile", static_profile, "--target", TARGET])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    name_all(&mut linked_statically, STATIC);
+    program::run(&mut linked_statically)?;
+
+    let folder = |profile: &'static str| if profile == "dev" { "debug" } else { profile };
+    Ok(Binaries {
+        host: cache::target().join(folder(host_profile)),
+        linked_statically: cache::target().join(TARGET).join(folder(static_profile)),
+    })
+}
+
+/// Runs the program of this package that links the product, with these words.
+pub(crate) fn product(words: &[&str]) -> Result<()> {
+    let mut cargo = cargo();
+    cargo.args([
+        "run",
+        "--quiet",
+        "--locked",
+        "--package",
+        "xtask",
+        "--features",
+        "product",
+        "--bin",
+        "xtask-product",
+        "--",
+    ]);
+    program::run(cargo.args(words))
+}
+
+/// The cargo that runs us, with its own settings for this very package removed.
+pub(crate) fn cargo() -> Command {
+    let mut command = program::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if name.starts_with("CARGO_PKG_")
+            || name.starts_with("CARGO_MANIFEST_")
+            || name == "CARGO_BIN_NAME"
+            || name == "CARGO_CRATE_NAME"
+        {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn name_all(command: &mut Command, programs: &[(&str, &str)]) {
+    for (package, name) in programs {
+        command.args(["--package", package, "--bin", name]);
+    }
+}

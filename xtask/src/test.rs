@@ -1,0 +1,201 @@
+//! `cargo xtask test`: every tier this machine can run, then a table of what ran, what failed, and what was skipped and why.
+//!
+//! A failing tier does not stop the others: one run tells everything. With `--require-all` (that is `.ci/run`) a skipped tier is a
+//! failure, because a proof that did not run is none.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{binaries, cache, debian, dependencies, docs, house, images, install, program};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// A skipped tier is a failure
+    #[arg(long)]
+    require_all: bool,
+    /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, lab, fuzz, licences
+    #[arg(long, value_name = "TIER")]
+    only: Vec<String>,
+    /// Run only the whole-system tests whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    #[command(flatten)]
+    build: binaries::Arguments,
+}
+
+/// What became of a tier that did not fail.
+enum Outcome {
+    Passed,
+    /// Why it could not run here, as a sentence for the person reading the table.
+    Skipped(String),
+}
+
+struct Tier {
+    name: &'static str,
+    proves: &'static str,
+    /// Whether `--require-all` insists on it.
+    required: bool,
+    run: fn(&Arguments) -> Result<Outcome>,
+}
+
+const TIERS: &[Tier] = &[
+    Tier { name: "fmt", proves: "the sources are formatted", required: true, run: format },
+    Tier { name: "clippy", proves: "no lint complains", required: true, run: clippy },
+    Tier {
+        name: "shape",
+        proves: "crates and sources keep ARCHITECTURE.md and the house rules",
+        required: true,
+        run: shape,
+    },
+    Tier { name: "docs", proves: "the generated references are up to date", required: true, run: documents },
+    Tier {
+        name: "unit",
+        proves: "each part does what it says, properties and simulations included",
+        required: true,
+        run: unit,
+    },
+    Tier { name: "e2e", proves: "the real programs run real guests, engine qemu", required: true, run: whole_system },
+    Tier {
+        name: "licences",
+        proves: "dependencies have licences and sources we accept",
+        required: false,
+        run: licences,
+    },
+];
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let known: Vec<&str> = TIERS.iter().map(|tier| tier.name).collect();
+    if let Some(unknown) = arguments.only.iter().find(|name| !known.contains(&name.as_str())) {
+        bail!("there is no tier {unknown}; there are: {}", known.join(", "));
+    }
+    let mut rows = Vec::new();
+    for tier in
+        TIERS.iter().filter(|tier| arguments.only.is_empty() || arguments.only.iter().any(|name| name == tier.name))
+    {
+        println!("\n=== {}: {}", tier.name, tier.proves);
+        let began = Instant::now();
+        let result = (tier.run)(arguments);
+        if let Err(error) = &result {
+            println!("{}: {error:#}", tier.name);
+        }
+        rows.push((tier, result, began.elapsed()));
+    }
+    summary(&rows, arguments.require_all)
+}
+
+fn summary(rows: &[(&Tier, Result<Outcome>, Duration)], require_all: bool) -> Result<()> {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    println!("\n{:<10} {:>7}  result", "tier", "seconds");
+    for (tier, result, took) in rows {
+        let words = match result {
+            Ok(Outcome::Passed) => {
+                passed += 1;
+                "passed".to_owned()
+            }
+            Ok(Outcome::Skipped(why)) if require_all && tier.required => {
+                failed += 1;
+                format!("FAILED: skipped, and nothing may be: {why}")
+            }
+            Ok(Outcome::Skipped(why)) => {
+                skipped += 1;
+                format!("skipped: {why}")
+            }
+            Err(error) => {
+                failed += 1;
+                format!("FAILED: {}", error.to_string().lines().next().unwrap_or_default())
+            }
+        };
+        println!("{:<10} {:>7.1}  {words}", tier.name, took.as_secs_f64());
+    }
+    // Plain, on a line of its own: programs that judge a test run look for it.
+    println!("\ntiers: {passed} passed, {failed} failed, {skipped} skipped");
+    if failed > 0 {
+        bail!("{failed} of {} tiers failed", rows.len());
+    }
+    Ok(())
+}
+
+fn format(_: &Arguments) -> Result<Outcome> {
+    program::run(binaries::cargo().args(["fmt", "--all", "--check"]))?;
+    Ok(Outcome::Passed)
+}
+
+fn clippy(_: &Arguments) -> Result<Outcome> {
+    debian::ensure(&[debian::BUILD])?;
+    program::run(binaries::cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--features",
+        "xtask/product",
+        "--locked",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    Ok(Outcome::Passed)
+}
+
+fn shape(_: &Arguments) -> Result<Outcome> {
+    dependencies::run()?;
+    house::run()?;
+    Ok(Outcome::Passed)
+}
+
+fn documents(_: &Arguments) -> Result<Outcome> {
+    docs::check()?;
+    Ok(Outcome::Passed)
+}
+
+fn unit(_: &Arguments) -> Result<Outcome> {
+    // Some unit tests hold our output against independent programs; without them they would say "skipped".
+    debian::ensure(&[debian::BUILD, debian::CHECK])?;
+    program::run(binaries::cargo().args([
+        "test",
+        "--workspace",
+        "--exclude",
+        "msb-tests",
+        "--features",
+        "xtask/product",
+        "--locked",
+        "--no-fail-fast",
+    ]))?;
+    Ok(Outcome::Passed)
+}
+
+fn whole_system(arguments: &Arguments) -> Result<Outcome> {
+    if debian::ensure(&[debian::RUN]).is_err() {
+        return Ok(Outcome::Skipped("qemu-system-x86_64 is not installed, and this user cannot install it".to_owned()));
+    }
+    let tree = cache::development_tree();
+    install::install(&tree, arguments.build)?;
+    let small = images::small()?;
+    let mut tests = binaries::cargo();
+    tests
+        .args(["test", "--package", "msb-tests", "--locked", "--no-fail-fast"])
+        .env("MSB_TEST_TREE", &tree)
+        .env("MSB_TEST_IMAGES", &small)
+        .env("MSB_TEST_ENGINE", "qemu")
+        .env("MSB_TEST_EVIDENCE", cache::target().join("evidence"));
+    if program::can_become_root() {
+        tests.env("MSB_TEST_PYTHON", images::python()?.join("python.tar"));
+    } else {
+        println!("note: the cases with the python image are skipped: making it needs root");
+    }
+    // A booting guest under software emulation keeps a processor busy; more of them at once than processors only makes each slower.
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    tests.args(["--", &format!("--test-threads={threads}")]);
+    tests.args(arguments.filter.iter());
+    program::run(&mut tests).context("whole-system tests")?;
+    Ok(Outcome::Passed)
+}
+
+fn licences(_: &Arguments) -> Result<Outcome> {
+    if !program::output(binaries::cargo().args(["deny", "--version"])).is_ok_and(|text| text.contains("deny")) {
+        return Ok(Outcome::Skipped("cargo-deny is not installed (cargo install cargo-deny)".to_owned()));
+    }
+    program::run(binaries::cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
+    Ok(Outcome::Passed)
+}
