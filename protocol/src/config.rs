@@ -48,18 +48,90 @@ pub struct Setting {
 
 /// Every setting, in the order of the documentation.
 pub const SETTINGS: &[Setting] = &[
-    Setting { key: "log_level", variable: "MSB_LOG_LEVEL", kind: SettingKind::Word(&["error", "warn", "info", "debug", "trace"]), default: "info", meaning: "how much msbd and msb-vmm log" },
-    Setting { key: "engine", variable: "MSB_ENGINE", kind: SettingKind::Word(&["auto", "kvm", "qemu"]), default: "auto", meaning: "engine of sandboxes for which nobody names one" },
-    Setting { key: "kernel", variable: "MSB_KERNEL", kind: SettingKind::Path, default: "", meaning: "guest kernel in place of the installed one" },
-    Setting { key: "qemu", variable: "MSB_QEMU", kind: SettingKind::Path, default: "", meaning: "QEMU program in place of qemu-system-x86_64 in PATH" },
-    Setting { key: "boot_timeout", variable: "MSB_BOOT_TIMEOUT", kind: SettingKind::Duration, default: "60s", meaning: "time for the guest's agent to be ready" },
-    Setting { key: "disk_full_timeout", variable: "MSB_DISK_FULL_TIMEOUT", kind: SettingKind::Duration, default: "60s", meaning: "time that guest writes wait for room on a full host disk before they fail" },
-    Setting { key: "sandbox.cpus", variable: "MSB_CPUS", kind: SettingKind::Number { min: 1, max: 32 }, default: "1", meaning: "virtual CPUs" },
-    Setting { key: "sandbox.memory", variable: "MSB_MEMORY", kind: SettingKind::Size, default: "512M", meaning: "memory of the guest" },
-    Setting { key: "sandbox.root_size", variable: "MSB_ROOT_SIZE", kind: SettingKind::Size, default: "8G", meaning: "size of the writable root; it takes host space only as it fills" },
-    Setting { key: "sandbox.stop_grace", variable: "MSB_STOP_GRACE", kind: SettingKind::Duration, default: "8s", meaning: "time between the stop signal and the kill" },
-    Setting { key: "logs.size_max", variable: "MSB_LOG_SIZE_MAX", kind: SettingKind::Size, default: "10M", meaning: "size at which a sandbox's log is rotated" },
-    Setting { key: "logs.files_max", variable: "MSB_LOG_FILES_MAX", kind: SettingKind::Number { min: 1, max: 100 }, default: "3", meaning: "rotated logs kept for each sandbox" },
+    Setting {
+        key: "log_level",
+        variable: "MSB_LOG_LEVEL",
+        kind: SettingKind::Word(&["error", "warn", "info", "debug", "trace"]),
+        default: "info",
+        meaning: "how much msbd and msb-vmm log",
+    },
+    Setting {
+        key: "engine",
+        variable: "MSB_ENGINE",
+        kind: SettingKind::Word(&["auto", "kvm", "qemu"]),
+        default: "auto",
+        meaning: "engine of sandboxes for which nobody names one",
+    },
+    Setting {
+        key: "kernel",
+        variable: "MSB_KERNEL",
+        kind: SettingKind::Path,
+        default: "",
+        meaning: "guest kernel in place of the installed one",
+    },
+    Setting {
+        key: "qemu",
+        variable: "MSB_QEMU",
+        kind: SettingKind::Path,
+        default: "",
+        meaning: "QEMU program in place of qemu-system-x86_64 in PATH",
+    },
+    Setting {
+        key: "boot_timeout",
+        variable: "MSB_BOOT_TIMEOUT",
+        kind: SettingKind::Duration,
+        default: "60s",
+        meaning: "time for the guest's agent to be ready",
+    },
+    Setting {
+        key: "disk_full_timeout",
+        variable: "MSB_DISK_FULL_TIMEOUT",
+        kind: SettingKind::Duration,
+        default: "60s",
+        meaning: "time that guest writes wait for room on a full host disk before they fail",
+    },
+    Setting {
+        key: "sandbox.cpus",
+        variable: "MSB_CPUS",
+        kind: SettingKind::Number { min: 1, max: 32 },
+        default: "1",
+        meaning: "virtual CPUs",
+    },
+    Setting {
+        key: "sandbox.memory",
+        variable: "MSB_MEMORY",
+        kind: SettingKind::Size,
+        default: "512M",
+        meaning: "memory of the guest",
+    },
+    Setting {
+        key: "sandbox.root_size",
+        variable: "MSB_ROOT_SIZE",
+        kind: SettingKind::Size,
+        default: "8G",
+        meaning: "size of the writable root; it takes host space only as it fills",
+    },
+    Setting {
+        key: "sandbox.stop_grace",
+        variable: "MSB_STOP_GRACE",
+        kind: SettingKind::Duration,
+        default: "8s",
+        meaning: "time between the stop signal and the kill",
+    },
+    Setting {
+        key: "logs.size_max",
+        variable: "MSB_LOG_SIZE_MAX",
+        kind: SettingKind::Size,
+        default: "10M",
+        meaning: "size at which a sandbox's log is rotated",
+    },
+    Setting {
+        key: "logs.files_max",
+        variable: "MSB_LOG_FILES_MAX",
+        kind: SettingKind::Number { min: 1, max: 100 },
+        default: "3",
+        meaning: "rotated logs kept for each sandbox",
+    },
 ];
 
 /// Where a value came from.
@@ -147,7 +219,9 @@ impl Config {
 
     /// Every setting with its value and where that came from, in the order of the table. Unset values are empty.
     pub fn iter(&self) -> impl Iterator<Item = (&'static Setting, &str, &Origin)> {
-        SETTINGS.iter().filter_map(|setting| self.values.get(setting.key).map(|(value, origin)| (setting, value.as_str(), origin)))
+        SETTINGS
+            .iter()
+            .filter_map(|setting| self.values.get(setting.key).map(|(value, origin)| (setting, value.as_str(), origin)))
     }
 
     /// The text of a setting; `None` if it is unset or unknown.
@@ -237,7 +311,9 @@ mod tests {
     fn later_layers_win_and_remember_where_they_came_from() {
         let system = "engine = \"qemu\"\n[sandbox]\ncpus = 2\nmemory = \"1G\"\n";
         let user = "\n[sandbox]\nmemory = \"256M\"\n";
-        let config = Config::merge(&[("/etc/c", system), ("~/c", user)], |name| (name == "MSB_CPUS").then(|| "3".into())).unwrap();
+        let config =
+            Config::merge(&[("/etc/c", system), ("~/c", user)], |name| (name == "MSB_CPUS").then(|| "3".into()))
+                .unwrap();
         assert_eq!(config.text("engine"), Some("qemu"));
         assert_eq!((config.number("sandbox.cpus"), config.bytes("sandbox.memory")), (3, 256 << 20));
         assert_eq!(config.duration_ms("sandbox.stop_grace"), 8_000);
@@ -260,6 +336,11 @@ mod tests {
             assert_eq!((error.code, error.message.as_str()), (ErrorCode::ConfigFile, message));
         }
         assert!(Config::merge(&[("f", "a = \n")], |_| None).unwrap_err().message.starts_with("f:1: "));
-        assert!(Config::merge(&[], |name| (name == "MSB_ENGINE").then(|| "xen".into())).unwrap_err().message.starts_with("$MSB_ENGINE: "));
+        assert!(
+            Config::merge(&[], |name| (name == "MSB_ENGINE").then(|| "xen".into()))
+                .unwrap_err()
+                .message
+                .starts_with("$MSB_ENGINE: ")
+        );
     }
 }

@@ -762,7 +762,8 @@ mod tests {
 
     #[test]
     fn a_guest_failure_cannot_drive_a_terminal() {
-        let failure = Failure { code: "exec_not_found".into(), message: "\u{1b}[2Jgone\n".into(), ..Default::default() };
+        let failure =
+            Failure { code: "exec_not_found".into(), message: "\u{1b}[2Jgone\n".into(), ..Default::default() };
         let error = crate::error::ApiError::from(failure);
         assert_eq!(error.code, crate::error::ErrorCode::ExecNotFound);
         assert_eq!(error.message, "[2Jgone");

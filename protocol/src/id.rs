@@ -133,7 +133,8 @@ mod tests {
             assert_eq!(SandboxName::parse(good).unwrap().as_str(), good);
         }
         let too_long = "a".repeat(NAME_LEN_MAX + 1);
-        for bad in ["", ".", "..", "-a", "_a", ".a", "a/b", "../x", "/x", "a b", "a\n", "ä", "a\0", too_long.as_str()] {
+        for bad in ["", ".", "..", "-a", "_a", ".a", "a/b", "../x", "/x", "a b", "a\n", "ä", "a\0", too_long.as_str()]
+        {
             assert_eq!(SandboxName::parse(bad).unwrap_err().code, ErrorCode::InvalidName, "{bad:?}");
         }
     }

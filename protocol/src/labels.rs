@@ -29,7 +29,10 @@ pub fn check(key: &str, value: &str) -> Result<(), ApiError> {
         return refuse(format!("label key is too long: {} bytes (max {LABEL_KEY_LEN_MAX})", key.len()));
     }
     if value.len() > LABEL_VALUE_LEN_MAX {
-        return refuse(format!("value of label '{key}' is too long: {} bytes (max {LABEL_VALUE_LEN_MAX})", value.len()));
+        return refuse(format!(
+            "value of label '{key}' is too long: {} bytes (max {LABEL_VALUE_LEN_MAX})",
+            value.len()
+        ));
     }
     if key.chars().any(char::is_control) {
         return refuse(format!("label key {key:?} has a control character"));
@@ -130,7 +133,10 @@ mod tests {
 
     #[test]
     fn user_labels_win_and_bad_image_labels_are_left_out() {
-        let merged = merge(&labels(&[("a", "image"), ("b", "image"), ("sandbox.x", "no"), ("", "no")]), &labels(&[("a", "user")]));
+        let merged = merge(
+            &labels(&[("a", "image"), ("b", "image"), ("sandbox.x", "no"), ("", "no")]),
+            &labels(&[("a", "user")]),
+        );
         assert_eq!(merged, labels(&[("a", "user"), ("b", "image")]));
     }
 
@@ -143,7 +149,9 @@ mod tests {
     #[test]
     fn terms_match_exactly_or_by_existence() {
         let have = labels(&[("team", "ml"), ("debug", "")]);
-        for (term, fits) in [("team=ml", true), ("team=m", false), ("team", true), ("debug=", true), ("gpu", false), ("team=", false)] {
+        for (term, fits) in
+            [("team=ml", true), ("team=m", false), ("team", true), ("debug=", true), ("gpu", false), ("team=", false)]
+        {
             assert_eq!(LabelTerm::parse(term).unwrap().matches(&have), fits, "{term}");
         }
         assert!(LabelTerm::parse("=x").is_err());

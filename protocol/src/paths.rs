@@ -134,7 +134,12 @@ mod tests {
     use super::*;
 
     fn surroundings() -> Surroundings {
-        Surroundings { home: Some("/home/u".into()), xdg_runtime_dir: Some("/run/user/7".into()), uid: 7, ..Default::default() }
+        Surroundings {
+            home: Some("/home/u".into()),
+            xdg_runtime_dir: Some("/run/user/7".into()),
+            uid: 7,
+            ..Default::default()
+        }
     }
 
     #[test]

@@ -318,7 +318,9 @@ pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), ApiError> {
         }
         let len = name.len() + 1 + value.len();
         if len > ENV_VAR_LEN_MAX {
-            return refuse(format!("environment variable {name} is too long: {len} bytes (max {ENV_VAR_LEN_MAX}, a limit of Linux)"));
+            return refuse(format!(
+                "environment variable {name} is too long: {len} bytes (max {ENV_VAR_LEN_MAX}, a limit of Linux)"
+            ));
         }
         total += len + 1;
     }

@@ -211,8 +211,21 @@ mod tests {
         }
         use EndCause::*;
         for cause in [
-            Completed, StopRequested, Killed, Idle, MaxDuration, CreatorGone, GuestPanic, GuestReboot, GuestHalted,
-            AgentLost, BootFailed, VmmCrash, EngineCrash, HostShutdown, Unhealthy,
+            Completed,
+            StopRequested,
+            Killed,
+            Idle,
+            MaxDuration,
+            CreatorGone,
+            GuestPanic,
+            GuestReboot,
+            GuestHalted,
+            AgentLost,
+            BootFailed,
+            VmmCrash,
+            EngineCrash,
+            HostShutdown,
+            Unhealthy,
         ] {
             assert_eq!(serde_json::to_value(cause).unwrap(), cause.as_str());
         }

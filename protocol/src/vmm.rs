@@ -406,7 +406,11 @@ mod tests {
 
     #[test]
     fn replies_and_errors_round_trip() {
-        for result in [Ok(Reply::Done), Ok(Reply::ConsoleTail { text: "x".into() }), Err(ApiError::new(ErrorCode::DiskFull, "full"))] {
+        for result in [
+            Ok(Reply::Done),
+            Ok(Reply::ConsoleTail { text: "x".into() }),
+            Err(ApiError::new(ErrorCode::DiskFull, "full")),
+        ] {
             let message = Message::Reply { id: 7, result };
             let mut wire = Vec::new();
             encode_json(&message, &mut wire).unwrap();

@@ -1,0 +1,300 @@
+//! What is on the wire, generation by generation. One sample of every message is kept as bytes (guest border) or JSON (VMM
+//! border); a change that an older peer could not read fails here. To add a generation: add samples, run with
+//! `MSB_GOLDEN=write`, review the diff, and never touch a line that was there before.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::guest::*;
+use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::spec::EngineChoice;
+use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::vmm::{
+    self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, Sample, VmSpec, VmState,
+    VmStatus,
+};
+use prost::Message as _;
+
+/// Compares samples with the lines `name<space>text` of a golden file, or writes it when asked to.
+fn hold(file: &str, samples: Vec<(&str, String)>) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+    let text: String = samples.iter().map(|(name, sample)| format!("{name} {sample}\n")).collect();
+    if std::env::var_os("MSB_GOLDEN").is_some_and(|mode| mode == "write") {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let kept = std::fs::read_to_string(&path).unwrap();
+    let kept: BTreeMap<_, _> = kept.lines().filter_map(|line| line.split_once(' ')).collect();
+    assert_eq!(kept.len(), samples.len(), "{file}: a sample is missing on one side");
+    for (name, sample) in &samples {
+        assert_eq!(kept.get(name), Some(&sample.as_str()), "{file}: {name} changed on the wire");
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+}
+
+fn env(name: &str, value: &str) -> EnvVar {
+    EnvVar { name: name.into(), value: value.into() }
+}
+
+fn exec() -> ExecConfig {
+    ExecConfig {
+        argv: vec!["sh".into(), "-c".into(), "exit 7".into()],
+        env: vec![env("A", "1")],
+        workdir: "/w".into(),
+        user: "1000:100".into(),
+        rlimits: vec![ResourceLimit { resource: "nofile".into(), soft: 10, hard: u64::MAX }],
+        stdin: true,
+        terminal: Some(TerminalSize { rows: 24, columns: 80 }),
+        timeout_ms: 1500,
+        wait_output: true,
+    }
+}
+
+fn config() -> GuestConfig {
+    GuestConfig {
+        hostname: "box".into(),
+        hosts: "127.0.0.1 localhost\n".into(),
+        resolv_conf: "nameserver 10.0.0.1\n".into(),
+        lower_serial: "root".into(),
+        upper_serial: "upper".into(),
+        volume_paths: vec!["/var/lib/docker".into()],
+        env: vec![env("PATH", "/bin")],
+        user: "nobody".into(),
+        workdir: "/srv".into(),
+        rlimits: vec![ResourceLimit { resource: "core".into(), soft: 0, hard: 0 }],
+        main: Some(MainConfig { exec: Some(exec()), autostart: true, stop_signal: 15 }),
+        memory_reserve_bytes: 16 << 20,
+    }
+}
+
+fn host_samples() -> Vec<(&'static str, HostBody)> {
+    let open = |kind| HostBody::Open(Open { generation: 1, boot_id: vec![7; 16], kind: Some(kind) });
+    let size = TerminalSize { rows: 24, columns: 80 };
+    vec![
+        (
+            "welcome",
+            HostBody::Welcome(Welcome {
+                generation: 1,
+                boot_id: vec![7; 16],
+                realtime_ns: 1_700_000_000_000_000_000,
+                entropy: vec![1, 2, 3],
+                config: Some(config()),
+            }),
+        ),
+        ("clock_sync", HostBody::ClockSync(ClockSync { realtime_ns: 5 })),
+        ("goodbye_ack", HostBody::GoodbyeAck(GoodbyeAck {})),
+        ("open_control", open(OpenKind::Control(OpenControl {}))),
+        ("open_exec", open(OpenKind::Exec(exec()))),
+        ("open_main", open(OpenKind::Main(OpenMain { terminal: Some(size) }))),
+        ("open_attach", open(OpenKind::Attach(OpenAttach { stdin: true, terminal: None }))),
+        ("stdin", HostBody::Stdin(Data { data: b"in".to_vec() })),
+        ("stdin_eof", HostBody::StdinEof(StdinEof {})),
+        ("signal", HostBody::Signal(Signal { number: 9 })),
+        ("resize", HostBody::Resize(size)),
+        (
+            "shutdown",
+            HostBody::Shutdown(Shutdown {
+                grace_ms: 8000,
+                signal: 2,
+                pre_stop: vec!["sync".into()],
+                pre_stop_budget_ms: 100,
+            }),
+        ),
+        ("ping", HostBody::Ping(Ping { token: 42 })),
+        ("part", HostBody::Part(Part { data: vec![9], last: true })),
+    ]
+}
+
+fn guest_samples() -> Vec<(&'static str, GuestBody)> {
+    let exited = Exited { code: 7, signal: 0, core_dumped: false, oom_killed: true, timed_out: true };
+    let failure = Failure { code: "exec_not_found".into(), message: "no".into(), errno: 2, stage: "mount".into() };
+    vec![
+        (
+            "agent_hello",
+            GuestBody::AgentHello(AgentHello {
+                generation: 1,
+                agent_version: "0.1.0".into(),
+                init_uptime_us: 1,
+                hello_uptime_us: 2,
+            }),
+        ),
+        (
+            "ready",
+            GuestBody::Ready(Ready { ready_uptime_us: 3, steps: vec![Step { name: "mount".into(), duration_us: 4 }] }),
+        ),
+        ("boot_failed", GuestBody::BootFailed(failure.clone())),
+        ("main_started", GuestBody::MainStarted(Started { pid: 12 })),
+        ("main_output", GuestBody::MainOutput(Output { stream: OutputStream::Stderr as i32, data: b"out".to_vec() })),
+        ("main_exited", GuestBody::MainExited(exited)),
+        ("goodbye", GuestBody::Goodbye(Goodbye {})),
+        (
+            "opened",
+            GuestBody::Opened(Opened {
+                generation: 1,
+                agent_version: "0.1.0".into(),
+                main_exited: Some(exited),
+                main_pid: 5,
+            }),
+        ),
+        ("refused", GuestBody::Refused(failure)),
+        (
+            "beat",
+            GuestBody::Beat(Beat {
+                sequence: 1,
+                uptime_ms: 2,
+                sessions: 3,
+                memory_used_bytes: 4,
+                memory_total_bytes: 5,
+                root_used_bytes: 6,
+                root_free_bytes: 7,
+                load_hundredths: 8,
+                processes: 9,
+            }),
+        ),
+        ("pong", GuestBody::Pong(Pong { token: 42 })),
+        ("started", GuestBody::Started(Started { pid: 13 })),
+        ("output", GuestBody::Output(Output { stream: OutputStream::Stdout as i32, data: b"out".to_vec() })),
+        ("stdin_credit", GuestBody::StdinCredit(StdinCredit { bytes: 4096 })),
+        (
+            "exited",
+            GuestBody::Exited(Exited { code: 0, signal: 11, core_dumped: true, oom_killed: false, timed_out: false }),
+        ),
+        ("output_lost", GuestBody::OutputLost(OutputLost { bytes: 99 })),
+        ("part", GuestBody::Part(Part { data: vec![9], last: false })),
+        ("log", GuestBody::Log(Log { line: "mounted".into() })),
+    ]
+}
+
+#[test]
+fn the_guest_border_of_generation_1_is_frozen() {
+    let host = host_samples().into_iter().map(|(name, body)| (name, HostMessage::from(body).encode_to_vec()));
+    hold("host-gen-1.txt", host.map(|(name, bytes)| (name, hex(&bytes))).collect());
+    let guest = guest_samples().into_iter().map(|(name, body)| (name, GuestMessage::from(body).encode_to_vec()));
+    hold("guest-gen-1.txt", guest.map(|(name, bytes)| (name, hex(&bytes))).collect());
+}
+
+#[test]
+fn golden_bytes_still_mean_what_they_meant() {
+    let golden = |file: &str| {
+        std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file)).unwrap()
+    };
+    let host: BTreeMap<_, _> = host_samples().into_iter().collect();
+    for line in golden("host-gen-1.txt").lines() {
+        let (name, bytes) = line.split_once(' ').unwrap();
+        assert_eq!(HostMessage::decode(unhex(bytes).as_slice()).unwrap().body.as_ref(), host.get(name), "{name}");
+    }
+    let guest: BTreeMap<_, _> = guest_samples().into_iter().collect();
+    for line in golden("guest-gen-1.txt").lines() {
+        let (name, bytes) = line.split_once(' ').unwrap();
+        assert_eq!(GuestMessage::decode(unhex(bytes).as_slice()).unwrap().body.as_ref(), guest.get(name), "{name}");
+    }
+}
+
+#[test]
+fn a_message_from_the_future_is_malformed_and_an_unknown_field_is_passed_over() {
+    let mut assembler = Assembler::new();
+    // Field 100 of the oneof, length 0: a body this generation does not know.
+    assert!(assembler.host(&[0xa2, 0x06, 0x00]).is_err());
+    // Ping{token: 42} with an unknown field 15 = 1 inside.
+    let ping = assembler.host(&[0x52, 0x04, 0x08, 0x2a, 0x78, 0x01]).unwrap();
+    assert_eq!(ping, Some(HostBody::Ping(Ping { token: 42 })));
+}
+
+fn vm_spec() -> VmSpec {
+    VmSpec {
+        generation: 1,
+        sandbox_id: SandboxId(uuid::Uuid::from_u128(1)),
+        name: SandboxName::parse("box").unwrap(),
+        boot_id: BootId(uuid::Uuid::from_u128(2)),
+        engine: EngineChoice::Qemu,
+        cpus: 2,
+        memory_mib: 256,
+        kernel: "/k".into(),
+        initramfs: "/i".into(),
+        cmdline_extra: vec!["quiet".into()],
+        lower: vec![DiskPart { path: "/m".into(), len_bytes: 4096 }],
+        upper: "/u".into(),
+        run_dir: "/r".into(),
+        log_dir: "/l".into(),
+        log_size_max_bytes: 1,
+        log_files_max: 2,
+        guest: config(),
+        boot_timeout_ms: 3,
+        disk_full_timeout_ms: 4,
+        qemu: Some("/q".into()),
+    }
+}
+
+#[test]
+fn the_vmm_border_of_generation_1_is_frozen() {
+    let boot_id = BootId(uuid::Uuid::from_u128(2));
+    let phase = Phase { name: "kernel".into(), duration_us: 5 };
+    let record = EndRecord {
+        boot_id,
+        cause: EndCause::GuestPanic,
+        main_end: Some(ProcessEnd::exited(3)),
+        message: "panic".into(),
+        at_ns: 9,
+        boot_error: None,
+    };
+    let status = VmStatus {
+        generation: 1,
+        version: "0.1.0".into(),
+        sandbox_id: SandboxId(uuid::Uuid::from_u128(1)),
+        boot_id,
+        pid: 77,
+        engine: EngineChoice::Kvm,
+        engine_reason: Some("probe".into()),
+        state: VmState::Ready,
+        agent_generation: Some(1),
+        main_end: None,
+        main_started: true,
+        phases: vec![phase.clone()],
+        jail: JailReport { in_force: vec!["seccomp".into()], missing: vec![] },
+    };
+    let json = |value: &dyn erased::Json| value.text();
+    let request = |request| RequestFrame { id: 1, request };
+    let reply = |result| vmm::Message::Reply { id: 1, result };
+    let event = |event| vmm::Message::Event { event };
+    hold(
+        "vmm-gen-1.txt",
+        vec![
+            ("launch", json(&request(Request::Launch { spec: Box::new(vm_spec()) }))),
+            ("adopt", json(&request(Request::Adopt { generation: 1 }))),
+            ("status", json(&request(Request::Status))),
+            ("kill", json(&request(Request::Kill { cause: EndCause::Killed }))),
+            ("expect_end", json(&request(Request::ExpectEnd { cause: EndCause::Idle }))),
+            ("console_tail", json(&request(Request::ConsoleTail { bytes_max: 10 }))),
+            ("sample", json(&request(Request::Sample))),
+            ("reply_done", json(&reply(Ok(Reply::Done)))),
+            ("reply_status", json(&reply(Ok(Reply::Status(Box::new(status)))))),
+            ("reply_sample", json(&reply(Ok(Reply::Sample(Box::new(Sample::default())))))),
+            ("reply_error", json(&reply(Err(ApiError::new(ErrorCode::InvalidKernel, "not a kernel"))))),
+            ("agent_hello", json(&event(Event::AgentHello { boot_id, generation: 1 }))),
+            ("agent_ready", json(&event(Event::AgentReady { boot_id, phases: vec![phase] }))),
+            ("main_started", json(&event(Event::MainStarted { boot_id, pid: 12 }))),
+            ("main_exited", json(&event(Event::MainExited { boot_id, end: ProcessEnd::signalled(9) }))),
+            ("host_disk_full", json(&event(Event::HostDiskFull { boot_id, full: true }))),
+            ("ended", json(&event(Event::Ended { record: Box::new(record) }))),
+        ],
+    );
+}
+
+/// `serde::Serialize` is not object safe; this is all the test needs of it.
+mod erased {
+    pub(super) trait Json {
+        fn text(&self) -> String;
+    }
+    impl<T: serde::Serialize> Json for T {
+        fn text(&self) -> String {
+            serde_json::to_string(self).unwrap()
+        }
+    }
+}
