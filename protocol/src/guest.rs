@@ -47,6 +47,10 @@ pub struct HostMessage {
 
 /// The messages of the host.
 #[derive(Clone, PartialEq, Oneof)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "messages live only between a decoder and its match, never in a collection"
+)]
 #[allow(missing_docs, reason = "each variant is documented at the message it holds")]
 pub enum HostBody {
     #[prost(message, tag = "1")]

@@ -275,7 +275,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
             ("sample", json(&request(Request::Sample))),
             ("reply_done", json(&reply(Ok(Reply::Done)))),
             ("reply_status", json(&reply(Ok(Reply::Status(Box::new(status)))))),
-            ("reply_sample", json(&reply(Ok(Reply::Sample(Box::new(Sample::default())))))),
+            ("reply_sample", json(&reply(Ok(Reply::Sample(Box::<Sample>::default()))))),
             ("reply_error", json(&reply(Err(ApiError::new(ErrorCode::InvalidKernel, "not a kernel"))))),
             ("agent_hello", json(&event(Event::AgentHello { boot_id, generation: 1 }))),
             ("agent_ready", json(&event(Event::AgentReady { boot_id, phases: vec![phase] }))),
