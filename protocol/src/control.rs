@@ -22,6 +22,7 @@
 //! | `GET /v1/sandboxes/{name}/attach` | WebSocket | the same; watches the main workload |
 //! | `GET /v1/sandboxes/{name}/logs?…` | [`LogQuery`] | lines of [`LogRecord`] (`application/x-ndjson`) |
 //! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
+//! | `GET /v1/metrics?name=&label=` | | [`MetricsSnapshot`]: one request for the whole fleet |
 //! | `GET /v1/images` | | [`ImageList`] |
 //! | `GET /v1/image?reference=` | | [`ImageDetail`] |
 //! | `DELETE /v1/image?reference=&force=` | | `{}` |
@@ -43,7 +44,7 @@ use crate::error::ApiError;
 use crate::id::{BootId, SandboxId, SandboxName};
 use crate::spec::{EngineChoice, Rlimit, SandboxSpec};
 use crate::state::{EndCause, ProcessEnd, SandboxState};
-use crate::vmm::{BootError, JailReport, Phase, ProbeReport};
+use crate::vmm::{BootError, JailReport, Phase, ProbeReport, Sample};
 
 /// First byte of a binary message that is standard output.
 pub const STDOUT_TAG: u8 = 1;
@@ -417,6 +418,73 @@ pub struct EventRecord {
     /// For people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
+}
+
+/// The newest sample of every sandbox that runs, and the last one of each that ended since the request before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MetricsSnapshot {
+    /// Stable identity of the host (machine-id(5), hashed for this application), so that two hosts never collide.
+    pub host_id: String,
+    /// The host's name.
+    pub host_name: String,
+    /// Identity of this service on this host; stays the same across its restarts.
+    pub instance_id: String,
+    /// When the snapshot was taken.
+    #[schema(value_type = String, format = DateTime)]
+    pub taken_at: Timestamp,
+    /// Sandboxes by state.
+    pub states: BTreeMap<String, u64>,
+    /// The samples, by name.
+    pub sandboxes: Vec<SandboxMetrics>,
+}
+
+/// The newest sample of one sandbox.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SandboxMetrics {
+    /// Its name.
+    pub name: SandboxName,
+    /// Its identity.
+    pub id: SandboxId,
+    /// The run the sample is of.
+    pub boot_id: BootId,
+    /// The VM process on the host; 0 once it is gone.
+    pub vmm_pid: u32,
+    /// Its state.
+    pub status: SandboxState,
+    /// Labels as they are now.
+    pub labels: BTreeMap<String, String>,
+    /// Restarts since somebody last started it.
+    pub restarts: u32,
+    /// When this run's counters began at zero.
+    #[schema(value_type = String, format = DateTime)]
+    pub started_at: Timestamp,
+    /// Whether this is the last sample of a run that ended.
+    pub last: bool,
+    /// Counters of the VM.
+    #[schema(value_type = Object)]
+    pub sample: Sample,
+    /// vCPU seconds per second between the last two samples.
+    pub cpu_utilization: f64,
+    /// What the guest says of itself; absent before its first beat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestMetrics>,
+    /// Durations of the boot's phases.
+    pub boot_phases: Vec<Phase>,
+}
+
+/// What a guest says of itself in its beat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GuestMetrics {
+    /// Memory in use in bytes.
+    pub memory_used_bytes: u64,
+    /// Memory its kernel has in bytes.
+    pub memory_total_bytes: u64,
+    /// Bytes used on the writable root.
+    pub root_used_bytes: u64,
+    /// Bytes free on the writable root.
+    pub root_free_bytes: u64,
+    /// Processes of the workload.
+    pub processes: u32,
 }
 
 /// Images.
