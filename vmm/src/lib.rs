@@ -20,4 +20,6 @@ pub mod engine;
 pub mod jail;
 pub mod launch;
 pub mod memory;
+#[doc(hidden)]
+pub mod testing;
 pub mod transport;

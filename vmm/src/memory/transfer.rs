@@ -135,6 +135,7 @@ mod tests {
         assert_eq!(write_at(file.as_fd(), &[first, second], 100).expect("write"), 7);
         assert_eq!(read_at(file.as_fd(), &[second], 103).expect("read"), 4);
         assert_eq!(read_at(file.as_fd(), &[second], 200).expect("end of file"), 0);
-        std::fs::remove_file(std::env::temp_dir().join(format!("msb-transfer-{}", std::process::id()))).expect("remove");
+        std::fs::remove_file(std::env::temp_dir().join(format!("msb-transfer-{}", std::process::id())))
+            .expect("remove");
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use virtio_queue::Queue;
 
 /// Workers need little stack: no recursion, no big arrays.

@@ -1,0 +1,176 @@
+//! One split ring as a worker uses it: take chains, give them back, signal when the driver asked for it (VIRTIO 1.2, 2.7).
+//!
+//! Wraps `virtio_queue::Queue` with the two things every worker must get right: a ring whose indices make no sense is *broken* and
+//! is left alone until the driver resets the device (a guest must not make us spin on it), and notifications are suppressed while
+//! a batch is worked on.
+
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use super::device::{ActiveQueue, DeviceMemory, Interrupt};
+use super::notifier::Notifier;
+
+/// A chain of guest buffers; keeps guest memory alive by itself.
+pub type Chain = DescriptorChain<DeviceMemory>;
+
+/// A ring in use by a worker.
+pub struct Ring {
+    queue: Queue,
+    index: u16,
+    kick: Notifier,
+    memory: DeviceMemory,
+    interrupt: Arc<dyn Interrupt>,
+    used_since_signal: bool,
+    broken: bool,
+}
+
+impl Ring {
+    /// Takes over an activated queue.
+    pub fn new(active: ActiveQueue, memory: DeviceMemory, interrupt: Arc<dyn Interrupt>) -> Self {
+        Self {
+            queue: active.queue,
+            index: active.index,
+            kick: active.kick,
+            memory,
+            interrupt,
+            used_since_signal: false,
+            broken: false,
+        }
+    }
+
+    /// The eventfd the driver kicks; workers poll it and also kick themselves to yield between batches.
+    pub fn kick(&self) -> &Notifier {
+        &self.kick
+    }
+
+    /// The ring's size: the most chains that can be outstanding, and the batch size after which workers yield.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The next available chain, if there is one.
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.broken {
+            return None;
+        }
+        match self.queue.iter(Arc::clone(&self.memory)) {
+            Ok(mut available) => available.next(),
+            Err(error) => {
+                self.break_down(&error);
+                None
+            }
+        }
+    }
+
+    /// Gives the last `count` popped chains back to the available side, as if never taken.
+    pub fn undo_pop(&mut self, count: u16) {
+        for _ in 0..count {
+            self.queue.go_to_previous_position();
+        }
+    }
+
+    /// Returns a chain to the driver with `length` bytes written into it.
+    pub fn push_used(&mut self, head: u16, length: u32) {
+        if self.broken {
+            return;
+        }
+        match self.queue.add_used(&*self.memory, head, length) {
+            Ok(()) => self.used_since_signal = true,
+            // A head outside of the ring: the driver's available ring is nonsense.
+            Err(error) => self.break_down(&error),
+        }
+    }
+
+    /// Tells the driver not to kick while a batch is worked on.
+    pub fn suppress_kicks(&mut self) {
+        if !self.broken
+            && let Err(error) = self.queue.disable_notification(&*self.memory)
+        {
+            self.break_down(&error);
+        }
+    }
+
+    /// Asks for kicks again; true when chains arrived meanwhile and the caller must look once more.
+    pub fn request_kicks(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        match self.queue.enable_notification(&*self.memory) {
+            Ok(more) => more,
+            Err(error) => {
+                self.break_down(&error);
+                false
+            }
+        }
+    }
+
+    /// Interrupts the driver if chains were returned since the last call and it wants to know.
+    pub fn signal(&mut self) {
+        if !self.used_since_signal || self.broken {
+            return;
+        }
+        self.used_since_signal = false;
+        match self.queue.needs_notification(&*self.memory) {
+            Ok(true) => self.interrupt.signal_queue(self.index),
+            Ok(false) => {}
+            Err(error) => self.break_down(&error),
+        }
+    }
+
+    /// Whether the ring was given up.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The queue with its position, for the transport.
+    pub fn into_queue(self) -> Queue {
+        self.queue
+    }
+
+    fn break_down(&mut self, error: &virtio_queue::Error) {
+        // Logged once per activation, so a guest cannot fill the log with it.
+        if !self.broken {
+            tracing::warn!(ring = self.index, %error, "guest broke a virtqueue, it is ignored until the device is reset");
+        }
+        self.broken = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Buffer, CountingInterrupt, DriverRing, guest_memory};
+
+    #[test]
+    fn chains_travel_and_interrupts_follow_the_drivers_wish() {
+        let memory = guest_memory(1);
+        let interrupt = Arc::new(CountingInterrupt::default());
+        let mut driver = DriverRing::new(Arc::clone(&memory), 0x1000, 8);
+        let mut ring = driver.device_ring(0, Arc::clone(&interrupt) as Arc<dyn Interrupt>, true);
+        assert!(ring.pop().is_none());
+        let head = driver.add(&[Buffer::readable(0x8000, 4), Buffer::writable(0x9000, 4)]);
+        let chain = ring.pop().expect("a chain");
+        assert_eq!(chain.head_index(), head);
+        assert_eq!(chain.count(), 2);
+        ring.undo_pop(1);
+        assert_eq!(ring.pop().expect("the same chain").head_index(), head);
+        ring.push_used(head, 4);
+        ring.signal();
+        ring.signal();
+        assert_eq!(interrupt.queue_signals(), 1);
+        assert_eq!(driver.take_used(), Some((head, 4)));
+    }
+
+    #[test]
+    fn a_nonsense_available_index_breaks_the_ring_for_good() {
+        let memory = guest_memory(1);
+        let interrupt = Arc::new(CountingInterrupt::default());
+        let mut driver = DriverRing::new(Arc::clone(&memory), 0x1000, 8);
+        let mut ring = driver.device_ring(0, interrupt, true);
+        driver.set_available_index(1000);
+        assert!(ring.pop().is_none());
+        assert!(ring.is_broken());
+        assert!(!ring.request_kicks(), "a broken ring never asks its worker to look again");
+    }
+}
