@@ -98,11 +98,12 @@ pub fn write_tables(memory: &GuestMap, entry: Entry) -> Result<(), GuestMemoryEr
     for gib in 0..PD_COUNT {
         let directory = PD_ADDRESS + gib * 0x1000;
         memory.write_obj(directory | PAGE_PRESENT_WRITABLE, GuestAddress(PDPT_ADDRESS + gib * 8))?;
-        let mut pages = [0u64; 512];
-        for (index, page) in pages.iter_mut().enumerate() {
-            *page = (gib << 30) | ((index as u64) << 21) | PAGE_HUGE | PAGE_PRESENT_WRITABLE;
+        let mut pages = [0u8; 4096];
+        for (index, page) in pages.chunks_exact_mut(8).enumerate() {
+            let entry = (gib << 30) | ((index as u64) << 21) | PAGE_HUGE | PAGE_PRESENT_WRITABLE;
+            page.copy_from_slice(&entry.to_le_bytes());
         }
-        memory.write_obj(pages, GuestAddress(directory))?;
+        memory.write_slice(&pages, GuestAddress(directory))?;
     }
     Ok(())
 }
