@@ -1,0 +1,3 @@
+//! Engine kvm: our own VMM on `/dev/kvm`.
+
+pub mod probe;
