@@ -1,0 +1,17 @@
+//! Who owns which state in the daemon.
+//!
+//! ```text
+//!  api (supervisor crate) ─► SupervisorActor ─► SandboxActor, one per sandbox ─► vm::Vm (control link, agent's control stream)
+//!                              │                  └─ machine (pure)                 └─ msb-vmm, one process per VM
+//!                              ├─► ImageActor     single flight, blocking work on a pool
+//!                              └─► MetricsActor   samples per sandbox
+//!                            journal (one writer thread, redb)
+//! ```
+//!
+//! Pure state machines beside thin actix glue: `sandbox::machine` decides, `sandbox::actor` does. Control goes through bounded
+//! mailboxes; bytes of sessions never do (`vm::session` opens a stream that runs beside the actor). Time comes from [`clock`].
+//! Nothing here opens `/dev/kvm`, reads guest memory, serves a socket, or blocks inside a handler.
+
+#![forbid(unsafe_code)]
+
+pub mod sandbox;

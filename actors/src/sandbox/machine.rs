@@ -1,0 +1,864 @@
+//! The life of one sandbox as a pure function: (state, event) → (state, effects). No actix, no tokio, no clock, no I/O.
+//!
+//! ```text
+//!                Start              AgentReady              Stop, idle, creator gone, max duration
+//!   created ───────────► starting ─────────────► running ────────────────────────────► draining
+//!                        │ planned                 │ │                                     │ MainExited,
+//!                        │ image leased            │ │ MainExited                          │ grace over
+//!                        │ disks made              │ └───────────────► stopping ◄──────────┘
+//!                        │ vm spawned              │ Kill, AgentSilent     │ (flush; at its limit: kill)
+//!                        ▼ VmEnded                 ▼ VmEnded               ▼ VmEnded
+//!                     settle ◄──────────────────settle◄─────────────────settle
+//!                        │
+//!        ┌───────────────┼──────────────┬───────────────┬──────────────┐
+//!        ▼               ▼              ▼               ▼              ▼
+//!     stopped         asleep        restarting       crashed        removed (ephemeral, Remove)
+//!                   (idle; wakes   (backing off,
+//!                    on Start)      then starting)
+//! ```
+//!
+//! * **starting** is a chain of phases. A failure before the VM exists takes apart what the earlier phases made, newest first,
+//!   and a sandbox that never ran vanishes; a failure after it is an end of a run like any other.
+//! * **draining**: the workload has its grace time. **stopping**: the workload is over, the guest flushes and turns itself off.
+//! * **settle** is the only place that decides what follows an end ([`Policy`]).
+//! * **recovering** (a daemon that starts finds a record of a live run) shows as the state it was found in.
+//!
+//! Invariants, held by the property tests below: at most one VM exists; a resting sandbox has none; every run that was begun is
+//! ended exactly once; a boot id is never used twice.
+//!
+//! Called by `sandbox::actor`, which does the effects; the table in `snapshots/` and `docs/lifecycle.md` is drawn from this file.
+
+use msb_protocol::id::BootId;
+use msb_protocol::spec::{OnIdle, RestartPolicy, SandboxSpec};
+use msb_protocol::state::{EndCause, SandboxState};
+use serde::{Deserialize, Serialize};
+
+/// First wait before a restart in milliseconds; it doubles with each failure in a row.
+pub const BACK_OFF_FIRST_MS: u64 = 100;
+/// Longest wait before a restart in milliseconds.
+pub const BACK_OFF_MAX_MS: u64 = 60_000;
+/// Running time in milliseconds after which failures are forgotten.
+pub const STEADY_AFTER_MS: u64 = 60_000;
+/// VM crashes in a row that a detached sandbox is restarted after when no policy says otherwise.
+pub const CRASH_BUDGET: u32 = 5;
+/// Time in milliseconds for the guest to flush and turn itself off once the workload is over.
+pub const FLUSH_LIMIT_MS: u64 = 10_000;
+/// Time in milliseconds for a killed VM process to be gone before the kill is repeated.
+pub const KILL_REPEAT_MS: u64 = 1_000;
+
+/// What of a spec decides about the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// What follows an end.
+    pub restart: RestartPolicy,
+    /// What follows an idle stop.
+    pub on_idle: OnIdle,
+    /// Time without activity in milliseconds.
+    pub idle_timeout_ms: Option<u64>,
+    /// Longest run in milliseconds.
+    pub max_duration_ms: Option<u64>,
+    /// Time between stop signal and kill in milliseconds.
+    pub stop_grace_ms: u64,
+    /// Whether it vanishes when it ends.
+    pub ephemeral: bool,
+}
+
+impl Policy {
+    /// The policy of a spec.
+    #[must_use]
+    pub fn of(spec: &SandboxSpec) -> Self {
+        Self {
+            restart: spec.restart,
+            on_idle: spec.on_idle,
+            idle_timeout_ms: spec.idle_timeout_ms,
+            max_duration_ms: spec.max_duration_ms,
+            stop_grace_ms: spec.stop_grace_ms,
+            ephemeral: spec.ephemeral,
+        }
+    }
+}
+
+/// How far a start has come. Each phase names what exists already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartPhase {
+    /// Nothing but the record.
+    Planned,
+    /// The image is leased.
+    ImageLeased,
+    /// Directories and the writable disk exist.
+    DisksMade,
+    /// The VM process exists; the agent is not ready yet.
+    VmSpawned,
+}
+
+/// One run of a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Its identity.
+    pub boot_id: BootId,
+    /// Whether the main workload waits for its caller.
+    pub hold_main: bool,
+    /// Whether a policy and not a person began it.
+    pub by_policy: bool,
+}
+
+/// What follows the end that is under way, before policies are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// What the policies say.
+    Settle,
+    /// The next run: somebody asked for a restart.
+    Start,
+}
+
+/// Where the sandbox is. Variants own what exists in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum State {
+    /// Recorded, never started.
+    Created,
+    /// On the way up.
+    Starting {
+        /// The run.
+        run: Run,
+        /// How far.
+        phase: StartPhase,
+        /// Somebody wants it gone again, for this cause: the phase under way is the last one.
+        abandon: Option<EndCause>,
+    },
+    /// The agent answers.
+    Running {
+        /// The run.
+        run: Run,
+        /// When it became ready, on the machine's clock.
+        ready_at_ms: u64,
+    },
+    /// The workload was asked to end.
+    Draining {
+        /// The run.
+        run: Run,
+        /// Why.
+        cause: EndCause,
+        /// What follows.
+        then: Then,
+        /// When its grace is over.
+        until_ms: u64,
+        /// How long the run had been up.
+        ran_ms: u64,
+    },
+    /// The guest flushes, or the VM is being killed.
+    Stopping {
+        /// The run.
+        run: Run,
+        /// Why.
+        cause: EndCause,
+        /// What follows.
+        then: Then,
+        /// When the kill comes, or comes again.
+        until_ms: u64,
+        /// How long the run had been up.
+        ran_ms: u64,
+    },
+    /// At rest.
+    Stopped,
+    /// At rest for idleness; the next need starts it.
+    Asleep,
+    /// At rest after a crash; no further try is due.
+    Crashed,
+    /// Backing off.
+    Restarting {
+        /// When it starts, on the machine's clock.
+        at_ms: u64,
+    },
+    /// A new daemon (or a rebuilt actor) looks for the VM of this run.
+    Recovering {
+        /// The run.
+        run: Run,
+        /// How it shows meanwhile.
+        shown: SandboxState,
+        /// The stop that was under way.
+        ending: Option<(EndCause, Then)>,
+    },
+    /// Gone; the actor ends.
+    Removed,
+}
+
+/// Who caused an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum By {
+    /// A person or program through the API.
+    User,
+    /// The creator's death.
+    Creator,
+    /// Idleness.
+    Idle,
+    /// A policy or the daemon itself.
+    Supervisor,
+    /// The guest or its VM process.
+    Guest,
+}
+
+impl By {
+    /// The word of [`msb_protocol::control::EventRecord::actor`].
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Creator => "creator",
+            Self::Idle => "idle",
+            Self::Supervisor => "supervisor",
+            Self::Guest => "guest",
+        }
+    }
+}
+
+/// What happens to a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Somebody or something needs it up.
+    Start {
+        /// Who.
+        by: By,
+        /// Whether the main workload waits for its caller.
+        hold_main: bool,
+    },
+    /// The phase under way succeeded.
+    PhaseDone(StartPhase),
+    /// The phase under way failed; nothing of it is left.
+    PhaseFailed,
+    /// The agent is ready.
+    AgentReady,
+    /// The main workload ended by itself.
+    MainExited,
+    /// The VM process is gone.
+    VmEnded {
+        /// What it or its absence says.
+        cause: EndCause,
+        /// Whether the main workload ended well.
+        success: bool,
+    },
+    /// End it with a flush.
+    Stop {
+        /// In place of the policy's grace time.
+        grace_ms: Option<u64>,
+        /// What follows.
+        then: Then,
+    },
+    /// End it now.
+    Kill,
+    /// The creator of an attached sandbox is gone.
+    CreatorGone,
+    /// The health check says it is ill.
+    Unhealthy,
+    /// The agent missed its beats.
+    AgentSilent,
+    /// Time went on.
+    Tick {
+        /// The last activity on the machine's clock; `None` while something is active.
+        last_activity_ms: Option<u64>,
+    },
+    /// Remove it.
+    Remove {
+        /// Even when it runs.
+        force: bool,
+    },
+    /// The VM of a recovered run lives.
+    Adopted {
+        /// Whether its agent is ready.
+        ready: bool,
+    },
+}
+
+impl Event {
+    fn by(self) -> By {
+        match self {
+            Self::Start { by, .. } => by,
+            Self::Stop { .. } | Self::Kill | Self::Remove { .. } => By::User,
+            Self::CreatorGone => By::Creator,
+            Self::AgentReady | Self::MainExited | Self::VmEnded { .. } => By::Guest,
+            Self::Tick { .. } | Self::PhaseDone(_) | Self::PhaseFailed | Self::Unhealthy | Self::AgentSilent | Self::Adopted { .. } => By::Supervisor,
+        }
+    }
+}
+
+/// What the actor must do, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Make the record durable, with an event, before anything below.
+    Record {
+        /// Who caused it.
+        by: By,
+        /// Why the run ended, if one did.
+        cause: Option<EndCause>,
+    },
+    /// Lease the image; answer with `PhaseDone(ImageLeased)` or `PhaseFailed`.
+    LeaseImage,
+    /// Make directories and disks; answer with `PhaseDone(DisksMade)` or `PhaseFailed`.
+    MakeDisks,
+    /// Spawn the VM process; answer with `PhaseDone(VmSpawned)` or `PhaseFailed`.
+    SpawnVm,
+    /// Give the lease back.
+    ReleaseImage,
+    /// Ask the agent to end the workload, flush and turn off.
+    Shutdown {
+        /// What the VM process is to record.
+        cause: EndCause,
+        /// Grace time of the workload.
+        grace_ms: u64,
+    },
+    /// Kill the VM process.
+    KillVm {
+        /// What it is to record.
+        cause: EndCause,
+    },
+    /// The run is over: note how.
+    EndRun {
+        /// The run.
+        boot_id: BootId,
+        /// Why.
+        cause: EndCause,
+    },
+    /// Remove every file of the sandbox, then its record.
+    RemoveFiles,
+    /// Whoever waits for `running` will not get it.
+    FailStart,
+    /// Look for the VM of the recovered run; answer with `Adopted` or `VmEnded`.
+    Adopt,
+}
+
+/// Why an event is refused. The machine is unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denial {
+    /// Another operation is under way.
+    #[error("it is {0}")]
+    Busy(&'static str),
+    /// It must rest for this.
+    #[error("it is {0}")]
+    StillRunning(&'static str),
+    /// It is being removed.
+    #[error("it is being removed")]
+    Gone,
+}
+
+/// The time and the identity that a step may use up.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// Milliseconds on a monotonic clock.
+    pub now_ms: u64,
+    /// The boot id of a run that begins in this step.
+    pub next_boot_id: BootId,
+}
+
+/// The machine of one sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    state: State,
+    policy: Policy,
+    /// Restarts since somebody last started it.
+    restarts: u32,
+    /// Ends in a row that count against the back-off and the budget.
+    failures: u32,
+    /// Whether it outlives its creator.
+    detached: bool,
+    /// Whether it goes away at the end of what is under way.
+    removing: bool,
+    /// Whether it was ever up: a sandbox that was not leaves nothing behind when its start fails.
+    ever_spawned: bool,
+}
+
+impl Machine {
+    /// A sandbox that has just been asked for.
+    #[must_use]
+    pub fn new(policy: Policy, detached: bool) -> Self {
+        Self { state: State::Created, policy, restarts: 0, failures: 0, detached, removing: false, ever_spawned: false }
+    }
+
+    /// A sandbox as the journal has it. The effects are what must be done first.
+    #[must_use]
+    pub fn recover(policy: Policy, stored: &Stored, now_ms: u64) -> (Self, Vec<Effect>) {
+        let recovering = |run, shown, ending| State::Recovering { run, shown, ending };
+        let state = match stored.state {
+            State::Starting { run, abandon, .. } => recovering(run, SandboxState::Starting, abandon.map(|cause| (cause, Then::Settle))),
+            State::Running { run, .. } => recovering(run, SandboxState::Running, None),
+            State::Draining { run, cause, then, .. } => recovering(run, SandboxState::Draining, Some((cause, then))),
+            State::Stopping { run, cause, then, .. } => recovering(run, SandboxState::Stopping, Some((cause, then))),
+            // The clock of another boot of the host says nothing here: the wait is over.
+            State::Restarting { .. } => State::Restarting { at_ms: now_ms },
+            // `always` comes back with the daemon even when somebody stopped it, as in docker.
+            State::Stopped if policy.restart == RestartPolicy::Always && !stored.removing => State::Restarting { at_ms: now_ms },
+            other => other,
+        };
+        let effects = match state {
+            State::Recovering { .. } => vec![Effect::Adopt],
+            State::Removed => vec![Effect::RemoveFiles],
+            _ if stored.removing => vec![Effect::RemoveFiles],
+            _ => Vec::new(),
+        };
+        let state = if stored.removing && !matches!(state, State::Recovering { .. }) { State::Removed } else { state };
+        let machine = Self {
+            state,
+            policy,
+            restarts: stored.restarts,
+            failures: stored.failures,
+            detached: stored.detached,
+            removing: stored.removing,
+            ever_spawned: stored.ever_spawned,
+        };
+        (machine, effects)
+    }
+
+    /// What the journal keeps.
+    #[must_use]
+    pub fn stored(&self) -> Stored {
+        Stored {
+            state: self.state,
+            restarts: self.restarts,
+            failures: self.failures,
+            detached: self.detached,
+            removing: self.removing,
+            ever_spawned: self.ever_spawned,
+        }
+    }
+
+    /// The state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The state as clients see it.
+    #[must_use]
+    pub fn shown(&self) -> SandboxState {
+        match self.state {
+            State::Created => SandboxState::Created,
+            State::Starting { .. } => SandboxState::Starting,
+            State::Running { .. } => SandboxState::Running,
+            State::Draining { .. } => SandboxState::Draining,
+            State::Stopping { .. } => SandboxState::Stopping,
+            State::Stopped | State::Removed => SandboxState::Stopped,
+            State::Asleep => SandboxState::Asleep,
+            State::Crashed => SandboxState::Crashed,
+            State::Restarting { .. } => SandboxState::Restarting,
+            State::Recovering { shown, .. } => shown,
+        }
+    }
+
+    /// The run that is on.
+    #[must_use]
+    pub fn run(&self) -> Option<Run> {
+        match self.state {
+            State::Starting { run, .. }
+            | State::Running { run, .. }
+            | State::Draining { run, .. }
+            | State::Stopping { run, .. }
+            | State::Recovering { run, .. } => Some(run),
+            _ => None,
+        }
+    }
+
+    /// Restarts since somebody last started it.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        self.restarts
+    }
+
+    /// Whether it outlives its creator.
+    #[must_use]
+    pub fn detached(&self) -> bool {
+        self.detached
+    }
+
+    /// Whether it was ever up.
+    #[must_use]
+    pub fn ever_spawned(&self) -> bool {
+        self.ever_spawned
+    }
+
+    /// Lets it outlive its creator.
+    pub fn detach(&mut self) {
+        self.detached = true;
+    }
+
+    /// When the next [`Event::Tick`] is due.
+    #[must_use]
+    pub fn deadline_ms(&self, last_activity_ms: Option<u64>) -> Option<u64> {
+        match self.state {
+            State::Running { ready_at_ms, .. } => {
+                let lifetime = self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit));
+                let idle = self.policy.idle_timeout_ms.zip(last_activity_ms).map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
+                [lifetime, idle].into_iter().flatten().min()
+            }
+            State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => Some(until_ms),
+            State::Restarting { at_ms } => Some(at_ms),
+            _ => None,
+        }
+    }
+
+    /// One step.
+    ///
+    /// # Errors
+    /// [`Denial`]; the machine is then as it was.
+    pub fn step(&mut self, event: Event, at: Moment) -> Result<Vec<Effect>, Denial> {
+        let before = self.stored();
+        let mut effects = self.transition(event, at)?;
+        if before != self.stored() {
+            let cause = effects.iter().find_map(|effect| match effect {
+                Effect::EndRun { cause, .. } => Some(*cause),
+                _ => None,
+            });
+            effects.insert(0, Effect::Record { by: event.by(), cause });
+        }
+        Ok(effects)
+    }
+
+    fn transition(&mut self, event: Event, at: Moment) -> Result<Vec<Effect>, Denial> {
+        let word = self.shown().as_str();
+        match (self.state, event) {
+            (State::Removed, Event::Start { .. } | Event::Stop { .. } | Event::Kill | Event::Remove { .. }) => Err(Denial::Gone),
+            (State::Removed, _) => Ok(Vec::new()),
+
+            // Up.
+            (State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. }, Event::Start { by, hold_main }) => {
+                if by == By::User {
+                    (self.restarts, self.failures) = (0, 0);
+                }
+                Ok(self.begin(at, hold_main, by != By::User))
+            }
+            (State::Starting { .. } | State::Running { .. }, Event::Start { .. }) => Ok(Vec::new()),
+            (_, Event::Start { .. }) => Err(Denial::Busy(word)),
+            (State::Restarting { at_ms }, Event::Tick { .. }) if at.now_ms >= at_ms => {
+                self.restarts = self.restarts.saturating_add(1);
+                Ok(self.begin(at, false, true))
+            }
+
+            // The phases of a start.
+            (State::Starting { run, phase, abandon: None }, Event::PhaseDone(done)) if done > phase => {
+                self.state = State::Starting { run, phase: done, abandon: None };
+                Ok(match done {
+                    StartPhase::Planned => Vec::new(),
+                    StartPhase::ImageLeased => vec![Effect::MakeDisks],
+                    StartPhase::DisksMade => vec![Effect::SpawnVm],
+                    StartPhase::VmSpawned => {
+                        self.ever_spawned = true;
+                        vec![Effect::ReleaseImage]
+                    }
+                })
+            }
+            (State::Starting { run, phase, abandon: Some(cause) }, Event::PhaseDone(done)) if done > phase => {
+                if done == StartPhase::VmSpawned {
+                    self.ever_spawned = true;
+                    self.state = stopping(run, cause, Then::Settle, at.now_ms.saturating_add(KILL_REPEAT_MS), 0);
+                    Ok(vec![Effect::ReleaseImage, Effect::KillVm { cause }])
+                } else {
+                    Ok(self.undo(run, done, cause))
+                }
+            }
+            (State::Starting { run, phase, abandon }, Event::PhaseFailed) => Ok(self.undo(run, phase, abandon.unwrap_or(EndCause::BootFailed))),
+            (State::Starting { run, phase: StartPhase::VmSpawned, .. }, Event::AgentReady) => {
+                self.state = State::Running { run, ready_at_ms: at.now_ms };
+                Ok(Vec::new())
+            }
+            (State::Starting { run, phase: StartPhase::VmSpawned, abandon }, Event::VmEnded { cause, success }) => {
+                let mut effects = vec![Effect::FailStart];
+                effects.extend(self.settle(run, abandon, cause, success, Then::Settle, 0, at));
+                Ok(effects)
+            }
+
+            // Down, with a flush.
+            (State::Running { run, ready_at_ms }, Event::Stop { grace_ms, then }) => Ok(self.drain(run, ready_at_ms, EndCause::StopRequested, grace_ms, then, at)),
+            (State::Running { run, ready_at_ms }, Event::CreatorGone) if !self.detached => {
+                Ok(self.drain(run, ready_at_ms, EndCause::CreatorGone, None, Then::Settle, at))
+            }
+            (State::Running { run, ready_at_ms }, Event::Unhealthy) => Ok(self.drain(run, ready_at_ms, EndCause::Unhealthy, None, Then::Settle, at)),
+            (State::Running { run, ready_at_ms }, Event::Tick { last_activity_ms }) => {
+                let over = |limit: Option<u64>, since: Option<u64>| limit.zip(since).is_some_and(|(limit, since)| at.now_ms >= since.saturating_add(limit));
+                if over(self.policy.max_duration_ms, Some(ready_at_ms)) {
+                    Ok(self.drain(run, ready_at_ms, EndCause::MaxDuration, None, Then::Settle, at))
+                } else if over(self.policy.idle_timeout_ms, last_activity_ms.map(|last| last.max(ready_at_ms))) {
+                    Ok(self.drain(run, ready_at_ms, EndCause::Idle, None, Then::Settle, at))
+                } else {
+                    Ok(Vec::new())
+                }
+            }
+            (State::Running { run, ready_at_ms }, Event::MainExited) => {
+                let ran_ms = at.now_ms.saturating_sub(ready_at_ms);
+                self.state = stopping(run, EndCause::Completed, Then::Settle, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
+                Ok(Vec::new())
+            }
+            (State::Draining { run, cause, then, ran_ms, .. }, Event::MainExited) => {
+                self.state = stopping(run, cause, then, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
+                Ok(Vec::new())
+            }
+            (State::Draining { run, cause, then, until_ms, ran_ms }, Event::Tick { .. }) if at.now_ms >= until_ms => {
+                // The agent kills the workload at the same moment by its own clock and then flushes.
+                self.state = stopping(run, cause, then, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
+                Ok(Vec::new())
+            }
+            (State::Stopping { run, cause, then, until_ms, ran_ms }, Event::Tick { .. }) if at.now_ms >= until_ms => {
+                self.state = stopping(run, cause, then, at.now_ms.saturating_add(KILL_REPEAT_MS), ran_ms);
+                let cause = if cause.is_crash() { cause } else { EndCause::Killed };
+                Ok(vec![Effect::KillVm { cause }])
+            }
+            // A person's stop outranks the stop under way: what it leads to is now that person's business.
+            (State::Draining { run, until_ms, ran_ms, .. }, Event::Stop { grace_ms, then }) => {
+                let until_ms = grace_ms.map_or(until_ms, |grace| until_ms.min(at.now_ms.saturating_add(grace)));
+                self.state = State::Draining { run, cause: EndCause::StopRequested, then, until_ms, ran_ms };
+                Ok(Vec::new())
+            }
+            (State::Stopping { run, until_ms, ran_ms, .. }, Event::Stop { then, .. }) => {
+                self.state = stopping(run, EndCause::StopRequested, then, until_ms, ran_ms);
+                Ok(Vec::new())
+            }
+            (State::Restarting { .. } | State::Asleep, Event::Stop { then: Then::Settle, .. } | Event::Kill) => Ok(self.rest(State::Stopped)),
+            (State::Restarting { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
+            (State::Asleep, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
+            (State::Created | State::Stopped | State::Crashed | State::Asleep | State::Restarting { .. }, Event::Stop { then: Then::Start, .. }) => {
+                (self.restarts, self.failures) = (0, 0);
+                Ok(self.begin(at, false, false))
+            }
+            (State::Created | State::Stopped | State::Crashed, Event::Stop { .. } | Event::Kill) => Ok(Vec::new()),
+
+            // Down, at once. A guest that is not up has nothing to flush.
+            (State::Starting { run, phase, .. }, Event::Stop { .. } | Event::Kill) => Ok(self.abandon(run, phase, EndCause::StopRequested, at)),
+            (State::Starting { run, phase, .. }, Event::CreatorGone) if !self.detached => Ok(self.abandon(run, phase, EndCause::CreatorGone, at)),
+            (State::Running { run, ready_at_ms }, Event::Kill) => Ok(self.kill(run, EndCause::Killed, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at)),
+            (State::Draining { run, ran_ms, .. } | State::Stopping { run, ran_ms, .. }, Event::Kill) => Ok(self.kill(run, EndCause::Killed, Then::Settle, ran_ms, at)),
+            (State::Running { run, ready_at_ms }, Event::AgentSilent) => {
+                Ok(self.kill(run, EndCause::AgentLost, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
+            }
+
+            // The end of a run.
+            (State::Running { run, ready_at_ms }, Event::VmEnded { cause, success }) => {
+                Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
+            }
+            (
+                State::Draining { run, cause: wanted, then, ran_ms, .. } | State::Stopping { run, cause: wanted, then, ran_ms, .. },
+                Event::VmEnded { cause, success },
+            ) => Ok(self.settle(run, Some(wanted), cause, success, then, ran_ms, at)),
+
+            // A new daemon.
+            (State::Recovering { run, ending: None, .. }, Event::Adopted { ready }) => {
+                self.ever_spawned = true;
+                if self.removing {
+                    return Ok(self.kill(run, EndCause::Killed, Then::Settle, 0, at));
+                }
+                self.state = if ready {
+                    State::Running { run, ready_at_ms: at.now_ms }
+                } else {
+                    State::Starting { run, phase: StartPhase::VmSpawned, abandon: None }
+                };
+                Ok(Vec::new())
+            }
+            (State::Recovering { run, ending: Some((cause, then)), .. }, Event::Adopted { ready }) => {
+                self.ever_spawned = true;
+                if ready {
+                    Ok(self.drain(run, at.now_ms, cause, None, then, at))
+                } else {
+                    Ok(self.kill(run, cause, then, 0, at))
+                }
+            }
+            (State::Recovering { run, shown, ending }, Event::VmEnded { cause, success }) => {
+                if shown == SandboxState::Starting && !self.ever_spawned {
+                    return Ok(self.undo(run, StartPhase::DisksMade, cause));
+                }
+                let (wanted, then) = ending.map_or((None, Then::Settle), |(cause, then)| (Some(cause), then));
+                Ok(self.settle(run, wanted, cause, success, then, 0, at))
+            }
+            (State::Recovering { .. }, Event::Stop { .. } | Event::Kill | Event::Remove { force: true }) => Err(Denial::Busy(word)),
+
+            // Away.
+            (State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. }, Event::Remove { .. }) => {
+                self.removing = true;
+                Ok(self.rest(State::Stopped))
+            }
+            (_, Event::Remove { force: false }) => Err(Denial::StillRunning(word)),
+            (State::Starting { run, phase, .. }, Event::Remove { force: true }) => {
+                self.removing = true;
+                Ok(self.abandon(run, phase, EndCause::Killed, at))
+            }
+            (State::Running { run, .. } | State::Draining { run, .. } | State::Stopping { run, .. }, Event::Remove { force: true }) => {
+                self.removing = true;
+                Ok(self.kill(run, EndCause::Killed, Then::Settle, 0, at))
+            }
+
+            // Late or early news of something that is no longer so.
+            (
+                _,
+                Event::PhaseDone(_)
+                | Event::PhaseFailed
+                | Event::AgentReady
+                | Event::MainExited
+                | Event::VmEnded { .. }
+                | Event::CreatorGone
+                | Event::Unhealthy
+                | Event::AgentSilent
+                | Event::Tick { .. }
+                | Event::Adopted { .. },
+            ) => Ok(Vec::new()),
+        }
+    }
+
+    fn begin(&mut self, at: Moment, hold_main: bool, by_policy: bool) -> Vec<Effect> {
+        let run = Run { boot_id: at.next_boot_id, hold_main, by_policy };
+        self.state = State::Starting { run, phase: StartPhase::Planned, abandon: None };
+        vec![Effect::LeaseImage]
+    }
+
+    /// Takes apart what the phases before the VM made, newest first.
+    fn undo(&mut self, run: Run, phase: StartPhase, cause: EndCause) -> Vec<Effect> {
+        let mut effects = vec![Effect::FailStart, Effect::EndRun { boot_id: run.boot_id, cause }];
+        if phase >= StartPhase::ImageLeased {
+            effects.push(Effect::ReleaseImage);
+        }
+        // Disks are a part of the sandbox once it ran; before that they vanish with it.
+        if !self.ever_spawned {
+            self.removing = true;
+        }
+        let rest = if cause.is_crash() { State::Crashed } else { State::Stopped };
+        effects.extend(self.rest(rest));
+        effects
+    }
+
+    fn abandon(&mut self, run: Run, phase: StartPhase, cause: EndCause, at: Moment) -> Vec<Effect> {
+        if phase == StartPhase::VmSpawned {
+            let mut effects = vec![Effect::FailStart];
+            effects.extend(self.kill(run, cause, Then::Settle, 0, at));
+            return effects;
+        }
+        self.state = State::Starting { run, phase, abandon: Some(cause) };
+        Vec::new()
+    }
+
+    fn drain(&mut self, run: Run, ready_at_ms: u64, cause: EndCause, grace_ms: Option<u64>, then: Then, at: Moment) -> Vec<Effect> {
+        let grace_ms = grace_ms.unwrap_or(self.policy.stop_grace_ms);
+        let (until_ms, ran_ms) = (at.now_ms.saturating_add(grace_ms), at.now_ms.saturating_sub(ready_at_ms));
+        self.state = State::Draining { run, cause, then, until_ms, ran_ms };
+        vec![Effect::Shutdown { cause, grace_ms }]
+    }
+
+    fn kill(&mut self, run: Run, cause: EndCause, then: Then, ran_ms: u64, at: Moment) -> Vec<Effect> {
+        self.state = stopping(run, cause, then, at.now_ms.saturating_add(KILL_REPEAT_MS), ran_ms);
+        vec![Effect::KillVm { cause }]
+    }
+
+    /// What follows an end. The only place that asks the policies.
+    #[expect(clippy::too_many_arguments, reason = "each is one fact of the end, and all of them decide")]
+    fn settle(&mut self, run: Run, wanted: Option<EndCause>, seen: EndCause, success: bool, then: Then, ran_ms: u64, at: Moment) -> Vec<Effect> {
+        // What was seen is told; what was wanted decides what follows.
+        let told = match wanted {
+            Some(wanted) if !seen.is_crash() && seen != EndCause::Killed => wanted,
+            _ => seen,
+        };
+        let decisive = wanted.unwrap_or(seen);
+        let mut effects = vec![Effect::EndRun { boot_id: run.boot_id, cause: told }];
+        if ran_ms >= STEADY_AFTER_MS {
+            self.failures = 0;
+        }
+        if self.removing {
+            effects.extend(self.rest(State::Stopped));
+            return effects;
+        }
+        if then == Then::Start {
+            (self.restarts, self.failures) = (0, 0);
+            effects.extend(self.begin(at, false, false));
+            return effects;
+        }
+        let verdict = match decisive {
+            EndCause::Idle => match self.policy.on_idle {
+                OnIdle::Stop => State::Asleep,
+                OnIdle::Restart => State::Restarting { at_ms: at.now_ms },
+            },
+            EndCause::StopRequested | EndCause::Killed | EndCause::MaxDuration | EndCause::CreatorGone => State::Stopped,
+            EndCause::Completed => self.after_exit(success, at),
+            EndCause::HostShutdown => match self.policy.restart {
+                RestartPolicy::Always | RestartPolicy::UnlessStopped => State::Restarting { at_ms: at.now_ms },
+                _ => State::Stopped,
+            },
+            // A first start that fails is its caller's business; a later one is the policy's.
+            EndCause::BootFailed if !run.by_policy => State::Crashed,
+            _ => self.after_crash(at),
+        };
+        match verdict {
+            State::Restarting { .. } => self.state = verdict,
+            rest => effects.extend(self.rest(rest)),
+        }
+        effects
+    }
+
+    fn after_exit(&mut self, success: bool, at: Moment) -> State {
+        match self.policy.restart {
+            RestartPolicy::Default | RestartPolicy::No => State::Stopped,
+            RestartPolicy::OnFailure { .. } if success => State::Stopped,
+            RestartPolicy::OnFailure { max_retries } => self.back_off(max_retries, State::Stopped, at),
+            RestartPolicy::Always | RestartPolicy::UnlessStopped => self.back_off(None, State::Stopped, at),
+        }
+    }
+
+    fn after_crash(&mut self, at: Moment) -> State {
+        match self.policy.restart {
+            RestartPolicy::Default if self.detached => self.back_off(Some(CRASH_BUDGET), State::Crashed, at),
+            RestartPolicy::Default | RestartPolicy::No => State::Crashed,
+            RestartPolicy::OnFailure { max_retries } => self.back_off(max_retries, State::Crashed, at),
+            RestartPolicy::Always | RestartPolicy::UnlessStopped => self.back_off(None, State::Crashed, at),
+        }
+    }
+
+    fn back_off(&mut self, budget: Option<u32>, spent: State, at: Moment) -> State {
+        if budget.is_some_and(|budget| self.failures >= budget) {
+            return spent;
+        }
+        let wait_ms = back_off_ms(self.failures);
+        self.failures = self.failures.saturating_add(1);
+        State::Restarting { at_ms: at.now_ms.saturating_add(wait_ms) }
+    }
+
+    fn rest(&mut self, state: State) -> Vec<Effect> {
+        // Sleep is not an end: an ephemeral sandbox that sleeps is still wanted.
+        if self.removing || (self.policy.ephemeral && state != State::Asleep) {
+            self.removing = true;
+            self.state = State::Removed;
+            return vec![Effect::RemoveFiles];
+        }
+        self.state = state;
+        Vec::new()
+    }
+}
+
+/// What the journal keeps of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// The state.
+    pub state: State,
+    /// Restarts since somebody last started it.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Failures in a row.
+    #[serde(default)]
+    pub failures: u32,
+    /// Whether it outlives its creator.
+    #[serde(default)]
+    pub detached: bool,
+    /// Whether its removal has begun.
+    #[serde(default)]
+    pub removing: bool,
+    /// Whether it was ever up.
+    #[serde(default)]
+    pub ever_spawned: bool,
+}
+
+/// The wait before a restart after this many failures in a row, in milliseconds.
+#[must_use]
+pub fn back_off_ms(failures: u32) -> u64 {
+    BACK_OFF_FIRST_MS.checked_shl(failures.min(20)).unwrap_or(BACK_OFF_MAX_MS).min(BACK_OFF_MAX_MS)
+}
+
+fn stopping(run: Run, cause: EndCause, then: Then, until_ms: u64, ran_ms: u64) -> State {
+    State::Stopping { run, cause, then, until_ms, ran_ms }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

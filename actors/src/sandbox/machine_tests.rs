@@ -1,0 +1,430 @@
+//! The machine's table as a snapshot, its rules as cases, its invariants as properties.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn boot(number: u128) -> BootId {
+    BootId(uuid::Uuid::from_u128(number))
+}
+
+fn at(now_ms: u64) -> Moment {
+    Moment { now_ms, next_boot_id: boot(2) }
+}
+
+fn policy() -> Policy {
+    Policy {
+        restart: RestartPolicy::Default,
+        on_idle: OnIdle::Stop,
+        idle_timeout_ms: Some(5_000),
+        max_duration_ms: Some(60_000),
+        stop_grace_ms: 8_000,
+        ephemeral: false,
+    }
+}
+
+fn run() -> Run {
+    Run { boot_id: boot(1), hold_main: false, by_policy: false }
+}
+
+fn all_states() -> Vec<(&'static str, State)> {
+    let starting = |phase, abandon| State::Starting { run: run(), phase, abandon };
+    vec![
+        ("created", State::Created),
+        ("starting/planned", starting(StartPhase::Planned, None)),
+        ("starting/image_leased", starting(StartPhase::ImageLeased, None)),
+        ("starting/disks_made", starting(StartPhase::DisksMade, None)),
+        ("starting/disks_made, abandoned", starting(StartPhase::DisksMade, Some(EndCause::StopRequested))),
+        ("starting/vm_spawned", starting(StartPhase::VmSpawned, None)),
+        ("running", State::Running { run: run(), ready_at_ms: 0 }),
+        ("draining/idle", State::Draining { run: run(), cause: EndCause::Idle, then: Then::Settle, until_ms: 8_000, ran_ms: 0 }),
+        ("stopping/stop_requested", stopping(run(), EndCause::StopRequested, Then::Settle, 8_000, 0)),
+        ("stopping/completed", stopping(run(), EndCause::Completed, Then::Settle, 8_000, 0)),
+        ("stopped", State::Stopped),
+        ("asleep", State::Asleep),
+        ("restarting", State::Restarting { at_ms: 10_000 }),
+        ("crashed", State::Crashed),
+        ("recovering/running", State::Recovering { run: run(), shown: SandboxState::Running, ending: None }),
+        ("recovering/stopping", State::Recovering { run: run(), shown: SandboxState::Stopping, ending: Some((EndCause::StopRequested, Then::Settle)) }),
+        ("removed", State::Removed),
+    ]
+}
+
+fn all_events() -> Vec<(&'static str, Event)> {
+    vec![
+        ("start", Event::Start { by: By::User, hold_main: false }),
+        ("image leased", Event::PhaseDone(StartPhase::ImageLeased)),
+        ("disks made", Event::PhaseDone(StartPhase::DisksMade)),
+        ("vm spawned", Event::PhaseDone(StartPhase::VmSpawned)),
+        ("phase failed", Event::PhaseFailed),
+        ("agent ready", Event::AgentReady),
+        ("main exited", Event::MainExited),
+        ("vm ended: completed", Event::VmEnded { cause: EndCause::Completed, success: true }),
+        ("vm ended: vmm_crash", Event::VmEnded { cause: EndCause::VmmCrash, success: false }),
+        ("stop", Event::Stop { grace_ms: None, then: Then::Settle }),
+        ("restart", Event::Stop { grace_ms: None, then: Then::Start }),
+        ("kill", Event::Kill),
+        ("creator gone", Event::CreatorGone),
+        ("unhealthy", Event::Unhealthy),
+        ("agent silent", Event::AgentSilent),
+        ("tick, nothing due", Event::Tick { last_activity_ms: None }),
+        ("tick, all due", Event::Tick { last_activity_ms: Some(0) }),
+        ("remove", Event::Remove { force: false }),
+        ("remove by force", Event::Remove { force: true }),
+        ("adopted", Event::Adopted { ready: true }),
+    ]
+}
+
+fn machine_in(state: State) -> Machine {
+    let ever_spawned = !matches!(state, State::Created | State::Starting { .. });
+    Machine { state, ever_spawned, ..Machine::new(policy(), false) }
+}
+
+fn show_effects(effects: &[Effect]) -> String {
+    let words: Vec<String> = effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Record { .. } => None,
+            Effect::Shutdown { cause, .. } => Some(format!("shutdown({})", cause.as_str())),
+            Effect::KillVm { cause } => Some(format!("kill_vm({})", cause.as_str())),
+            Effect::EndRun { cause, .. } => Some(format!("end_run({})", cause.as_str())),
+            Effect::LeaseImage => Some("lease_image".into()),
+            Effect::MakeDisks => Some("make_disks".into()),
+            Effect::SpawnVm => Some("spawn_vm".into()),
+            Effect::ReleaseImage => Some("release_image".into()),
+            Effect::RemoveFiles => Some("remove_files".into()),
+            Effect::FailStart => Some("fail_start".into()),
+            Effect::Adopt => Some("adopt".into()),
+        })
+        .collect();
+    words.join(" ")
+}
+
+fn show_state(machine: &Machine) -> String {
+    match machine.state {
+        State::Starting { phase, abandon, .. } => {
+            format!("starting/{}{}", serde_json::to_value(phase).unwrap().as_str().unwrap(), if abandon.is_some() { ", abandoned" } else { "" })
+        }
+        State::Draining { cause, then, .. } => format!("draining/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" }),
+        State::Stopping { cause, then, .. } => format!("stopping/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" }),
+        State::Recovering { shown, .. } => format!("recovering/{}", shown.as_str()),
+        State::Removed => "removed".into(),
+        _ => machine.shown().as_str().into(),
+    }
+}
+
+/// The whole table: an attached, named sandbox with an idle timeout of 5 s and a maximum duration of 60 s.
+fn table() -> String {
+    let mut text = String::from("| in state | on | goes to | and does |\n|---|---|---|---|\n");
+    for (state_name, state) in all_states() {
+        for (event_name, event) in all_events() {
+            let mut machine = machine_in(state);
+            // `nothing due` is early; everything else happens late enough for every limit but the maximum duration.
+            let now_ms = if event_name == "tick, nothing due" { 1 } else { 20_000 };
+            let outcome = machine.step(event, at(now_ms));
+            let (to, does) = match outcome {
+                Ok(effects) if effects.is_empty() && machine.state == state => continue,
+                Ok(effects) => (show_state(&machine), show_effects(&effects)),
+                Err(denial) => ("refused".into(), denial.to_string()),
+            };
+            writeln!(text, "| {state_name} | {event_name} | {to} | {does} |").unwrap();
+        }
+    }
+    text
+}
+
+#[test]
+fn the_whole_table() {
+    insta::assert_snapshot!("table", table());
+}
+
+#[test]
+fn the_documentation_has_this_table() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/lifecycle.md");
+    let begin = "<!-- table of actors/src/sandbox/machine.rs -->\n";
+    let end = "<!-- end of table -->\n";
+    let document = std::fs::read_to_string(path).expect("docs/lifecycle.md");
+    let (head, rest) = document.split_once(begin).expect("the table's beginning");
+    let (body, tail) = rest.split_once(end).expect("the table's end");
+    if std::env::var_os("MSB_UPDATE_DOCS").is_some() {
+        std::fs::write(path, format!("{head}{begin}{}{end}{tail}", table())).unwrap();
+        return;
+    }
+    assert!(body == table(), "docs/lifecycle.md is not what the machine does; write it anew with MSB_UPDATE_DOCS=1");
+}
+
+/// Drives a machine from `created` up to `running`.
+fn running(policy: Policy, detached: bool) -> Machine {
+    let mut machine = Machine::new(policy, detached);
+    machine.step(Event::Start { by: By::User, hold_main: false }, at(0)).unwrap();
+    bring_up(&mut machine, 0);
+    machine
+}
+
+fn bring_up(machine: &mut Machine, now_ms: u64) {
+    for phase in [StartPhase::ImageLeased, StartPhase::DisksMade, StartPhase::VmSpawned] {
+        machine.step(Event::PhaseDone(phase), at(now_ms)).unwrap();
+    }
+    machine.step(Event::AgentReady, at(now_ms)).unwrap();
+    assert_eq!(machine.shown(), SandboxState::Running);
+}
+
+fn ended(cause: EndCause, success: bool) -> Event {
+    Event::VmEnded { cause, success }
+}
+
+#[test]
+fn what_follows_an_end_is_what_docker_says() {
+    use RestartPolicy::{Always, Default as Standard, No, OnFailure, UnlessStopped};
+    let three = OnFailure { max_retries: Some(3) };
+    for (restart, detached, cause, success, expected) in [
+        (Standard, true, EndCause::Completed, false, SandboxState::Stopped),
+        (Standard, true, EndCause::VmmCrash, false, SandboxState::Restarting),
+        (Standard, false, EndCause::VmmCrash, false, SandboxState::Crashed),
+        (No, true, EndCause::VmmCrash, false, SandboxState::Crashed),
+        (No, true, EndCause::Completed, true, SandboxState::Stopped),
+        (three, true, EndCause::Completed, true, SandboxState::Stopped),
+        (three, true, EndCause::Completed, false, SandboxState::Restarting),
+        (three, false, EndCause::GuestPanic, false, SandboxState::Restarting),
+        (Always, true, EndCause::Completed, true, SandboxState::Restarting),
+        (UnlessStopped, true, EndCause::Completed, true, SandboxState::Restarting),
+        (Always, true, EndCause::StopRequested, true, SandboxState::Stopped),
+        (Always, true, EndCause::Idle, true, SandboxState::Asleep),
+        (Always, true, EndCause::MaxDuration, true, SandboxState::Stopped),
+        (Always, true, EndCause::HostShutdown, false, SandboxState::Restarting),
+        (Standard, true, EndCause::HostShutdown, false, SandboxState::Stopped),
+    ] {
+        let mut machine = running(Policy { restart, ..policy() }, detached);
+        machine.step(ended(cause, success), at(10)).unwrap();
+        assert_eq!(machine.shown(), expected, "{restart:?} {detached} {cause:?} {success}");
+    }
+}
+
+#[test]
+fn the_crash_budget_is_five_with_doubling_waits_and_steady_running_resets_it() {
+    let mut machine = running(Policy { max_duration_ms: None, idle_timeout_ms: None, ..policy() }, true);
+    let mut now = 0;
+    for failure in 0..CRASH_BUDGET {
+        machine.step(ended(EndCause::VmmCrash, false), at(now)).unwrap();
+        let State::Restarting { at_ms } = machine.state else { panic!("{:?}", machine.state) };
+        assert_eq!(at_ms - now, 100 << failure);
+        assert!(machine.step(Event::Tick { last_activity_ms: None }, at(at_ms - 1)).unwrap().is_empty());
+        now = at_ms;
+        machine.step(Event::Tick { last_activity_ms: None }, at(now)).unwrap();
+        bring_up(&mut machine, now);
+        assert_eq!(machine.restarts(), failure + 1);
+    }
+    let mut spent = machine.clone();
+    spent.step(ended(EndCause::VmmCrash, false), at(now + STEADY_AFTER_MS - 1)).unwrap();
+    assert_eq!(spent.shown(), SandboxState::Crashed);
+    machine.step(ended(EndCause::VmmCrash, false), at(now + STEADY_AFTER_MS)).unwrap();
+    assert_eq!(machine.state, State::Restarting { at_ms: now + STEADY_AFTER_MS + BACK_OFF_FIRST_MS });
+}
+
+#[test]
+fn waits_double_to_a_minute() {
+    assert_eq!([0, 1, 2, 9, 10, 40].map(back_off_ms), [100, 200, 400, 51_200, 60_000, 60_000]);
+}
+
+#[test]
+fn idleness_counts_from_the_later_of_ready_and_activity_and_never_during_activity() {
+    let mut machine = running(policy(), true);
+    assert_eq!(machine.deadline_ms(Some(2_000)), Some(7_000));
+    assert_eq!(machine.deadline_ms(None), Some(60_000));
+    assert!(machine.step(Event::Tick { last_activity_ms: None }, at(50_000)).unwrap().is_empty());
+    assert!(machine.step(Event::Tick { last_activity_ms: Some(46_000) }, at(50_000)).unwrap().is_empty());
+    let effects = machine.step(Event::Tick { last_activity_ms: Some(45_000) }, at(50_000)).unwrap();
+    assert!(effects.contains(&Effect::Shutdown { cause: EndCause::Idle, grace_ms: 8_000 }));
+    machine.step(ended(EndCause::Completed, true), at(50_010)).unwrap();
+    assert_eq!(machine.shown(), SandboxState::Asleep);
+    machine.step(Event::Start { by: By::Supervisor, hold_main: false }, at(60_000)).unwrap();
+    assert_eq!(machine.shown(), SandboxState::Starting);
+}
+
+#[test]
+fn a_crash_during_a_wanted_stop_is_told_and_not_restarted() {
+    let mut machine = running(policy(), true);
+    machine.step(Event::Stop { grace_ms: None, then: Then::Settle }, at(1)).unwrap();
+    let effects = machine.step(ended(EndCause::GuestPanic, false), at(2)).unwrap();
+    assert!(effects.contains(&Effect::EndRun { boot_id: boot(2), cause: EndCause::GuestPanic }));
+    assert_eq!(machine.shown(), SandboxState::Stopped);
+}
+
+#[test]
+fn a_restart_is_a_stop_and_then_a_start_with_a_new_run() {
+    let mut machine = running(policy(), true);
+    machine.step(Event::Stop { grace_ms: Some(1), then: Then::Start }, at(1)).unwrap();
+    let effects = machine.step(ended(EndCause::StopRequested, true), Moment { now_ms: 2, next_boot_id: boot(3) }).unwrap();
+    assert!(effects.contains(&Effect::LeaseImage));
+    assert_eq!(machine.run().unwrap().boot_id, boot(3));
+}
+
+#[test]
+fn a_first_start_that_fails_before_its_vm_leaves_nothing_and_a_later_one_keeps_the_sandbox() {
+    for phases in 0..3 {
+        let mut machine = Machine::new(policy(), true);
+        machine.step(Event::Start { by: By::User, hold_main: false }, at(0)).unwrap();
+        for phase in [StartPhase::ImageLeased, StartPhase::DisksMade].into_iter().take(phases) {
+            machine.step(Event::PhaseDone(phase), at(0)).unwrap();
+        }
+        let effects = machine.step(Event::PhaseFailed, at(1)).unwrap();
+        assert_eq!(machine.state, State::Removed);
+        assert_eq!(effects.contains(&Effect::ReleaseImage), phases > 0);
+        assert!(effects.ends_with(&[Effect::RemoveFiles]));
+    }
+    let mut machine = running(policy(), true);
+    machine.step(ended(EndCause::Completed, true), at(1)).unwrap();
+    machine.step(Event::Start { by: By::User, hold_main: false }, at(2)).unwrap();
+    machine.step(Event::PhaseFailed, at(3)).unwrap();
+    assert_eq!(machine.shown(), SandboxState::Crashed);
+}
+
+#[test]
+fn an_ephemeral_sandbox_vanishes_at_its_end_but_not_in_its_sleep() {
+    let ephemeral = Policy { ephemeral: true, ..policy() };
+    for (cause, gone) in [(EndCause::Completed, true), (EndCause::VmmCrash, true), (EndCause::CreatorGone, true), (EndCause::Idle, false)] {
+        let mut machine = running(ephemeral.clone(), false);
+        machine.step(ended(cause, true), at(1)).unwrap();
+        assert_eq!(machine.state == State::Removed, gone, "{cause:?}");
+    }
+}
+
+#[test]
+fn a_recovered_record_looks_for_its_vm_and_goes_on_from_what_it_finds() {
+    let live = running(policy(), true);
+    let (mut machine, effects) = Machine::recover(policy(), &live.stored(), 500);
+    assert_eq!((effects, machine.shown()), (vec![Effect::Adopt], SandboxState::Running));
+    machine.step(Event::Adopted { ready: true }, at(500)).unwrap();
+    assert_eq!(machine.state, State::Running { run: live.run().unwrap(), ready_at_ms: 500 });
+
+    let (mut machine, _) = Machine::recover(policy(), &live.stored(), 500);
+    machine.step(ended(EndCause::VmmCrash, false), at(500)).unwrap();
+    assert_eq!(machine.shown(), SandboxState::Restarting);
+
+    let mut half = Machine::new(policy(), true);
+    half.step(Event::Start { by: By::User, hold_main: false }, at(0)).unwrap();
+    let (mut machine, _) = Machine::recover(policy(), &half.stored(), 500);
+    let effects = machine.step(ended(EndCause::VmmCrash, false), at(500)).unwrap();
+    assert_eq!(machine.state, State::Removed);
+    assert!(effects.ends_with(&[Effect::RemoveFiles]));
+
+    let (machine, _) = Machine::recover(Policy { restart: RestartPolicy::Always, ..policy() }, &Stored { state: State::Stopped, ..live.stored() }, 500);
+    assert_eq!(machine.shown(), SandboxState::Restarting);
+}
+
+fn event_strategy() -> impl Strategy<Value = Event> {
+    let causes = prop::sample::select(vec![
+        EndCause::Completed, EndCause::StopRequested, EndCause::Killed, EndCause::GuestPanic, EndCause::BootFailed, EndCause::VmmCrash, EndCause::HostShutdown,
+    ]);
+    prop_oneof![
+        any::<bool>().prop_map(|user| Event::Start { by: if user { By::User } else { By::Supervisor }, hold_main: false }),
+        Just(Event::PhaseFailed),
+        Just(Event::PhaseDone(StartPhase::VmSpawned)),
+        Just(Event::AgentReady),
+        Just(Event::MainExited),
+        (causes, any::<bool>()).prop_map(|(cause, success)| Event::VmEnded { cause, success }),
+        any::<bool>().prop_map(|start| Event::Stop { grace_ms: None, then: if start { Then::Start } else { Then::Settle } }),
+        Just(Event::Kill),
+        Just(Event::CreatorGone),
+        Just(Event::Unhealthy),
+        Just(Event::AgentSilent),
+        prop::option::of(0u64..100_000).prop_map(|last_activity_ms| Event::Tick { last_activity_ms }),
+        any::<bool>().prop_map(|force| Event::Remove { force }),
+    ]
+}
+
+/// A world that answers effects as the glue would: phases are under way or not, a VM exists or not.
+#[derive(Default)]
+struct World {
+    phase_under_way: Option<StartPhase>,
+    vm: bool,
+    begun: BTreeSet<BootId>,
+    over: BTreeSet<BootId>,
+    leased: bool,
+}
+
+impl World {
+    fn take(&mut self, machine: &Machine, effects: &[Effect]) {
+        for effect in effects {
+            match effect {
+                Effect::LeaseImage => {
+                    assert!(self.phase_under_way.is_none() && !self.vm, "a run begins while another is on");
+                    let fresh = self.begun.insert(machine.run().expect("a run").boot_id);
+                    assert!(fresh, "a boot id is used twice");
+                    self.phase_under_way = Some(StartPhase::ImageLeased);
+                }
+                Effect::MakeDisks => self.phase_under_way = Some(StartPhase::DisksMade),
+                Effect::SpawnVm => self.phase_under_way = Some(StartPhase::VmSpawned),
+                Effect::ReleaseImage => {
+                    assert!(self.leased, "a lease is given back that nobody holds");
+                    self.leased = false;
+                }
+                Effect::KillVm { .. } | Effect::Shutdown { .. } => assert!(self.vm, "nobody is there to be stopped"),
+                Effect::EndRun { boot_id, .. } => {
+                    assert!(self.begun.contains(boot_id) && self.over.insert(*boot_id), "a run ends that never began, or twice");
+                }
+                Effect::RemoveFiles => assert!(!self.vm && self.phase_under_way.is_none(), "files go while something uses them"),
+                Effect::Record { .. } | Effect::FailStart | Effect::Adopt => {}
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_for_every_sequence(
+        events in prop::collection::vec((event_strategy(), 0u64..20_000), 1..80),
+        detached in any::<bool>(),
+        ephemeral in any::<bool>(),
+        restart in prop::sample::select(vec![
+            RestartPolicy::Default, RestartPolicy::No, RestartPolicy::OnFailure { max_retries: Some(2) }, RestartPolicy::Always, RestartPolicy::UnlessStopped,
+        ]),
+        idle_restarts in any::<bool>(),
+    ) {
+        let on_idle = if idle_restarts { OnIdle::Restart } else { OnIdle::Stop };
+        let mut machine = Machine::new(Policy { restart, ephemeral, on_idle, ..policy() }, detached);
+        let (mut world, mut now, mut boots) = (World::default(), 0, 1u128);
+        for (event, pause) in events {
+            now += pause;
+            // The world decides whether news of phases and VMs can be true at all.
+            let event = match event {
+                Event::PhaseDone(_) => match world.phase_under_way.take() {
+                    Some(phase) => {
+                        world.leased |= phase == StartPhase::ImageLeased;
+                        world.vm |= phase == StartPhase::VmSpawned;
+                        Event::PhaseDone(phase)
+                    }
+                    None => continue,
+                },
+                Event::PhaseFailed if world.phase_under_way.take().is_none() => continue,
+                Event::AgentReady | Event::MainExited if !world.vm => continue,
+                Event::VmEnded { .. } if !std::mem::take(&mut world.vm) => continue,
+                other => other,
+            };
+            boots += 1;
+            let before = machine.clone();
+            match machine.step(event, Moment { now_ms: now, next_boot_id: boot(boots) }) {
+                Ok(effects) => {
+                    // Effects happen before a lease is counted as held by the phase that just ended.
+                    world.take(&machine, &effects);
+                    if before.stored() != machine.stored() {
+                        prop_assert!(matches!(effects.first(), Some(Effect::Record { .. })), "a change nobody records");
+                    }
+                }
+                Err(_) => prop_assert_eq!(&machine, &before, "a refused event changed something"),
+            }
+            let resting = machine.shown().is_resting() || machine.shown() == SandboxState::Restarting;
+            prop_assert!(!(resting && world.vm), "at rest with a VM: {:?}", machine.state);
+            prop_assert_eq!(machine.run().is_some(), world.begun.len() > world.over.len());
+            prop_assert!(world.begun.len() - world.over.len() <= 1);
+            if matches!(machine.state, State::Draining { .. } | State::Stopping { .. } | State::Restarting { .. }) {
+                prop_assert!(machine.deadline_ms(None).is_some(), "nothing would ever end this state");
+            }
+        }
+    }
+}
