@@ -184,11 +184,20 @@ pub enum Finding {
         /// Million guest instructions a second in a loop.
         speed_mips: f64,
     },
-    /// It cannot run an instruction every kernel needs.
-    Broken(String),
+    /// It cannot run an instruction every kernel needs, or not even a scratch VM.
+    Broken {
+        /// What failed.
+        what: String,
+        /// Million guest instructions a second, if it came to a measurement.
+        speed_mips: Option<f64>,
+    },
 }
 
 impl Finding {
+    fn broken(what: String) -> Self {
+        Self::Broken { what, speed_mips: None }
+    }
+
     /// Whether engine kvm may be used.
     pub fn is_usable(&self) -> bool {
         matches!(self, Self::Usable { .. })
@@ -198,7 +207,8 @@ impl Finding {
     pub fn speed_mips(&self) -> Option<f64> {
         match self {
             Self::Usable { speed_mips } | Self::Emulated { speed_mips } => Some(*speed_mips),
-            _ => None,
+            Self::Broken { speed_mips, .. } => *speed_mips,
+            Self::Missing | Self::Forbidden { .. } | Self::Unopenable(_) | Self::Lacking(_) => None,
         }
     }
 }
@@ -222,7 +232,11 @@ impl std::fmt::Display for Finding {
                 to,
                 "{DEVICE} only interprets guest code ({speed_mips:.1} million instructions a second), which is slower than QEMU"
             ),
-            Self::Broken(what) => write!(to, "{DEVICE} cannot run guest kernels: {what}"),
+            Self::Broken { what, speed_mips: None } => write!(to, "{DEVICE} cannot run guest kernels: {what}"),
+            Self::Broken { what, speed_mips: Some(speed_mips) } => write!(
+                to,
+                "{DEVICE} cannot run guest kernels: {what}; a loop ran at {speed_mips:.1} million instructions a second"
+            ),
         }
     }
 }
@@ -269,12 +283,12 @@ pub fn probe() -> Finding {
         let _ = sender.send(run_scratch(&kvm));
     });
     if let Err(error) = spawned {
-        return Finding::Broken(format!("no thread for the probe: {error}"));
+        return Finding::broken(format!("no thread for the probe: {error}"));
     }
     match receiver.recv_timeout(DEADLINE) {
         Ok(Ok(run)) => judge(&run),
-        Ok(Err(error)) => Finding::Broken(format!("scratch VM: {error}")),
-        Err(_) => Finding::Broken(format!("a scratch VM did not finish within {} s", DEADLINE.as_secs())),
+        Ok(Err(error)) => Finding::broken(format!("scratch VM: {error}")),
+        Err(_) => Finding::broken(format!("a scratch VM did not finish within {} s", DEADLINE.as_secs())),
     }
 }
 
@@ -299,7 +313,8 @@ fn judge(run: &ScratchRun) -> Finding {
         .find(|step| *step as u8 > run.last_step);
     if let Some(step) = unfinished {
         let cause = run.stopped_by.as_deref().unwrap_or("wrong result");
-        return Finding::Broken(format!("{} failed ({cause})", step.instruction()));
+        let what = format!("{} failed ({cause})", step.instruction());
+        return Finding::Broken { what, speed_mips: (step != Step::Count).then_some(speed_mips) };
     }
     if speed_mips < SPEED_MIN_MIPS { Finding::Emulated { speed_mips } } else { Finding::Usable { speed_mips } }
 }
@@ -407,7 +422,7 @@ mod tests {
     fn the_first_unfinished_step_is_named() {
         for (last_step, name) in [(0, "counting"), (1, "int3"), (2, "cmpxchg16b"), (3, "xrstor")] {
             let finding = judge(&run(1000, last_step));
-            assert!(matches!(&finding, Finding::Broken(what) if what.contains(name)), "{finding:?}");
+            assert!(matches!(&finding, Finding::Broken { what, .. } if what.contains(name)), "{finding:?}");
         }
         let stopped = ScratchRun { stopped_by: Some("triple fault".into()), ..run(1000, 1) };
         assert!(judge(&stopped).to_string().contains("int3 failed (triple fault)"));
