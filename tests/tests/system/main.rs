@@ -1,0 +1,17 @@
+//! The whole-system cases. One module per promise; every case reads like the session it proves.
+
+mod api;
+mod bad_input;
+mod boot_failure;
+mod crash;
+mod disk_full;
+mod documents;
+mod environment;
+mod exec;
+mod image;
+mod inside;
+mod output;
+mod service;
+mod session;
+mod streams;
+mod workload;
