@@ -72,8 +72,8 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
     })
 }
 
-/// Runs the program of this package that links the product, with these words.
-pub(crate) fn product(words: &[&str]) -> Result<()> {
+/// Runs `xtask-<name>`, a program of this package that links a part of the product, with these words.
+pub(crate) fn companion(name: &str, words: &[&str]) -> Result<()> {
     let mut cargo = cargo();
     cargo.args([
         "run",
@@ -82,9 +82,9 @@ pub(crate) fn product(words: &[&str]) -> Result<()> {
         "--package",
         "xtask",
         "--features",
-        "product",
+        name,
         "--bin",
-        "xtask-product",
+        &format!("xtask-{name}"),
         "--",
     ]);
     program::run(cargo.args(words))

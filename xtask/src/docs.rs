@@ -1,6 +1,6 @@
 //! `cargo xtask docs`: the references that are generated from the program's own types, so that they cannot drift from it.
 //!
-//! The work is done by `xtask-product`, which links those types. `--check` compares and changes nothing.
+//! The work is done by `xtask-reference`, which links those types. `--check` compares and changes nothing.
 
 use anyhow::Result;
 
@@ -14,10 +14,10 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    if arguments.check { check() } else { binaries::product(&["docs"]) }
+    if arguments.check { check() } else { binaries::companion("reference", &[]) }
 }
 
 /// Fails when a generated file differs from what would be generated now.
 pub(crate) fn check() -> Result<()> {
-    binaries::product(&["docs", "--check"])
+    binaries::companion("reference", &["--check"])
 }

@@ -102,11 +102,13 @@ fn upper_template() -> Result<PathBuf> {
             .arg(&size);
         program::output(&mut make)?;
         let packed = result.join("upper.ext4.zst");
-        binaries::product(&[
-            "pack-upper",
-            disk.to_str().context("a temporary path that is not UTF-8")?,
-            packed.to_str().context("a cache path that is not UTF-8")?,
-        ])
+        binaries::companion(
+            "upper",
+            &[
+                disk.to_str().context("a temporary path that is not UTF-8")?,
+                packed.to_str().context("a cache path that is not UTF-8")?,
+            ],
+        )
     })?;
     Ok(place.join("upper.ext4.zst"))
 }

@@ -128,7 +128,7 @@ fn clippy(_: &Arguments) -> Result<Outcome> {
         "--workspace",
         "--all-targets",
         "--features",
-        "xtask/product",
+        "xtask/reference,xtask/upper",
         "--locked",
         "--quiet",
         "--",
@@ -158,7 +158,7 @@ fn unit(_: &Arguments) -> Result<Outcome> {
         "--exclude",
         "msb-tests",
         "--features",
-        "xtask/product",
+        "xtask/reference,xtask/upper",
         "--locked",
         "--no-fail-fast",
     ]))?;

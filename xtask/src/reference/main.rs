@@ -1,0 +1,56 @@
+//! `xtask-reference`: writes the documents that are generated from the product's own tables and types, or with `--check` says which
+//! are out of date. Called by `cargo xtask docs`.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command line tool for developers; it talks on its streams"
+)]
+
+mod tables;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "xtask-reference")]
+struct Arguments {
+    /// Compare only; fails when a file is out of date
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    match write_or_compare(Arguments::parse().check) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write_or_compare(check: bool) -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let files = tables::files()?;
+    let mut stale = Vec::new();
+    for (name, text) in &files {
+        let path = folder.join(name);
+        if std::fs::read(&path).is_ok_and(|present| present == text.as_bytes()) {
+            continue;
+        }
+        stale.push(name.as_str());
+        if !check {
+            std::fs::create_dir_all(path.parent().context("a file has a folder")?)?;
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    if check && !stale.is_empty() {
+        bail!("out of date, `cargo xtask docs` writes them anew: {}", stale.join(", "));
+    }
+    let changed = if stale.is_empty() { "all up to date".to_owned() } else { format!("written: {}", stale.join(", ")) };
+    println!("docs: {} generated files, {changed}", files.len());
+    Ok(())
+}
