@@ -1,3 +1,86 @@
-//! Engine kvm: our own VMM on `/dev/kvm`.
+//! Engine kvm: our own VMM on `/dev/kvm`. In-kernel interrupt controllers and timer, virtio over MMIO, a serial port, nothing else.
+//!
+//! ```text
+//!  boot:  machine::build ─► memory, irqchip, devices (irqfd, ioeventfd), kernel, boot data, vCPUs ─► threads, parked
+//!  run:   gate opens ─► each vCPU thread enters its jail, then KVM_RUN until an exit ends the machine
+//!                          │ MMIO, port I/O                     │ shutdown, reset, error, stop
+//!                          ▼                                    ▼
+//!                      bus (devices, serial)                 Ending ─► kick all, join all, reset devices
+//! ```
+//!
+//! Created by `launch`, driven by it through [`Engine`]. A guest can end its own machine in several ways and do nothing else: what it
+//! writes goes to `bus`, whose devices take anything; KVM's own complaints become [`EngineEnd::Failed`]. There is no second boot.
 
+pub mod bus;
+pub mod ending;
+pub mod machine;
 pub mod probe;
+pub mod vcpu;
+
+use std::sync::Arc;
+
+use super::{BootError, Engine, EngineEnd, Machine, Stopper};
+use crate::arch::x86_64::layout::MMIO_SLOT_COUNT;
+use crate::launch::phases::Phases;
+
+use bus::Bus;
+use ending::Ending;
+use vcpu::VcpuThreads;
+
+/// One machine on KVM.
+#[derive(Default)]
+pub struct KvmEngine {
+    ending: Arc<Ending>,
+    booted: Option<Booted>,
+}
+
+/// What exists between `boot` and the end of `run`.
+struct Booted {
+    // Order matters on drop: threads (with the vCPUs) before the VM and its memory.
+    threads: VcpuThreads,
+    bus: Arc<Bus>,
+    phases: Phases,
+    _vm: machine::Vm,
+}
+
+impl KvmEngine {
+    /// An engine without a machine yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn stopper(&self) -> Arc<dyn Stopper> {
+        Arc::<Ending>::clone(&self.ending)
+    }
+
+    fn boot(&mut self, machine: Machine) -> Result<(), BootError> {
+        let phases = machine.phases.clone();
+        let (vm, bus, vcpus) = machine::build(machine)?;
+        let threads = VcpuThreads::park(vcpus, &bus, &self.ending)?;
+        phases.mark("vcpus_parked");
+        self.booted = Some(Booted { threads, bus, phases, _vm: vm });
+        Ok(())
+    }
+
+    fn run(&mut self) -> EngineEnd {
+        let Some(mut booted) = self.booted.take() else {
+            return EngineEnd::Failed { detail: "run without boot".into() };
+        };
+        booted.phases.mark("guest_started");
+        booted.threads.start();
+        let end = self.ending.wait();
+        booted.threads.stop();
+        booted.bus.reset_devices();
+        end
+    }
+
+    fn device_slots(&self) -> usize {
+        MMIO_SLOT_COUNT
+    }
+}

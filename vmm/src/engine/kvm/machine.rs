@@ -1,0 +1,234 @@
+//! Builds the machine on KVM: memory, interrupt controllers, devices, kernel, boot data, vCPUs; up to the first instruction, not it.
+//!
+//! Called once by [`super::KvmEngine`]'s `boot`, before the jail closes: this is where `/dev/kvm` is opened and files are read.
+#![expect(unsafe_code, reason = "hands guest memory and eventfds to KVM")]
+
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::{BootError, Machine};
+use super::bus::Bus;
+use super::probe;
+use crate::arch::x86_64::boot_data::{self, BootData, RANDOM_SEED_SIZE};
+use crate::arch::x86_64::cpuid::{Processor, normalise};
+use crate::arch::x86_64::interrupts::set_local_inputs;
+use crate::arch::x86_64::kernel::{self, EntryPreference};
+use crate::arch::x86_64::layout::{
+    IRQ_FIRST, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, MMIO_SLOT_COUNT, MMIO_START, MMIO_WINDOW_SIZE, SERIAL_IRQ,
+};
+use crate::arch::x86_64::registers::{Entry, boot_msrs, fpu, general_registers, system_registers};
+use crate::devices::virtio::notifier::Notifier;
+use crate::memory::GuestRam;
+use crate::transport::mmio::MmioTransport;
+use crate::transport::mmio::registers::QUEUE_NOTIFY_OFFSET;
+
+/// The VM and the memory it runs on.
+#[derive(Debug)]
+pub struct Vm {
+    _fd: VmFd,
+    _memory: GuestRam,
+}
+
+/// A KVM call that failed, as the boot error it is.
+fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> BootError {
+    move |error| BootError::System {
+        what: format!("kvm: {what}"),
+        source: std::io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// Builds `machine`. Nothing of the guest has run when this returns.
+pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError> {
+    let Machine { cpus, memory_mib, kernel, initramfs, command_line, devices, console, phases, .. } = machine;
+    if devices.len() > MMIO_SLOT_COUNT {
+        return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
+    }
+    let kvm =
+        probe::open().map_err(|finding| BootError::Unavailable { engine: "kvm", reason: finding.to_string() })?;
+    let vm = kvm.create_vm().map_err(failed("create the VM"))?;
+    vm.set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS).map_err(failed("set the identity map address"))?;
+    vm.set_tss_address(KVM_TSS_ADDRESS as usize).map_err(failed("set the TSS address"))?;
+    vm.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
+    // The timer also answers port 0x61, which kernels without a known TSC frequency calibrate with.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(failed("create the timer"))?;
+    let memory = GuestRam::private(memory_mib.into()).map_err(|error| BootError::Memory { reason: chain(&error) })?;
+    register_memory(&vm, &memory)?;
+    phases.mark("vm_created");
+
+    let kernel_file = kernel;
+    let kernel_refused = |error: &dyn std::error::Error| BootError::Kernel { reason: chain(error) };
+    let kernel = kernel::load(
+        &kernel_file.file,
+        kernel_file.format,
+        EntryPreference::default(),
+        memory.map(),
+        memory.size_bytes(),
+    )
+    .map_err(|error| kernel_refused(&error))?;
+    let initramfs = initramfs
+        .map(|(_path, file)| boot_data::load_initramfs(&file, memory.map(), memory.size_bytes(), kernel.end))
+        .transpose()
+        .map_err(|error| kernel_refused(&error))?;
+    phases.mark("kernel_loaded");
+
+    let command_line = with_devices(&command_line, devices.len());
+    let mut random_seed = [0u8; RANDOM_SEED_SIZE];
+    rustix::rand::getrandom(&mut random_seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
+    let data =
+        BootData { memory_bytes: memory.size_bytes(), cpus, command_line: &command_line, initramfs, random_seed };
+    boot_data::write(memory.map(), &kernel, &data).map_err(|error| kernel_refused(&error))?;
+
+    let device_memory = Arc::new(memory.map().clone());
+    let mut transports = Vec::with_capacity(devices.len());
+    for (slot, device) in devices.into_iter().enumerate() {
+        let name = device.name().to_owned();
+        let attached = attach(&vm, slot, || {
+            let line = Notifier::new()?;
+            let transport = MmioTransport::new(device, Arc::clone(&device_memory), line.try_clone()?)
+                .map_err(std::io::Error::other)?;
+            Ok((transport, line))
+        });
+        transports.push(attached.map_err(|error| BootError::Device { device: name, reason: error.to_string() })?);
+    }
+    let serial_line = Notifier::new().map_err(eventfd_failed)?;
+    let serial_event = event_of(&serial_line).map_err(eventfd_failed)?;
+    vm.register_irqfd(&serial_event, SERIAL_IRQ).map_err(failed("route the serial interrupt"))?;
+    let bus = Arc::new(Bus::new(transports, console, serial_line));
+
+    let vcpus = create_vcpus(&kvm, &vm, cpus, kernel.entry)?;
+    phases.mark("machine_built");
+    Ok((Vm { _fd: vm, _memory: memory }, bus, vcpus))
+}
+
+fn eventfd_failed(source: std::io::Error) -> BootError {
+    BootError::System { what: "make an eventfd".into(), source }
+}
+
+/// An error with its sources, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn register_memory(vm: &VmFd, memory: &GuestRam) -> Result<(), BootError> {
+    for (slot, region) in memory.map().iter().enumerate() {
+        let region = kvm_userspace_memory_region {
+            // One or two regions.
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr().addr() as u64,
+        };
+        // SAFETY: the region is exactly one mapping of `memory`, which is never unmapped while the process lives.
+        unsafe { vm.set_user_memory_region(region) }.map_err(failed("give the VM its memory"))?;
+    }
+    Ok(())
+}
+
+/// The same eventfd as kvm-ioctls' type. KVM keeps its own reference, so the copy may be dropped after registering.
+fn event_of(notifier: &Notifier) -> std::io::Result<EventFd> {
+    let copy = notifier.as_fd().try_clone_to_owned()?;
+    // SAFETY: `copy` is an open eventfd and gives its ownership away right here.
+    Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
+}
+
+/// Makes the transport of `slot` and connects its interrupt and its notifications to KVM.
+fn attach(
+    vm: &VmFd,
+    slot: usize,
+    make: impl FnOnce() -> std::io::Result<(MmioTransport, Notifier)>,
+) -> std::io::Result<MmioTransport> {
+    let system = |error: kvm_ioctls::Error| std::io::Error::from_raw_os_error(error.errno());
+    let (transport, line) = make()?;
+    vm.register_irqfd(&event_of(&line)?, irq_of(slot)).map_err(system)?;
+    for (index, kick) in transport.kicks().iter().enumerate() {
+        let address = IoEventAddress::Mmio(window_of(slot) + QUEUE_NOTIFY_OFFSET);
+        vm.register_ioevent(&event_of(kick)?, &address, index as u32).map_err(system)?;
+    }
+    Ok(transport)
+}
+
+/// Interrupt line of a slot; slots are below [`MMIO_SLOT_COUNT`].
+fn irq_of(slot: usize) -> u32 {
+    IRQ_FIRST + slot as u32
+}
+
+/// First address of a slot's window.
+fn window_of(slot: usize) -> u64 {
+    MMIO_START + slot as u64 * MMIO_WINDOW_SIZE
+}
+
+/// The command line with one `virtio_mmio.device=` word per device, before the words meant for init.
+fn with_devices(command_line: &str, count: usize) -> String {
+    let words: String = (0..count)
+        .map(|slot| format!(" virtio_mmio.device=4K@{:#x}:{}", window_of(slot), irq_of(slot)))
+        .collect();
+    match command_line.split_once(" -- ") {
+        Some((kernel, init)) => format!("{kernel}{words} -- {init}"),
+        None => format!("{command_line}{words}"),
+    }
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, cpus: u8, entry: Entry) -> Result<Vec<VcpuFd>, BootError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("read the supported CPUID"))?;
+    let tsc_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+    let too_large = |error: vmm_sys_util::fam::Error| BootError::System {
+        what: "kvm: too many CPUID leaves".into(),
+        source: std::io::Error::other(format!("{error:?}")),
+    };
+    let msrs = boot_msrs().map_err(too_large)?;
+    (0..cpus)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(failed("create a vCPU"))?;
+            let processor = Processor { id, cpus, tsc_deadline_timer };
+            let leaves = CpuId::from_entries(&normalise(supported.as_slice(), processor)).map_err(too_large)?;
+            vcpu.set_cpuid2(&leaves).map_err(failed("set CPUID"))?;
+            let written = vcpu.set_msrs(&msrs).map_err(failed("set MSRs"))?;
+            if written != msrs.as_slice().len() {
+                let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
+                return Err(BootError::System { what: format!("kvm: MSR number {written} was refused"), source });
+            }
+            let mut lapic = vcpu.get_lapic().map_err(failed("read the local APIC"))?;
+            set_local_inputs(&mut lapic);
+            vcpu.set_lapic(&lapic).map_err(failed("set the local APIC"))?;
+            // The others wait for INIT and SIPI, which bring their own registers.
+            if id == 0 {
+                let system = vcpu.get_sregs().map_err(failed("read registers"))?;
+                vcpu.set_sregs(&system_registers(system, entry)).map_err(failed("set system registers"))?;
+                vcpu.set_regs(&general_registers(entry)).map_err(failed("set registers"))?;
+                vcpu.set_fpu(&fpu()).map_err(failed("set the FPU"))?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_announced_before_the_words_for_init() {
+        assert_eq!(with_devices("quiet", 0), "quiet");
+        let line = with_devices("quiet -- --debug", 2);
+        assert_eq!(line, "quiet virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 -- --debug");
+        let full = with_devices("", MMIO_SLOT_COUNT);
+        assert!(full.ends_with("@0xd0012000:23"), "{full}");
+    }
+}
