@@ -281,7 +281,7 @@ fn check(setting: &Setting, value: &str) -> Result<(), String> {
 }
 
 /// Levenshtein distance, for "did you mean". Keys are short, files are the user's own.
-fn distance(a: &str, b: &str) -> usize {
+pub(crate) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().take(64).collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, ca) in a.chars().enumerate() {
