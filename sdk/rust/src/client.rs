@@ -1,0 +1,540 @@
+//! One typed call for each route of the control API. [`crate::Sandbox`] and [`crate::Image`] are built on it; `msb` uses it directly.
+//!
+//! A client keeps one idle connection for the next call and opens more when calls overlap. It never retries a request that may
+//! have been carried out.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, TryStreamExt};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::{Method, Request, Response, header};
+use msb_protocol::control::{
+    ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
+    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, SandboxDetail, SandboxList, StartRequest, StopRequest,
+    StoreReport, TerminalSize, VersionInfo,
+};
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::id::SandboxName;
+use msb_protocol::version::CONTROL_API_VERSION;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::connection::{self, Connection, RequestBody};
+use crate::error::Error;
+use crate::locate::Locator;
+use crate::session::Session;
+
+/// Time for a service that accepts a connection to say its version.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest line of a streamed answer, in bytes.
+const LINE_LEN_MAX: usize = 8 << 20;
+
+/// A connection to a service.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    socket: PathBuf,
+    /// Whose process must listen on the socket; none if the user named the socket.
+    owner: Option<u32>,
+    idle: Mutex<Option<Connection>>,
+    version: VersionInfo,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("socket", &self.inner.socket).finish_non_exhaustive()
+    }
+}
+
+/// What to attach to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttachOptions {
+    /// Whether stdin is forwarded.
+    pub stdin: bool,
+    /// The terminal's size, if the workload has one.
+    pub terminal: Option<TerminalSize>,
+    /// Time in milliseconds after which the workload is killed; only where the call starts it.
+    pub timeout_ms: Option<u64>,
+}
+
+impl Client {
+    /// Finds the service of this environment, or starts one ([`Locator`]).
+    ///
+    /// # Errors
+    /// `daemon_unavailable`, `runtime_not_found`, `permission_denied`.
+    pub async fn connect() -> Result<Self, Error> {
+        Locator::from_environment().connect().await
+    }
+
+    /// Connects to the service on this socket.
+    ///
+    /// # Errors
+    /// `daemon_unavailable`, `permission_denied`.
+    pub async fn at(socket: impl Into<PathBuf>) -> Result<Self, Error> {
+        let socket = socket.into();
+        match Self::open(&socket, None).await {
+            Ok(client) => Ok(client),
+            Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
+            Err(OpenError::Answer(error)) => Err(error),
+        }
+    }
+
+    pub(crate) async fn open(socket: &Path, owner: Option<u32>) -> Result<Self, OpenError> {
+        let stream = connection::connect(socket, owner).await.map_err(OpenError::Io)?;
+        let mut idle = connection::handshake(stream).await.map_err(OpenError::Answer)?;
+        let request = request(Method::GET, "/v1/version", connection::empty()).map_err(OpenError::Answer)?;
+        let answer = async {
+            let response = connection::send(&mut idle, request).await?;
+            connection::collect(response).await
+        };
+        let body = match tokio::time::timeout(VERSION_TIMEOUT, answer).await {
+            Ok(body) => body.map_err(OpenError::Answer)?,
+            Err(_) => {
+                return Err(OpenError::Answer(Error::unavailable("msbd accepts connections but does not answer")));
+            }
+        };
+        let version: VersionInfo = parse(&body).map_err(OpenError::Answer)?;
+        if version.api_version != CONTROL_API_VERSION {
+            let message = format!(
+                "msbd {} speaks version {} of the control API, this client speaks {CONTROL_API_VERSION}",
+                version.version, version.api_version
+            );
+            let error = ApiError::new(ErrorCode::UnsupportedOperation, message)
+                .with_hint("restart msbd, so that it runs the installed version");
+            return Err(OpenError::Answer(Error::Client(error)));
+        }
+        let inner = Inner { socket: socket.to_owned(), owner, idle: Mutex::new(Some(idle)), version };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The socket in use.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.inner.socket
+    }
+
+    /// What the service said it is.
+    #[must_use]
+    pub fn version(&self) -> &VersionInfo {
+        &self.inner.version
+    }
+
+    /// What the host can do.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn host(&self) -> Result<HostInfo, Error> {
+        self.get("/v1/host").await
+    }
+
+    /// The newest sample of every sandbox, in one request.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn metrics(&self) -> Result<MetricsSnapshot, Error> {
+        self.get("/v1/metrics").await
+    }
+
+    /// Ends the daemon; its sandboxes go on.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn shutdown(&self) -> Result<(), Error> {
+        self.post::<_, serde_json::Value>("/v1/shutdown", &serde_json::json!({})).await.map(drop)
+    }
+
+    /// Creates a sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_already_exists`, `image_not_found`, `boot_failed` and others of the service.
+    pub async fn create(&self, request: &CreateRequest) -> Result<SandboxDetail, Error> {
+        self.post("/v1/sandboxes", request).await
+    }
+
+    /// The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`).
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn list(&self, labels: &[String]) -> Result<SandboxList, Error> {
+        let pairs: Vec<_> = labels.iter().map(|label| ("label", label.clone())).collect();
+        self.get(&with_query("/v1/sandboxes", &pairs)).await
+    }
+
+    /// Everything about one sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn inspect(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.get(&sandbox(name, "")).await
+    }
+
+    /// Removes a sandbox; `force` kills it first.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_still_running`.
+    pub async fn remove(&self, name: &SandboxName, force: bool) -> Result<(), Error> {
+        self.delete(&with_query(&sandbox(name, ""), &flag("force", force))).await
+    }
+
+    /// Starts a resting sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_still_running`, `boot_failed`.
+    pub async fn start(&self, name: &SandboxName, request: &StartRequest) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/start"), request).await
+    }
+
+    /// Stops a sandbox; answers once it rests.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn stop(&self, name: &SandboxName, request: &StopRequest) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/stop"), request).await
+    }
+
+    /// Stops a sandbox if it runs, and starts it.
+    ///
+    /// # Errors
+    /// As [`Client::start`].
+    pub async fn restart(&self, name: &SandboxName, request: &StopRequest) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/restart"), request).await
+    }
+
+    /// Lets a sandbox outlive its creator.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn detach(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/detach"), &serde_json::json!({})).await
+    }
+
+    /// Counts as activity, so that the idle time begins anew.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn touch(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/touch"), &serde_json::json!({})).await
+    }
+
+    /// Waits until a sandbox rests.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, also when it is removed meanwhile.
+    pub async fn wait(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.get(&sandbox(name, "/wait")).await
+    }
+
+    /// Runs a command in a sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`; a command that cannot be started is the session's first answer.
+    pub async fn exec(&self, name: &SandboxName, request: ExecRequest) -> Result<Session, Error> {
+        let stdin = request.stdin;
+        self.session(&sandbox(name, "/exec"), &ClientMessage::Exec { exec: request }, stdin).await
+    }
+
+    /// Starts the main workload of a sandbox made with `hold_main`, and watches it.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn start_main(&self, name: &SandboxName, options: AttachOptions) -> Result<Session, Error> {
+        self.session(&sandbox(name, "/main"), &attach_message(options), options.stdin).await
+    }
+
+    /// Watches the main workload of a running sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn attach(&self, name: &SandboxName, options: AttachOptions) -> Result<Session, Error> {
+        self.session(&sandbox(name, "/attach"), &attach_message(options), options.stdin).await
+    }
+
+    /// Reads a sandbox's log.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn logs(&self, name: &SandboxName, query: &LogQuery) -> Result<JsonLines<LogRecord>, Error> {
+        let mut pairs = flag("follow", query.follow);
+        pairs.extend(query.tail.map(|tail| ("tail", tail.to_string())));
+        pairs.extend(query.since.map(|since| ("since", since.to_string())));
+        pairs.extend(query.until.map(|until| ("until", until.to_string())));
+        pairs.extend(query.source.clone().map(|source| ("source", source)));
+        self.lines(&with_query(&sandbox(name, "/logs"), &pairs)).await
+    }
+
+    /// Reads what happened.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn events(&self, query: &EventQuery) -> Result<JsonLines<EventRecord>, Error> {
+        let mut pairs = flag("follow", query.follow);
+        pairs.extend(query.since.map(|since| ("since", since.to_string())));
+        self.lines(&with_query("/v1/events", &pairs)).await
+    }
+
+    /// The images of the store.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn images(&self) -> Result<ImageList, Error> {
+        self.get("/v1/images").await
+    }
+
+    /// Everything about one image.
+    ///
+    /// # Errors
+    /// `image_not_found`, `invalid_reference`.
+    pub async fn image(&self, reference: &str) -> Result<ImageDetail, Error> {
+        self.get(&with_query("/v1/image", &[("reference", reference.to_owned())])).await
+    }
+
+    /// Removes an image; `force` untags it even where sandboxes use it.
+    ///
+    /// # Errors
+    /// `image_not_found`, `image_in_use`.
+    pub async fn remove_image(&self, reference: &str, force: bool) -> Result<(), Error> {
+        let mut pairs = vec![("reference", reference.to_owned())];
+        pairs.extend(flag("force", force));
+        self.delete(&with_query("/v1/image", &pairs)).await
+    }
+
+    /// Loads an archive (docker or OCI, also compressed) into the store. The last event is `done` or `error`.
+    ///
+    /// # Errors
+    /// `invalid_archive` and others of the service, here or as the last event.
+    pub async fn load_image<S>(&self, archive: S, tag: Option<&str>) -> Result<JsonLines<LoadEvent>, Error>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    {
+        let pairs: Vec<_> = tag.map(|tag| ("tag", tag.to_owned())).into_iter().collect();
+        let body = StreamBody::new(archive.map_ok(Frame::data)).boxed_unsync();
+        // An upload is not sent on an idle connection: the service may have closed it, and the archive can be read only once.
+        let mut connection = self.fresh().await?;
+        let mut request = request(Method::POST, &with_query("/v1/images/load", &pairs), body)?;
+        request.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-tar"));
+        let response = connection::send(&mut connection, request).await?;
+        Ok(JsonLines::new(response, Some(connection)))
+    }
+
+    /// Checks the image store.
+    ///
+    /// # Errors
+    /// Those of the service; damage is in the report.
+    pub async fn check_store(&self) -> Result<StoreReport, Error> {
+        self.get("/v1/store/check").await
+    }
+
+    /// The daemon's actors.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn actors(&self) -> Result<ActorTree, Error> {
+        self.get("/v1/debug/actors").await
+    }
+
+    async fn session(&self, path: &str, first: &ClientMessage, stdin: bool) -> Result<Session, Error> {
+        let socket = connection::upgrade(self.fresh().await?, path).await?;
+        Session::open(socket, first, stdin).await
+    }
+
+    async fn lines<T: DeserializeOwned>(&self, path: &str) -> Result<JsonLines<T>, Error> {
+        let mut connection = self.fresh().await?;
+        let response = connection::send(&mut connection, request(Method::GET, path, connection::empty())?).await?;
+        Ok(JsonLines::new(response, Some(connection)))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        parse(&self.call(request(Method::GET, path, connection::empty())?).await?)
+    }
+
+    async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
+        let body = serde_json::to_vec(body).map_err(Error::protocol)?;
+        let mut request = request(Method::POST, path, connection::full(body))?;
+        request.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+        parse(&self.call(request).await?)
+    }
+
+    async fn delete(&self, path: &str) -> Result<(), Error> {
+        self.call(request(Method::DELETE, path, connection::empty())?).await.map(drop)
+    }
+
+    /// Sends a request on the idle connection or a fresh one, and keeps the connection if it can carry another.
+    async fn call(&self, request: Request<RequestBody>) -> Result<Bytes, Error> {
+        let mut connection = self.reusable().await?;
+        let response = connection::send(&mut connection, request).await?;
+        let body = connection::collect(response).await?;
+        *self.idle() = Some(connection);
+        Ok(body)
+    }
+
+    async fn reusable(&self) -> Result<Connection, Error> {
+        let idle = self.idle().take();
+        if let Some(mut connection) = idle {
+            // Fails if the service closed it, or if the runtime that drove it is gone; nothing has been sent then.
+            if connection.ready().await.is_ok() {
+                return Ok(connection);
+            }
+        }
+        self.fresh().await
+    }
+
+    async fn fresh(&self) -> Result<Connection, Error> {
+        let stream = connection::connect(&self.inner.socket, self.inner.owner)
+            .await
+            .map_err(|error| open_failed(&self.inner.socket, &error))?;
+        connection::handshake(stream).await
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Option<Connection>> {
+        self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why [`Client::open`] failed: the locator looks further on some of the first kind.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    /// There was no connection.
+    Io(std::io::Error),
+    /// There was one, but what came over it was no welcome.
+    Answer(Error),
+}
+
+/// The error of a socket that cannot be connected to.
+pub(crate) fn open_failed(socket: &Path, error: &std::io::Error) -> Error {
+    let message = format!("cannot connect to {}: {error}", socket.display());
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => Error::Client(ApiError::new(ErrorCode::PermissionDenied, message)),
+        _ => Error::unavailable(message),
+    }
+}
+
+/// The values of a streamed answer, one JSON document a line.
+pub struct JsonLines<T> {
+    body: Incoming,
+    buffer: BytesMut,
+    ready: VecDeque<Bytes>,
+    /// Held so that the connection lives as long as its answer.
+    _connection: Option<Connection>,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<T: DeserializeOwned> JsonLines<T> {
+    fn new(response: Response<Incoming>, connection: Option<Connection>) -> Self {
+        Self {
+            body: response.into_body(),
+            buffer: BytesMut::new(),
+            ready: VecDeque::new(),
+            _connection: connection,
+            kind: PhantomData,
+        }
+    }
+
+    /// The next value; `None` at the end. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// `daemon_unavailable` if the connection is lost, `internal` for a line that is no such value.
+    pub async fn next(&mut self) -> Result<Option<T>, Error> {
+        loop {
+            if let Some(line) = self.ready.pop_front() {
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                return parse(&line).map(Some);
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    let Ok(data) = frame.into_data() else { continue };
+                    self.buffer.extend_from_slice(&data);
+                    self.cut()?;
+                }
+                Some(Err(error)) => return Err(Error::unavailable(format!("the service's answer broke off: {error}"))),
+                None if self.buffer.is_empty() => return Ok(None),
+                None => self.ready.push_back(self.buffer.split().freeze()),
+            }
+        }
+    }
+
+    fn cut(&mut self) -> Result<(), Error> {
+        while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+            self.ready.push_back(self.buffer.split_to(end + 1).freeze());
+        }
+        if self.buffer.len() > LINE_LEN_MAX { Err(Error::protocol("a line without an end")) } else { Ok(()) }
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(Error::protocol)
+}
+
+fn request(method: Method, path: &str, body: RequestBody) -> Result<Request<RequestBody>, Error> {
+    // The host is not looked at on a Unix socket, but HTTP/1.1 wants one (RFC 9112, section 3.2).
+    Request::builder().method(method).uri(path).header(header::HOST, "msbd").body(body).map_err(Error::protocol)
+}
+
+fn attach_message(options: AttachOptions) -> ClientMessage {
+    ClientMessage::Attach { stdin: options.stdin, terminal: options.terminal, timeout_ms: options.timeout_ms }
+}
+
+fn sandbox(name: &SandboxName, rest: &str) -> String {
+    // A name's characters are all unreserved in a path (RFC 3986, section 2.3).
+    format!("/v1/sandboxes/{name}{rest}")
+}
+
+fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
+    if on { vec![(name, "true".to_owned())] } else { Vec::new() }
+}
+
+fn with_query(path: &str, pairs: &[(&str, String)]) -> String {
+    let mut uri = path.to_owned();
+    for (index, (key, value)) in pairs.iter().enumerate() {
+        uri.push(if index == 0 { '?' } else { '&' });
+        uri.push_str(key);
+        uri.push('=');
+        percent_encode(value, &mut uri);
+    }
+    uri
+}
+
+/// Percent-encodes everything but unreserved characters (RFC 3986, section 2.1).
+fn percent_encode(text: &str, out: &mut String) {
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
+            out.push(char::from(byte));
+        } else {
+            out.push('%');
+            for digit in [byte >> 4, byte & 15] {
+                out.push(char::from_digit(u32::from(digit), 16).unwrap_or('0').to_ascii_uppercase());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_encoded() {
+        let pairs = [("label", "team=ml&x".to_owned()), ("label", "ä b+%".to_owned())];
+        assert_eq!(with_query("/v1/sandboxes", &pairs), "/v1/sandboxes?label=team%3Dml%26x&label=%C3%A4%20b%2B%25");
+        assert_eq!(with_query("/v1/x", &[]), "/v1/x");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_becomes_a_valid_uri(text in ".{0,200}") {
+            let uri = with_query("/v1/image", &[("reference", text)]);
+            proptest::prop_assert!(uri.parse::<hyper::Uri>().is_ok());
+        }
+    }
+}

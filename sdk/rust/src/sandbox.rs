@@ -1,0 +1,237 @@
+//! A sandbox as a value: what [`crate::Client`] does by name, as methods.
+
+use msb_protocol::control::{
+    CreateRequest, LogQuery, LogRecord, SandboxDetail, SandboxSummary, StartRequest, StopRequest,
+};
+use msb_protocol::id::SandboxName;
+use msb_protocol::state::SandboxState;
+
+use crate::builder::SandboxBuilder;
+use crate::client::{AttachOptions, Client, JsonLines};
+use crate::error::Error;
+use crate::exec::{Exec, ExecOutput};
+use crate::session::Session;
+
+/// A sandbox of a service. Cheap to clone; dropping it does nothing to the sandbox (an attached one ends with this process).
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    client: Client,
+    name: SandboxName,
+    detail: SandboxDetail,
+}
+
+impl Sandbox {
+    /// Describes a new sandbox of this name.
+    #[must_use]
+    pub fn builder(name: impl Into<String>) -> SandboxBuilder {
+        SandboxBuilder::new(Some(name.into()))
+    }
+
+    /// Describes a new sandbox that the service names.
+    #[must_use]
+    pub fn builder_unnamed() -> SandboxBuilder {
+        SandboxBuilder::new(None)
+    }
+
+    /// The sandbox of this name.
+    ///
+    /// # Errors
+    /// `invalid_name`, `sandbox_not_found`, and those of [`Client::connect`].
+    pub async fn get(name: &str) -> Result<Self, Error> {
+        let name = parse(name)?;
+        Self::get_from(&Client::connect().await?, name).await
+    }
+
+    /// The sandbox of this name on this service.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn get_from(client: &Client, name: SandboxName) -> Result<Self, Error> {
+        let detail = client.inspect(&name).await?;
+        Ok(Self::of(client.clone(), detail))
+    }
+
+    /// Every sandbox, newest first.
+    ///
+    /// # Errors
+    /// Those of [`Client::connect`].
+    pub async fn list() -> Result<Vec<SandboxSummary>, Error> {
+        Self::list_with::<&str>(&[]).await
+    }
+
+    /// The sandboxes whose labels fit every term: `KEY=VALUE` is exact, `KEY` asks whether it exists.
+    ///
+    /// # Errors
+    /// `invalid_label`, and those of [`Client::connect`].
+    pub async fn list_with<S: AsRef<str>>(labels: &[S]) -> Result<Vec<SandboxSummary>, Error> {
+        let labels: Vec<String> = labels.iter().map(|label| label.as_ref().to_owned()).collect();
+        Ok(Client::connect().await?.list(&labels).await?.sandboxes)
+    }
+
+    /// Starts a resting sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_still_running`, `boot_failed`.
+    pub async fn start(name: &str) -> Result<Self, Error> {
+        let name = parse(name)?;
+        let client = Client::connect().await?;
+        let detail = client.start(&name, &StartRequest::default()).await?;
+        Ok(Self::of(client, detail))
+    }
+
+    /// Removes a resting sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_still_running`.
+    pub async fn remove(name: &str) -> Result<(), Error> {
+        let name = parse(name)?;
+        Client::connect().await?.remove(&name, false).await
+    }
+
+    pub(crate) async fn create_from(client: Client, request: &CreateRequest) -> Result<Self, Error> {
+        let detail = client.create(request).await?;
+        Ok(Self::of(client, detail))
+    }
+
+    fn of(client: Client, detail: SandboxDetail) -> Self {
+        Self { client, name: detail.summary.name.clone(), detail }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &SandboxName {
+        &self.name
+    }
+
+    /// What was known about it at the last call that answered with its state.
+    #[must_use]
+    pub fn detail(&self) -> &SandboxDetail {
+        &self.detail
+    }
+
+    /// Its state at that call.
+    #[must_use]
+    pub fn state(&self) -> SandboxState {
+        self.detail.summary.status
+    }
+
+    /// The service it lives on.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Asks anew.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn refresh(&mut self) -> Result<&SandboxDetail, Error> {
+        self.detail = self.client.inspect(&self.name).await?;
+        Ok(&self.detail)
+    }
+
+    /// Runs a command to its end and keeps its output.
+    ///
+    /// # Errors
+    /// `exec_not_found`, `exec_not_executable`, `exec_failed`, `sandbox_not_running`, `exec_lost`, `limit_exceeded`. A command that
+    /// fails is no error: see [`ExecOutput::end`].
+    pub async fn exec(&self, exec: impl Into<Exec>) -> Result<ExecOutput, Error> {
+        let mut exec = exec.into();
+        let (input, output_len_max) = (exec.input.take(), exec.output_len_max);
+        self.exec_stream(exec).await?.collect(input, output_len_max).await
+    }
+
+    /// Runs a command as a stream of events.
+    ///
+    /// # Errors
+    /// As [`Sandbox::exec`], some of them as the session's first answer.
+    pub async fn exec_stream(&self, exec: impl Into<Exec>) -> Result<Session, Error> {
+        let exec = exec.into();
+        exec.check()?;
+        self.client.exec(&self.name, exec.request).await
+    }
+
+    /// Starts the main workload of a sandbox made with `hold_main`, and watches it.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`.
+    pub async fn start_main(&self, options: AttachOptions) -> Result<Session, Error> {
+        self.client.start_main(&self.name, options).await
+    }
+
+    /// Watches the main workload.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`.
+    pub async fn attach(&self, options: AttachOptions) -> Result<Session, Error> {
+        self.client.attach(&self.name, options).await
+    }
+
+    /// Stops it: stop signal, its own grace time, flush.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`.
+    pub async fn stop(&self) -> Result<SandboxDetail, Error> {
+        self.stop_with(&StopRequest::default()).await
+    }
+
+    /// Stops it in a way of the caller's.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`.
+    pub async fn stop_with(&self, request: &StopRequest) -> Result<SandboxDetail, Error> {
+        self.client.stop(&self.name, request).await
+    }
+
+    /// Ends it at once, without a flush.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`.
+    pub async fn kill(&self) -> Result<SandboxDetail, Error> {
+        self.stop_with(&StopRequest { grace_ms: None, force: true }).await
+    }
+
+    /// Stops it if it runs, and starts it.
+    ///
+    /// # Errors
+    /// `boot_failed`.
+    pub async fn restart(&self) -> Result<SandboxDetail, Error> {
+        self.client.restart(&self.name, &StopRequest::default()).await
+    }
+
+    /// Waits until it rests.
+    ///
+    /// # Errors
+    /// `sandbox_not_found` if it is removed, as ephemeral ones are.
+    pub async fn wait(&self) -> Result<SandboxDetail, Error> {
+        self.client.wait(&self.name).await
+    }
+
+    /// Lets it outlive this process.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn detach(&self) -> Result<SandboxDetail, Error> {
+        self.client.detach(&self.name).await
+    }
+
+    /// Counts as activity.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn touch(&self) -> Result<SandboxDetail, Error> {
+        self.client.touch(&self.name).await
+    }
+
+    /// Reads its log.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn logs(&self, query: &LogQuery) -> Result<JsonLines<LogRecord>, Error> {
+        self.client.logs(&self.name, query).await
+    }
+}
+
+fn parse(name: &str) -> Result<SandboxName, Error> {
+    SandboxName::parse(name).map_err(Error::InvalidConfig)
+}
