@@ -4,11 +4,12 @@
 //! nothing running. A line that does not do what its explanation says fails the demo.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
+use crate::home::Home;
 use crate::{binaries, cache, debian, images, install, kernel};
 
 #[derive(clap::Args)]
@@ -78,9 +79,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     install::install(&tree, arguments.build)?;
     println!("4. the session. Its service keeps everything in target/demo and is gone afterwards.\n");
 
-    let home = Home::new(&tree, &archives)?;
+    let home = Home::new("demo", &tree)?;
     for line in SESSION {
-        home.show(line)?;
+        show(&home, &archives, line)?;
     }
     drop(home);
     println!(
@@ -91,94 +92,27 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The demo's own home and runtime folder; dropping it ends its service.
-struct Home {
-    folder: PathBuf,
-    runtime: tempfile::TempDir,
-    commands: PathBuf,
-    archives: PathBuf,
-}
-
-impl Home {
-    fn new(tree: &Path, archives: &Path) -> Result<Self> {
-        let folder = cache::target().join("demo");
-        let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir_all(&folder)?;
-        // Socket paths end at 107 bytes, so the sockets live under /tmp.
-        let runtime = tempfile::Builder::new().prefix("msb-demo-").tempdir_in("/tmp")?;
-        Ok(Self { folder, runtime, commands: tree.join("bin"), archives: archives.to_owned() })
+/// Prints what the line shows and what is typed, runs it, prints what came, and checks it.
+fn show(home: &Home, archives: &Path, line: &Line) -> Result<()> {
+    println!("# {}\n$ {}", line.shows, line.typed);
+    std::io::stdout().flush()?;
+    let output = home
+        .command("sh")
+        .arg("-c")
+        .arg(line.typed)
+        .stderr(Stdio::inherit())
+        .current_dir(archives)
+        .output()
+        .context("cannot start sh")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    print!("{text}");
+    match output.status.code() {
+        Some(0) if line.code == 0 => println!(),
+        Some(code) if code == line.code => println!("(exit code {code}, as it should be)\n"),
+        other => bail!("`{}` ended with {other:?} instead of {}", line.typed, line.code),
     }
-
-    fn show(&self, line: &Line) -> Result<()> {
-        println!("# {}\n$ {}", line.shows, line.typed);
-        std::io::stdout().flush()?;
-        let path = format!("{}:{}", self.commands.display(), std::env::var("PATH").unwrap_or_default());
-        let output = Command::new("sh")
-            .arg("-c")
-            .arg(line.typed)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .current_dir(&self.archives)
-            .env("PATH", path)
-            .env("MSB_HOME", &self.folder)
-            .env("XDG_RUNTIME_DIR", self.runtime.path())
-            .output()
-            .context("cannot start sh")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        print!("{text}");
-        match output.status.code() {
-            Some(0) if line.code == 0 => println!(),
-            Some(code) if code == line.code => println!("(exit code {code}, as it should be)\n"),
-            other => bail!("`{}` ended with {other:?} instead of {}", line.typed, line.code),
-        }
-        if !text.contains(line.prints) {
-            bail!("`{}` did not print \"{}\"", line.typed, line.prints);
-        }
-        Ok(())
+    if !text.contains(line.prints) {
+        bail!("`{}` did not print \"{}\"", line.typed, line.prints);
     }
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        end_programs_of(&self.folder);
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
-}
-
-/// Ends the service (and, should the session have failed, the VM processes) that work in this home. They are known by the home
-/// in their environment, their arguments or their open files, never by a name that others share.
-fn end_programs_of(home: &Path) {
-    let mine = |folder: &Path| -> bool {
-        let needle = home.as_os_str().as_encoded_bytes();
-        let mentions = |file: &str| {
-            std::fs::read(folder.join(file))
-                .is_ok_and(|bytes| bytes.windows(needle.len()).any(|window| window == needle))
-        };
-        let opened = || {
-            std::fs::read_dir(folder.join("fd")).is_ok_and(|files| {
-                files.flatten().any(|file| std::fs::read_link(file.path()).is_ok_and(|link| link.starts_with(home)))
-            })
-        };
-        mentions("environ") || mentions("cmdline") || opened()
-    };
-    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::KILL] {
-        for _ in 0..50 {
-            let Ok(processes) = std::fs::read_dir("/proc") else { return };
-            let found: Vec<i32> = processes
-                .flatten()
-                .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
-                .filter(|(pid, folder): &(i32, PathBuf)| {
-                    u32::try_from(*pid).is_ok_and(|pid| pid != std::process::id()) && mine(folder)
-                })
-                .map(|(pid, _)| pid)
-                .collect();
-            if found.is_empty() {
-                return;
-            }
-            for pid in found.into_iter().filter_map(rustix::process::Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, signal);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(200));
-        }
-    }
+    Ok(())
 }

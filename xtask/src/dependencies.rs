@@ -85,9 +85,10 @@ fn arrows(metadata: &Metadata) -> Result<Arrows> {
         .workspace_packages()
         .iter()
         .map(|package| {
-            let uses =
-                package.dependencies.iter().filter_map(|dependency| folders.get(&dependency.name).cloned()).collect();
-            (folders[package.name.as_str()].clone(), uses)
+            let own = &folders[package.name.as_str()];
+            let uses = package.dependencies.iter().filter_map(|dependency| folders.get(&dependency.name));
+            // A crate may name itself to turn on a feature for its own tests.
+            (own.clone(), uses.filter(|used| *used != own).cloned().collect())
         })
         .collect())
 }

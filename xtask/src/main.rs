@@ -16,6 +16,7 @@ mod debian;
 mod demo;
 mod dependencies;
 mod docs;
+mod home;
 mod house;
 mod images;
 mod initramfs;
