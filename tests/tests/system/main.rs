@@ -11,6 +11,7 @@ mod exec;
 mod image;
 mod inside;
 mod output;
+mod sdk;
 mod service;
 mod session;
 mod streams;

@@ -1,0 +1,101 @@
+//! The Rust client against a real daemon and real sandboxes.
+
+use std::time::Duration;
+
+use msb_sdk::protocol::error::ErrorCode;
+use msb_sdk::protocol::paths::Surroundings;
+use msb_sdk::protocol::state::SandboxState;
+use msb_sdk::{Client, Error, Exec, Locator, Sandbox, SessionEvent};
+use msb_tests::{Home, tree};
+
+/// A client that starts this home's service as `msb` would, without touching the environment that other tests share.
+async fn client(home: &Home) -> Client {
+    let mut locator = Locator::from_environment();
+    locator.surroundings = Surroundings {
+        msb_home: Some(home.path()),
+        home: Some(home.scratch()),
+        xdg_runtime_dir: Some(home.runtime()),
+        msb_host: None,
+        uid: rustix::process::geteuid().as_raw(),
+    };
+    locator.daemon = Some(tree().join("bin/msbd"));
+    locator.connect().await.expect("a service")
+}
+
+#[tokio::test]
+async fn the_builder_makes_a_sandbox_that_answers() {
+    let home = Home::new("sdk");
+    // The command line starts the service, so that it runs with the test's own environment.
+    home.succeeds(&["ls"]);
+    let client = client(&home).await;
+    home.load("busybox.tar");
+
+    let mut sandbox = Sandbox::builder("box")
+        .image("busybox")
+        .cpus(1)
+        .memory_mib(256)
+        .env("A", "1")
+        .label("team", "ml")
+        .detached(true)
+        .create_on(&client)
+        .await
+        .expect("a sandbox");
+    assert_eq!(sandbox.state(), SandboxState::Running);
+
+    let output = sandbox.exec(["sh", "-c", "echo $A; echo err >&2; exit 7"]).await.expect("exec");
+    assert_eq!((output.stdout_text().as_str(), output.stderr_text().as_str()), ("1\n", "err\n"));
+    assert!(!output.success());
+    assert_eq!(output.end.code, Some(7));
+
+    let output = sandbox.exec(Exec::new(["cat"]).stdin(vec![b'x'; 1 << 20])).await.expect("exec");
+    assert_eq!(output.stdout.len(), 1 << 20);
+
+    let late = sandbox.exec(Exec::new(["sleep", "600"]).timeout(Duration::from_secs(1))).await.expect("exec");
+    assert!(late.end.timed_out, "{:?}", late.end);
+
+    let mut session = sandbox
+        .exec_stream(Exec::new(["sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.2; done"]))
+        .await
+        .expect("a stream");
+    let (mut text, mut ended) = (Vec::new(), None);
+    while let Some(event) = session.next().await.expect("an event") {
+        match event {
+            SessionEvent::Stdout(bytes) => text.extend_from_slice(&bytes),
+            SessionEvent::Exited(end) => ended = Some(end),
+            _ => {}
+        }
+    }
+    assert_eq!(text, b"1\n2\n3\n");
+    assert_eq!(ended.and_then(|end| end.code), Some(0));
+
+    sandbox.stop().await.expect("stop");
+    assert_eq!(sandbox.refresh().await.expect("its detail").summary.status, SandboxState::Stopped);
+    let refused = sandbox.exec(["true"]).await.expect_err("it is stopped");
+    assert_eq!(refused.code(), ErrorCode::SandboxNotRunning);
+    home.finish();
+}
+
+#[tokio::test]
+async fn errors_have_types_and_codes_before_and_after_a_request() {
+    // Refused by `build` itself, with no service anywhere.
+    for request in [
+        Sandbox::builder("a").image("busybox").cpus(0).build(),
+        Sandbox::builder("a").image("busybox").memory_mib(0).build(),
+    ] {
+        assert!(matches!(request, Err(Error::InvalidConfig(_))), "{request:?}");
+    }
+    assert!(matches!(Sandbox::builder("../x").image("busybox").build(), Err(Error::InvalidConfig(_))));
+    let home = Home::new("sdk_errors");
+    home.succeeds(&["ls"]);
+    let client = client(&home).await;
+    let missing = Sandbox::builder("a")
+        .image("nothing-here")
+        .detached(true)
+        .create_on(&client)
+        .await
+        .err()
+        .expect("no such image");
+    assert_eq!(missing.code(), ErrorCode::ImageNotFound);
+    assert!(missing.is_not_found() && !missing.hint().is_empty());
+    home.finish();
+}
