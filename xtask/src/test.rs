@@ -182,7 +182,9 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     if program::can_become_root() {
         tests.env("MSB_TEST_PYTHON", images::python()?.join("python.tar"));
     } else {
-        println!("note: the cases with the python image are skipped: making it needs root");
+        println!(
+            "note: this user cannot become root, so the cases with the python image and those with a full disk are skipped"
+        );
     }
     // A booting guest under software emulation keeps a processor busy; more of them at once than processors only makes each slower.
     let threads = std::thread::available_parallelism().map_or(2, usize::from);

@@ -88,13 +88,8 @@ async fn errors_have_types_and_codes_before_and_after_a_request() {
     let home = Home::new("sdk_errors");
     home.succeeds(&["ls"]);
     let client = client(&home).await;
-    let missing = Sandbox::builder("a")
-        .image("nothing-here")
-        .detached(true)
-        .create_on(&client)
-        .await
-        .err()
-        .expect("no such image");
+    let missing =
+        Sandbox::builder("a").image("nothing-here").detached(true).create_on(&client).await.expect_err("no such image");
     assert_eq!(missing.code(), ErrorCode::ImageNotFound);
     assert!(missing.is_not_found() && !missing.hint().is_empty());
     home.finish();

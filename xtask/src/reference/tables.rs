@@ -8,7 +8,12 @@ use msb_protocol::error::TABLE;
 
 /// Every generated file: its path under `docs/` and its text.
 pub(crate) fn files() -> Result<Vec<(String, String)>> {
-    Ok(vec![("errors.md".to_owned(), errors()?), ("settings.md".to_owned(), settings()?)])
+    Ok(vec![
+        ("commands.md".to_owned(), commands()?),
+        ("errors.md".to_owned(), errors()?),
+        ("metrics.md".to_owned(), format!("{MARK}\n# Metrics\n\n{}", msb_metrics::markdown_table())),
+        ("settings.md".to_owned(), settings()?),
+    ])
 }
 
 /// Said at the top of each.
@@ -72,4 +77,33 @@ fn takes(kind: &SettingKind) -> String {
 /// Text that cannot break out of its cell.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|")
+}
+
+/// The command tree: one section per command, in the order and the words of `--help`.
+fn commands() -> Result<String> {
+    let mut root = msb_cli::command();
+    root.build();
+    let mut text = format!(
+        "{MARK}\n# Commands\n\n`msb --help` groups them; `msb COMMAND --help` says the same as this page. Every reading command takes `--format json`.\n"
+    );
+    section(&mut text, &root, "msb")?;
+    Ok(text)
+}
+
+fn section(text: &mut String, command: &clap::Command, path: &str) -> Result<()> {
+    for child in command.get_subcommands().filter(|child| !child.is_hide_set() && child.get_name() != "help") {
+        let path = format!("{path} {}", child.get_name());
+        writeln!(text, "\n## {path}\n")?;
+        let aliases: Vec<String> = child.get_visible_aliases().map(|alias| format!("`{alias}`")).collect();
+        if !aliases.is_empty() {
+            writeln!(text, "Also: {}\n", aliases.join(", "))?;
+        }
+        // Help is wrapped for a page, whatever terminal this runs in, and ends lines without blanks.
+        let mut child = child.clone().bin_name(&path).term_width(110);
+        let help = child.render_long_help().to_string();
+        let help: Vec<&str> = help.lines().map(str::trim_end).collect();
+        writeln!(text, "```text\n{}\n```", help.join("\n").trim())?;
+        section(text, &child, &path)?;
+    }
+    Ok(())
 }
