@@ -72,22 +72,25 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
     })
 }
 
+/// The features of this package that the programs linking the product need.
+pub(crate) const COMPANION_FEATURES: &str = "xtask/reference,xtask/upper";
+
 /// Runs `xtask-<name>`, a program of this package that links a part of the product, with these words.
+///
+/// It is built with the features of the whole workspace, as the unit tests are, so that no library is compiled twice.
 pub(crate) fn companion(name: &str, words: &[&str]) -> Result<()> {
-    let mut cargo = cargo();
-    cargo.args([
-        "run",
+    let program = format!("xtask-{name}");
+    program::run(cargo().args([
+        "build",
         "--quiet",
         "--locked",
-        "--package",
-        "xtask",
+        "--workspace",
         "--features",
-        name,
+        COMPANION_FEATURES,
         "--bin",
-        &format!("xtask-{name}"),
-        "--",
-    ]);
-    program::run(cargo.args(words))
+        &program,
+    ]))?;
+    program::run(program::command(cache::target().join("debug").join(program)).args(words))
 }
 
 /// The cargo that runs us, with its own settings for this very package removed.

@@ -128,7 +128,7 @@ fn clippy(_: &Arguments) -> Result<Outcome> {
         "--workspace",
         "--all-targets",
         "--features",
-        "xtask/reference,xtask/upper",
+        binaries::COMPANION_FEATURES,
         "--locked",
         "--quiet",
         "--",
@@ -158,7 +158,7 @@ fn unit(_: &Arguments) -> Result<Outcome> {
         "--exclude",
         "msb-tests",
         "--features",
-        "xtask/reference,xtask/upper",
+        binaries::COMPANION_FEATURES,
         "--locked",
         "--no-fail-fast",
     ]))?;
@@ -174,7 +174,7 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     let small = images::small()?;
     let mut tests = binaries::cargo();
     tests
-        .args(["test", "--package", "msb-tests", "--locked", "--no-fail-fast"])
+        .args(["test", "--workspace", "--test", "system", "--features", binaries::COMPANION_FEATURES, "--locked"])
         .env("MSB_TEST_TREE", &tree)
         .env("MSB_TEST_IMAGES", &small)
         .env("MSB_TEST_ENGINE", "qemu")
