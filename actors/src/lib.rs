@@ -14,4 +14,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod clock;
+pub mod identity;
+pub mod journal;
 pub mod sandbox;
+pub mod vm;

@@ -1,3 +1,9 @@
-//! One sandbox: the pure machine of its life and the actor that does what the machine says.
+//! One sandbox: the pure machine of its life, the actor that does what the machine says, and what they are made of.
 
+pub mod activity;
+pub mod actor;
+pub mod directories;
+pub mod heartbeat;
 pub mod machine;
+pub mod plan;
+pub mod view;

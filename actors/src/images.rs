@@ -1,0 +1,253 @@
+//! Images as the rest of the daemon sees them: a blocking store behind [`ImageStore`], and the actor that runs its work on the
+//! blocking pool, one at a time for each reference (single flight).
+//!
+//! The store of real images is `images::store`; the simulator brings its own.
+
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use actix::prelude::*;
+use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
+use msb_protocol::error::ApiError;
+use msb_protocol::id::SandboxName;
+use msb_protocol::vmm::DiskPart;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::inspect::{ActorReport, Inspect};
+
+/// Messages that wait for the actor before their senders are told to.
+const MAILBOX_LEN: usize = 1_024;
+
+/// Sandboxes by the digest of their image.
+pub type ImageUsers = BTreeMap<String, Vec<SandboxName>>;
+
+/// An image that is ready to boot from.
+#[derive(Clone)]
+pub struct PreparedImage {
+    /// Digest of the manifest.
+    pub digest: String,
+    /// What it says about running it.
+    pub config: ImageConfigDetail,
+    /// The parts of the read-only root device.
+    pub lower: Vec<DiskPart>,
+    /// While a clone lives, prune leaves the image alone.
+    pub lease: Arc<dyn Any + Send + Sync>,
+}
+
+/// A store of images. Every method blocks.
+pub trait ImageStore: Send + Sync + 'static {
+    /// Finds an image and makes it bootable.
+    ///
+    /// # Errors
+    /// `image_not_found` naming what exists, `invalid_reference`, `store_corrupt`, `disk_full`.
+    fn prepare(&self, reference: &str) -> Result<PreparedImage, ApiError>;
+    /// Makes a fresh writable disk of this size.
+    ///
+    /// # Errors
+    /// `disk_full`, or what else the file system says.
+    fn make_upper(&self, path: &Path, size_mib: u32) -> Result<(), ApiError>;
+    /// Every image, newest first.
+    ///
+    /// # Errors
+    /// `store_corrupt`.
+    fn list(&self) -> Result<Vec<ImageSummary>, ApiError>;
+    /// One image.
+    ///
+    /// # Errors
+    /// As [`ImageStore::prepare`].
+    fn inspect(&self, reference: &str) -> Result<ImageDetail, ApiError>;
+    /// Removes an image or one of its names.
+    ///
+    /// # Errors
+    /// `image_in_use` naming who uses it, `image_not_found`.
+    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<(), ApiError>;
+    /// Takes an archive in.
+    ///
+    /// # Errors
+    /// `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`.
+    fn load(&self, archive: &mut dyn Read, tag: Option<&str>, progress: &mut dyn FnMut(LoadEvent)) -> Result<Vec<ImageSummary>, ApiError>;
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// The store cannot be read at all.
+    fn check(&self) -> Result<StoreReport, ApiError>;
+}
+
+/// Owns the store.
+pub struct ImageActor {
+    store: Arc<dyn ImageStore>,
+    in_flight: HashMap<String, Vec<oneshot::Sender<Result<PreparedImage, ApiError>>>>,
+    handled: u64,
+}
+
+impl ImageActor {
+    /// The actor of a store.
+    pub fn new(store: Arc<dyn ImageStore>) -> Self {
+        Self { store, in_flight: HashMap::new(), handled: 0 }
+    }
+
+    fn blocking<T: Send + 'static>(&mut self, work: impl FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send + 'static) -> ResponseFuture<Result<T, ApiError>> {
+        self.handled += 1;
+        let store = self.store.clone();
+        Box::pin(async move { on_pool(move || work(&*store)).await })
+    }
+}
+
+async fn on_pool<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(error) => Err(ApiError::internal(format!("work on images ended early: {error}"))),
+    }
+}
+
+impl Actor for ImageActor {
+    type Context = Context<Self>;
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX_LEN);
+    }
+}
+
+/// Find an image and make it bootable.
+#[derive(Message)]
+#[rtype(result = "Result<PreparedImage, ApiError>")]
+pub struct Prepare(pub String);
+
+impl Handler<Prepare> for ImageActor {
+    type Result = ResponseFuture<Result<PreparedImage, ApiError>>;
+
+    fn handle(&mut self, Prepare(reference): Prepare, ctx: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        let (reply, answer) = oneshot::channel();
+        let waiting = self.in_flight.entry(reference.clone()).or_default();
+        waiting.push(reply);
+        if waiting.len() == 1 {
+            let (store, wanted) = (self.store.clone(), reference.clone());
+            let work = async move { on_pool(move || store.prepare(&wanted)).await };
+            ctx.spawn(work.into_actor(self).map(move |outcome, this, _| {
+                for reply in this.in_flight.remove(&reference).unwrap_or_default() {
+                    // Whoever went away gave the lease back with its clone.
+                    let _ = reply.send(outcome.clone());
+                }
+            }));
+        }
+        Box::pin(async move { answer.await.unwrap_or_else(|_| Err(ApiError::internal("the image actor ended"))) })
+    }
+}
+
+/// Make a fresh writable disk.
+#[derive(Message)]
+#[rtype(result = "Result<(), ApiError>")]
+pub struct MakeUpper {
+    /// Where.
+    pub path: PathBuf,
+    /// How large.
+    pub size_mib: u32,
+}
+
+impl Handler<MakeUpper> for ImageActor {
+    type Result = ResponseFuture<Result<(), ApiError>>;
+    fn handle(&mut self, message: MakeUpper, _: &mut Self::Context) -> Self::Result {
+        self.blocking(move |store| store.make_upper(&message.path, message.size_mib))
+    }
+}
+
+/// Every image.
+#[derive(Message)]
+#[rtype(result = "Result<Vec<ImageSummary>, ApiError>")]
+pub struct ListImages;
+
+impl Handler<ListImages> for ImageActor {
+    type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
+    fn handle(&mut self, _: ListImages, _: &mut Self::Context) -> Self::Result {
+        self.blocking(|store| store.list())
+    }
+}
+
+/// One image.
+#[derive(Message)]
+#[rtype(result = "Result<ImageDetail, ApiError>")]
+pub struct InspectImage {
+    /// Which.
+    pub reference: String,
+    /// Who uses which image.
+    pub users: ImageUsers,
+}
+
+impl Handler<InspectImage> for ImageActor {
+    type Result = ResponseFuture<Result<ImageDetail, ApiError>>;
+    fn handle(&mut self, message: InspectImage, _: &mut Self::Context) -> Self::Result {
+        self.blocking(move |store| {
+            let mut detail = store.inspect(&message.reference)?;
+            detail.used_by = message.users.get(&detail.summary.digest).cloned().unwrap_or_default();
+            Ok(detail)
+        })
+    }
+}
+
+/// Remove an image.
+#[derive(Message)]
+#[rtype(result = "Result<(), ApiError>")]
+pub struct RemoveImage {
+    /// Which.
+    pub reference: String,
+    /// Even if a sandbox uses it (it keeps its layers until that is gone).
+    pub force: bool,
+    /// Who uses which image.
+    pub users: ImageUsers,
+}
+
+impl Handler<RemoveImage> for ImageActor {
+    type Result = ResponseFuture<Result<(), ApiError>>;
+    fn handle(&mut self, message: RemoveImage, _: &mut Self::Context) -> Self::Result {
+        self.blocking(move |store| store.remove(&message.reference, message.force, &message.users))
+    }
+}
+
+/// Take an archive in.
+#[derive(Message)]
+#[rtype(result = "Result<Vec<ImageSummary>, ApiError>")]
+pub struct LoadImage {
+    /// The archive.
+    pub archive: Box<dyn Read + Send>,
+    /// A name for it.
+    pub tag: Option<String>,
+    /// Where progress goes; what it has no room for is left out.
+    pub progress: mpsc::Sender<LoadEvent>,
+}
+
+impl Handler<LoadImage> for ImageActor {
+    type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
+    fn handle(&mut self, mut message: LoadImage, _: &mut Self::Context) -> Self::Result {
+        self.blocking(move |store| {
+            let progress = message.progress;
+            store.load(&mut *message.archive, message.tag.as_deref(), &mut |event| match event {
+                // The next one says the same and more.
+                LoadEvent::Progress { .. } => drop(progress.try_send(event)),
+                // A client that went away ends the load at its next read.
+                event => drop(progress.blocking_send(event)),
+            })
+        })
+    }
+}
+
+/// Check the store.
+#[derive(Message)]
+#[rtype(result = "Result<StoreReport, ApiError>")]
+pub struct CheckStore;
+
+impl Handler<CheckStore> for ImageActor {
+    type Result = ResponseFuture<Result<StoreReport, ApiError>>;
+    fn handle(&mut self, _: CheckStore, _: &mut Self::Context) -> Self::Result {
+        self.blocking(|store| store.check())
+    }
+}
+
+impl Handler<Inspect> for ImageActor {
+    type Result = MessageResult<Inspect>;
+    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        MessageResult(ActorReport { handled: self.handled, state: format!("{} images being prepared", self.in_flight.len()) })
+    }
+}

@@ -1,0 +1,93 @@
+//! The latest sample of each sandbox, for whoever asks. Sandbox actors push; nobody pulls from a VM in a request's path.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use actix::prelude::*;
+use msb_protocol::guest::Beat;
+use msb_protocol::id::{BootId, SandboxId, SandboxName};
+
+use crate::inspect::{ActorReport, Inspect};
+
+/// Samples kept of each sandbox: two minutes of beats.
+pub const RING_LEN: usize = 120;
+/// Samples that wait before they are left out.
+const MAILBOX_LEN: usize = 4_096;
+
+/// One beat of one sandbox.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+pub struct BeatSample {
+    /// The sandbox.
+    pub id: SandboxId,
+    /// Its name.
+    pub name: SandboxName,
+    /// The run.
+    pub boot_id: BootId,
+    /// When it arrived, on the daemon's clock.
+    pub at_ms: u64,
+    /// What the agent said.
+    pub beat: Beat,
+}
+
+/// The sandbox is gone.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct Forget(pub SandboxId);
+
+/// The newest sample of each sandbox.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Vec<BeatSample>")]
+pub struct Latest;
+
+/// Holds the samples.
+#[derive(Debug, Default)]
+pub struct MetricsActor {
+    rings: BTreeMap<SandboxId, VecDeque<BeatSample>>,
+    handled: u64,
+}
+
+impl Actor for MetricsActor {
+    type Context = Context<Self>;
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX_LEN);
+    }
+}
+
+impl Handler<BeatSample> for MetricsActor {
+    type Result = ();
+    fn handle(&mut self, sample: BeatSample, _: &mut Self::Context) {
+        self.handled += 1;
+        let ring = self.rings.entry(sample.id).or_default();
+        // Nothing of an earlier boot counts for this one.
+        if ring.back().is_some_and(|last| last.boot_id != sample.boot_id) {
+            ring.clear();
+        }
+        if ring.len() == RING_LEN {
+            ring.pop_front();
+        }
+        ring.push_back(sample);
+    }
+}
+
+impl Handler<Forget> for MetricsActor {
+    type Result = ();
+    fn handle(&mut self, Forget(id): Forget, _: &mut Self::Context) {
+        self.handled += 1;
+        self.rings.remove(&id);
+    }
+}
+
+impl Handler<Latest> for MetricsActor {
+    type Result = MessageResult<Latest>;
+    fn handle(&mut self, _: Latest, _: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        MessageResult(self.rings.values().filter_map(|ring| ring.back().cloned()).collect())
+    }
+}
+
+impl Handler<Inspect> for MetricsActor {
+    type Result = MessageResult<Inspect>;
+    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        MessageResult(ActorReport { handled: self.handled, state: format!("samples of {} sandboxes", self.rings.len()) })
+    }
+}

@@ -1,0 +1,754 @@
+//! The actor of one sandbox: feeds its machine, makes each change durable, then does what the machine says.
+//!
+//! ```text
+//!  API ── Ask ──────────┐                       ┌─► journal (durable first)
+//!  VM events (stream) ──┼─► feed(event) ─► step ┤
+//!  timers, creator ─────┘                       └─► perform(effects) ─► image actor, disks, launcher, VM commands
+//! ```
+//!
+//! While a change is being made durable the actor handles nothing else (`ctx.wait`), so effects happen in the order of the steps.
+//! It owns the VM's command channel, the watch on the creator, the beats and the timers. It never blocks, never touches a session's
+//! bytes, and never decides anything that the machine could.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use actix::prelude::*;
+use jiff::SignedDuration;
+use msb_protocol::control::RunEnd;
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::id::BootId;
+use msb_protocol::labels;
+use msb_protocol::spec::EngineChoice;
+use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
+use msb_protocol::vmm::BootError;
+use tokio::sync::{mpsc, watch};
+
+use super::activity::Activity;
+use super::directories::Directories;
+use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
+use super::machine::{Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
+use super::plan;
+use super::view::{self, View};
+use crate::identity::{self, ProcessIdentity};
+use crate::images::{MakeUpper, Prepare, PreparedImage};
+use crate::inspect::{ActorReport, Inspect};
+use crate::journal::{Change, EventDraft, SandboxRecord};
+use crate::metrics::{BeatSample, Forget};
+use crate::supervisor::{DeathGuard, Surroundings};
+use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
+
+/// Messages that wait for one sandbox before their senders are told `sandbox_busy`.
+const MAILBOX_LEN: usize = 64;
+/// How often a sandbox with an idle timeout looks again while something is active in it, in milliseconds.
+const IDLE_LOOK_MS: u64 = 1_000;
+/// Wait before a change that the journal refused is offered again, in milliseconds.
+const JOURNAL_RETRY_MS: u64 = 1_000;
+/// Characters of a message that comes from below.
+const MESSAGE_LEN_MAX: usize = 2_048;
+
+/// What the API asks of a sandbox. The answer says whether it was taken; what follows is seen in the [`View`].
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<(), ApiError>")]
+pub enum Ask {
+    /// Feed the machine.
+    Event(Event),
+    /// Let it outlive its creator.
+    Detach,
+}
+
+/// Set by tests to see what a panic in each handler does.
+#[cfg(any(test, feature = "simulation"))]
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct PanicNow;
+
+/// News from the actor's own tasks.
+#[derive(Message)]
+#[rtype(result = "()")]
+enum News {
+    Leased(Result<PreparedImage, ApiError>),
+    Disks(Result<(), ApiError>),
+    Spawned(Result<VmHandle, ApiError>),
+    Adopted(Adoption),
+    FilesRemoved(Result<(), ApiError>),
+}
+
+/// What a new incarnation of a sandbox is made from.
+pub struct Birth {
+    /// Its record.
+    pub record: SandboxRecord,
+    /// What it lives among.
+    pub surroundings: Arc<Surroundings>,
+    /// Its activity, which outlives incarnations.
+    pub activity: Arc<Activity>,
+    /// Where others see it.
+    pub view: Arc<watch::Sender<Arc<View>>>,
+    /// Tells the supervisor when this incarnation is gone.
+    pub guard: DeathGuard,
+    /// A pidfd of the creator, from its connection.
+    pub creator: Option<OwnedFd>,
+    /// The first event of a sandbox that was just asked for; recovered ones have none.
+    pub first: Option<Event>,
+}
+
+/// One sandbox.
+pub struct SandboxActor {
+    record: SandboxRecord,
+    machine: Machine,
+    surroundings: Arc<Surroundings>,
+    directories: Directories,
+    activity: Arc<Activity>,
+    view: Arc<watch::Sender<Arc<View>>>,
+    guard: DeathGuard,
+    creator: Option<OwnedFd>,
+    creator_watch: Option<SpawnHandle>,
+    first: Option<Event>,
+    first_effects: Vec<Effect>,
+    vm: Option<VmHandle>,
+    image: Option<PreparedImage>,
+    beats: Option<BeatWatch>,
+    timer: Option<SpawnHandle>,
+    beat_timer: Option<SpawnHandle>,
+    /// Steps whose effects are not done yet, oldest first.
+    steps: VecDeque<Step>,
+    stepping: bool,
+    gone: Option<Gone>,
+    failure: Option<ApiError>,
+    runs_ready: u64,
+    starts_failed: u64,
+    handled: u64,
+}
+
+struct Step {
+    change: Option<Change>,
+    effects: Vec<Effect>,
+}
+
+impl SandboxActor {
+    /// An incarnation.
+    #[must_use]
+    pub fn new(birth: Birth) -> Self {
+        let Birth { record, surroundings, activity, view, guard, creator, first } = birth;
+        let now_ms = surroundings.clock.now_ms();
+        let policy = Policy::of(&record.spec);
+        let (machine, first_effects) = if first.is_some() {
+            (Machine::new(policy, record.spec.detached), Vec::new())
+        } else {
+            Machine::recover(policy, &record.machine, now_ms)
+        };
+        let directories = surroundings.directories(&record.name, record.id);
+        let (runs_ready, starts_failed, failure) = {
+            let last = view.borrow();
+            (last.runs_ready, last.starts_failed, last.failure.clone())
+        };
+        Self {
+            record,
+            machine,
+            surroundings,
+            directories,
+            activity,
+            view,
+            guard,
+            creator,
+            creator_watch: None,
+            first,
+            first_effects,
+            vm: None,
+            image: None,
+            beats: None,
+            timer: None,
+            beat_timer: None,
+            steps: VecDeque::new(),
+            stepping: false,
+            gone: None,
+            failure,
+            runs_ready,
+            starts_failed,
+            handled: 0,
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.surroundings.clock.now_ms()
+    }
+
+    /// One event. What it changes is durable before any of its effects happens and before anybody sees it.
+    fn feed(&mut self, event: Event, ctx: &mut Context<Self>) -> Result<(), Denial> {
+        let was_running = matches!(self.machine.state(), State::Running { .. });
+        let at = Moment { now_ms: self.now_ms(), next_boot_id: BootId::generate() };
+        let before = self.machine.run();
+        let effects = self.machine.step(event, at)?;
+        if let State::Running { run, .. } = self.machine.state()
+            && !was_running
+        {
+            self.runs_ready += 1;
+            self.failure = None;
+            self.record.started_at = Some(self.surroundings.clock.wall());
+            self.record.boot_error = None;
+            self.activity.touch_start();
+            self.beats = Some(BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms));
+            self.arm_beats(ctx);
+        }
+        for effect in &effects {
+            match effect {
+                Effect::EndRun { boot_id, cause } => self.note_end(*boot_id, *cause),
+                Effect::FailStart => self.note_failed_start(),
+                _ => {}
+            }
+        }
+        let change = match effects.first() {
+            Some(Effect::Record { by, cause }) => {
+                self.record.machine = self.machine.stored();
+                let draft = EventDraft {
+                    sandbox: self.record.name.clone(),
+                    sandbox_id: self.record.id,
+                    boot_id: self.machine.run().or(before).map(|run| run.boot_id),
+                    event: if matches!(event, Event::Start { .. }) && before.is_none() && self.record.started_at.is_none() && self.record.last_end.is_none() {
+                        "created".into()
+                    } else {
+                        "state".into()
+                    },
+                    state: self.machine.shown(),
+                    cause: *cause,
+                    actor: self.actor_of(event, by.as_str()),
+                    message: self.record.last_end.as_ref().filter(|_| cause.is_some()).map(|end| end.message.clone()).unwrap_or_default(),
+                };
+                Some(Change::Put(Box::new(self.record.clone()), Some(draft)))
+            }
+            _ => None,
+        };
+        self.steps.push_back(Step { change, effects });
+        self.advance(ctx);
+        Ok(())
+    }
+
+    /// Idleness is found by a timer of the daemon but is its own reason to a reader of events.
+    fn actor_of(&self, event: Event, word: &str) -> String {
+        match (event, self.machine.state()) {
+            (Event::Tick { .. }, State::Draining { cause: EndCause::Idle, .. }) => "idle".into(),
+            _ => word.into(),
+        }
+    }
+
+    /// Feeds an event that cannot be refused.
+    fn tell(&mut self, event: Event, ctx: &mut Context<Self>) {
+        if let Err(denial) = self.feed(event, ctx) {
+            tracing::debug!(sandbox = %self.record.name, ?event, %denial, "an event came too late");
+        }
+    }
+
+    /// Does the oldest step: first the journal, then the effects, then the next step.
+    fn advance(&mut self, ctx: &mut Context<Self>) {
+        if self.stepping {
+            return;
+        }
+        let Some(step) = self.steps.pop_front() else { return self.settle(ctx) };
+        match step.change {
+            None => {
+                self.perform(step.effects, ctx);
+                self.advance(ctx);
+            }
+            Some(change) => {
+                self.stepping = true;
+                let journal = self.surroundings.journal.clone();
+                let durable = async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
+                    this.stepping = false;
+                    if let Err(error) = outcome {
+                        this.journal_refused(&error, ctx);
+                    }
+                    this.perform(step.effects, ctx);
+                    this.advance(ctx);
+                });
+                ctx.wait(durable);
+            }
+        }
+    }
+
+    /// A running VM cannot wait for the disk: the sandbox goes on, and the record is offered again until it is taken.
+    fn journal_refused(&mut self, error: &ApiError, ctx: &mut Context<Self>) {
+        tracing::error!(sandbox = %self.record.name, error = %error.message, "a change could not be made durable and will be tried again");
+        let at = self.now_ms().saturating_add(JOURNAL_RETRY_MS);
+        let pause = self.surroundings.clock.sleep_until(at);
+        ctx.spawn(pause.into_actor(self).map(|(), this, ctx| {
+            if matches!(this.machine.state(), State::Removed) {
+                return;
+            }
+            let change = Change::Put(Box::new(this.record.clone()), None);
+            this.steps.push_back(Step { change: Some(change), effects: Vec::new() });
+            this.advance(ctx);
+        }));
+    }
+
+    /// All steps are done: show what is, and wait for what comes.
+    fn settle(&mut self, ctx: &mut Context<Self>) {
+        self.publish();
+        self.arm(ctx);
+    }
+
+    fn publish(&mut self) {
+        let next_try_at = match self.machine.state() {
+            State::Restarting { at_ms } => {
+                let wait_ms = i64::try_from(at_ms.saturating_sub(self.now_ms())).unwrap_or(i64::MAX);
+                self.surroundings.clock.wall().checked_add(SignedDuration::from_millis(wait_ms)).ok()
+            }
+            _ => None,
+        };
+        let view = View {
+            detail: view::detail(&self.record, &self.machine, &self.directories, next_try_at),
+            runs_ready: self.runs_ready,
+            starts_failed: self.starts_failed,
+            failure: self.failure.clone(),
+            // Gone is said when the files are.
+            gone: false,
+            recovering: matches!(self.machine.state(), State::Recovering { .. } | State::Removed),
+            orphaned: false,
+        };
+        self.view.send_replace(Arc::new(view));
+    }
+
+    fn arm(&mut self, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        let last = self.activity.last_ms();
+        let now = self.now_ms();
+        let mut due = self.machine.deadline_ms(last);
+        // While something is active idleness has no deadline; its end is noticed by looking.
+        if last.is_none() && self.record.spec.idle_timeout_ms.is_some() && matches!(self.machine.state(), State::Running { .. }) {
+            due = Some(due.unwrap_or(u64::MAX).min(now.saturating_add(IDLE_LOOK_MS)));
+        }
+        let Some(due) = due else { return };
+        let sleep = self.surroundings.clock.sleep_until(due);
+        self.timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
+            this.timer = None;
+            let last_activity_ms = this.activity.last_ms();
+            this.tell(Event::Tick { last_activity_ms }, ctx);
+            if this.timer.is_none() && !this.stepping {
+                this.arm(ctx);
+            }
+        })));
+    }
+
+    fn arm_beats(&mut self, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.beat_timer.take() {
+            ctx.cancel_future(timer);
+        }
+        let now = self.now_ms();
+        let Some(watch) = self.beats.as_mut() else { return };
+        match watch.look(now) {
+            Verdict::LookAgain(at) => {
+                let sleep = self.surroundings.clock.sleep_until(at);
+                self.beat_timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
+                    this.beat_timer = None;
+                    this.arm_beats(ctx);
+                })));
+            }
+            Verdict::Silent => {
+                self.beats = None;
+                tracing::warn!(sandbox = %self.record.name, "the agent stopped beating");
+                self.tell(Event::AgentSilent, ctx);
+            }
+        }
+    }
+
+    fn note_end(&mut self, boot_id: BootId, cause: EndCause) {
+        let gone = self.gone.take();
+        let process: Option<ProcessEnd> = gone.as_ref().and_then(|gone| gone.main_end);
+        let message = gone.as_ref().map(|gone| clean(&gone.message)).unwrap_or_default();
+        if let Some(error) = gone.and_then(|gone| gone.boot_error) {
+            let (directories, name, evidence) = (self.directories.clone(), self.record.name.clone(), error.clone());
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = directories.keep_boot_error(&name, &evidence) {
+                    tracing::warn!(sandbox = %name, %error, "the evidence of a failed boot could not be kept");
+                }
+            });
+            self.record.boot_error = Some(error);
+        }
+        self.record.last_end = Some(RunEnd { boot_id, cause, process, message, at: self.surroundings.clock.wall() });
+        self.record.vmm = None;
+        self.vm = None;
+        self.beats = None;
+    }
+
+    fn note_failed_start(&mut self) {
+        self.starts_failed += 1;
+        if let Some(error) = self.gone.as_ref().and_then(|gone| gone.boot_error.as_ref()) {
+            self.failure = Some(boot_failure(error));
+        } else if let Some(gone) = &self.gone {
+            let error = ApiError::new(ErrorCode::BootFailed, format!("the virtual machine did not come up: {}", clean(&gone.message)));
+            self.failure.get_or_insert(error);
+        } else {
+            self.failure.get_or_insert_with(|| ApiError::new(ErrorCode::Cancelled, "the start was cancelled by a stop"));
+        }
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>, ctx: &mut Context<Self>) {
+        for effect in effects {
+            match effect {
+                Effect::Record { .. } | Effect::EndRun { .. } | Effect::FailStart => {}
+                Effect::LeaseImage => self.lease(ctx),
+                Effect::MakeDisks => self.make_disks(ctx),
+                Effect::SpawnVm => self.spawn_vm(ctx),
+                Effect::ReleaseImage => self.image = None,
+                Effect::Shutdown { cause, grace_ms } => self.command(VmCommand::Shutdown { cause, grace_ms }),
+                Effect::KillVm { cause } => self.command(VmCommand::Kill { cause }),
+                Effect::Adopt => self.adopt(ctx),
+                Effect::RemoveFiles => self.remove_files(ctx),
+            }
+        }
+    }
+
+    fn later(&self, ctx: &mut Context<Self>, work: impl Future<Output = News> + 'static) {
+        ctx.spawn(work.into_actor(self).map(|news, this, ctx| this.hear(news, ctx)));
+    }
+
+    fn lease(&mut self, ctx: &mut Context<Self>) {
+        self.failure = None;
+        // A sandbox keeps the image it was made from, whatever its reference means by now.
+        let wanted = if self.record.image_digest.is_empty() { self.record.spec.image.clone() } else { self.record.image_digest.clone() };
+        let images = self.surroundings.images.clone();
+        self.later(ctx, async move { News::Leased(images.send(Prepare(wanted)).await.unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))) });
+    }
+
+    fn make_disks(&mut self, ctx: &mut Context<Self>) {
+        let (directories, images, size_mib) = (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
+        self.later(ctx, async move {
+            let prepared = {
+                let directories = directories.clone();
+                tokio::task::spawn_blocking(move || directories.prepare().map(|()| directories.upper.exists())).await
+            };
+            let made = match prepared {
+                Ok(Ok(true)) => Ok(()),
+                Ok(Ok(false)) => {
+                    let path = directories.upper;
+                    images.send(MakeUpper { path, size_mib }).await.unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))
+                }
+                Ok(Err(error)) => Err(error),
+                Err(error) => Err(ApiError::internal(format!("making directories: {error}"))),
+            };
+            News::Disks(made)
+        });
+    }
+
+    fn spawn_vm(&mut self, ctx: &mut Context<Self>) {
+        let (Some(run), Some(image)) = (self.machine.run(), self.image.as_ref()) else {
+            return self.hear(News::Spawned(Err(ApiError::internal("a start without an image"))), ctx);
+        };
+        let who = (self.record.id, &self.record.name);
+        let spec = plan::vm_spec(who, &self.record.spec, run, (&image.config, image.lower.clone()), &self.surroundings.host, &self.directories);
+        match spec {
+            Err(error) => self.hear(News::Spawned(Err(error)), ctx),
+            Ok(spec) => {
+                let events = self.listen(run.boot_id, ctx);
+                let launching = self.surroundings.launcher.launch(Box::new(spec), events);
+                self.later(ctx, async move { News::Spawned(launching.await) });
+            }
+        }
+    }
+
+    fn adopt(&mut self, ctx: &mut Context<Self>) {
+        let Some(run) = self.machine.run() else { return };
+        let request = AdoptRequest {
+            boot_id: run.boot_id,
+            identity: self.record.vmm.clone(),
+            run_dir: self.directories.run.clone(),
+            log_dir: self.directories.logs.clone(),
+        };
+        let events = self.listen(run.boot_id, ctx);
+        let adopting = self.surroundings.launcher.adopt(request, events);
+        self.later(ctx, async move { News::Adopted(adopting.await) });
+    }
+
+    /// A channel for the events of one run; those of another are dropped where they arrive.
+    fn listen(&self, boot_id: BootId, ctx: &mut Context<Self>) -> EventSink {
+        let (sink, events) = mpsc::channel(EVENTS_LEN);
+        let events = futures_util::stream::unfold(events, move |mut events| async move { events.recv().await.map(|event| ((boot_id, event), events)) });
+        ctx.add_stream(events);
+        sink
+    }
+
+    fn command(&mut self, command: VmCommand) {
+        let Some(vm) = &self.vm else { return };
+        if let Err(mpsc::error::TrySendError::Full(command)) = vm.commands.try_send(command) {
+            // The driver is busy with the VM's own socket; the command must still arrive.
+            let commands = vm.commands.clone();
+            tokio::spawn(async move { commands.send(command).await });
+        }
+    }
+
+    fn remove_files(&mut self, ctx: &mut Context<Self>) {
+        let directories = self.directories.clone();
+        self.later(ctx, async move {
+            let removed = tokio::task::spawn_blocking(move || directories.remove()).await;
+            News::FilesRemoved(removed.unwrap_or_else(|error| Err(ApiError::internal(format!("removing files: {error}")))))
+        });
+    }
+
+    fn hear(&mut self, news: News, ctx: &mut Context<Self>) {
+        let (event, failure) = match news {
+            News::Leased(Ok(image)) => {
+                self.record.image_digest.clone_from(&image.digest);
+                self.record.labels = labels::merge(&image.config.labels, &self.record.spec.labels);
+                self.record.command = if self.record.spec.workload == msb_protocol::spec::Workload::Main {
+                    plan::command_line(&self.record.spec, &image.config)
+                } else {
+                    Vec::new()
+                };
+                self.image = Some(image);
+                (Event::PhaseDone(StartPhase::ImageLeased), None)
+            }
+            News::Disks(Ok(())) => (Event::PhaseDone(StartPhase::DisksMade), None),
+            News::Spawned(Ok(vm)) => {
+                self.record.vmm = Some(vm.identity.clone());
+                self.vm = Some(vm);
+                (Event::PhaseDone(StartPhase::VmSpawned), None)
+            }
+            News::Adopted(Adoption::Alive(vm, status)) => {
+                self.record.vmm = Some(vm.identity.clone());
+                self.vm = Some(vm);
+                self.note_status(&status);
+                let ready = !matches!(status.state, msb_protocol::vmm::VmState::Booting | msb_protocol::vmm::VmState::SettingUp);
+                self.tell(Event::Adopted { ready }, ctx);
+                self.watch_creator(ctx);
+                return;
+            }
+            News::Adopted(Adoption::Gone(gone)) => {
+                let event = Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
+                self.gone = Some(gone);
+                self.tell(event, ctx);
+                self.watch_creator(ctx);
+                return;
+            }
+            News::FilesRemoved(outcome) => return self.files_removed(outcome, ctx),
+            News::Leased(Err(error)) | News::Disks(Err(error)) | News::Spawned(Err(error)) => (Event::PhaseFailed, Some(error)),
+        };
+        if failure.is_some() {
+            self.failure = failure;
+        }
+        self.tell(event, ctx);
+    }
+
+    fn files_removed(&mut self, outcome: Result<(), ApiError>, ctx: &mut Context<Self>) {
+        if let Err(error) = outcome {
+            // The record stays with its `removing` mark, so the next daemon tries again.
+            tracing::error!(sandbox = %self.record.name, error = %error.message, "the files of a sandbox could not be removed");
+            self.failure = Some(error);
+        } else {
+            let draft = EventDraft {
+                sandbox: self.record.name.clone(),
+                sandbox_id: self.record.id,
+                boot_id: None,
+                event: "removed".into(),
+                state: SandboxState::Stopped,
+                cause: None,
+                actor: "supervisor".into(),
+                message: String::new(),
+            };
+            let (journal, id) = (self.surroundings.journal.clone(), self.record.id);
+            let removal = async move { journal.write(Change::Remove(id, draft)).await };
+            ctx.wait(removal.into_actor(self).map(|outcome, this, ctx| {
+                if let Err(error) = outcome {
+                    tracing::error!(sandbox = %this.record.name, error = %error.message, "a removal could not be made durable");
+                }
+                this.vanish(ctx);
+            }));
+            return;
+        }
+        self.vanish(ctx);
+    }
+
+    fn vanish(&mut self, ctx: &mut Context<Self>) {
+        self.surroundings.metrics.do_forget(Forget(self.record.id));
+        self.guard.disarm();
+        let mut view = View::clone(&self.view.borrow());
+        view.gone = true;
+        view.recovering = false;
+        (view.failure, view.starts_failed, view.runs_ready) = (self.failure.clone(), self.starts_failed, self.runs_ready);
+        view.detail = view::detail(&self.record, &self.machine, &self.directories, None);
+        self.view.send_replace(Arc::new(view));
+        ctx.stop();
+    }
+
+    fn note_status(&mut self, status: &msb_protocol::vmm::VmStatus) {
+        self.record.engine = Some(status.engine);
+        self.record.engine_reason.clone_from(&status.engine_reason);
+        self.record.jail = status.jail.clone();
+        if !status.phases.is_empty() {
+            self.record.boot_phases.clone_from(&status.phases);
+        }
+    }
+
+    /// Begins to watch the creator, or notices that there is none any more.
+    fn watch_creator(&mut self, ctx: &mut Context<Self>) {
+        if self.machine.detached() || self.creator_watch.is_some() {
+            return;
+        }
+        let pidfd = self.creator.take().or_else(|| self.record.creator.as_ref().and_then(ProcessIdentity::open));
+        match pidfd {
+            None => self.tell(Event::CreatorGone, ctx),
+            Some(pidfd) => {
+                let death = identity::ended(pidfd);
+                self.creator_watch = Some(ctx.spawn(death.into_actor(self).map(|(), this, ctx| {
+                    this.creator_watch = None;
+                    this.tell(Event::CreatorGone, ctx);
+                })));
+            }
+        }
+    }
+}
+
+/// A failed boot as its caller sees it: the error of the stage, with what the console said last.
+fn boot_failure(evidence: &BootError) -> ApiError {
+    let mut error = evidence.error.clone();
+    error.details.push(format!("stage: {}", evidence.stage));
+    if !evidence.console_tail.is_empty() && !error.details.iter().any(|detail| detail.contains(&evidence.console_tail)) {
+        let tail: Vec<&str> = evidence.console_tail.lines().rev().take(20).collect();
+        error.details.push(tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+    }
+    error
+}
+
+/// Text from below, fit for a terminal.
+fn clean(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || *c == '\n').take(MESSAGE_LEN_MAX).collect()
+}
+
+impl Actor for SandboxActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX_LEN);
+        let effects = std::mem::take(&mut self.first_effects);
+        match self.first.take() {
+            Some(first) => {
+                self.tell(first, ctx);
+                self.watch_creator(ctx);
+            }
+            None => {
+                let recovering = matches!(self.machine.state(), State::Recovering { .. } | State::Removed);
+                self.steps.push_back(Step { change: None, effects });
+                self.advance(ctx);
+                if !recovering {
+                    self.watch_creator(ctx);
+                }
+            }
+        }
+    }
+}
+
+impl Handler<Ask> for SandboxActor {
+    type Result = Result<(), ApiError>;
+
+    fn handle(&mut self, ask: Ask, ctx: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        match ask {
+            Ask::Event(event) => {
+                let then_start = matches!(event, Event::Stop { then: Then::Start, .. });
+                self.feed(event, ctx).map_err(|denial| {
+                    let code = match (denial, event) {
+                        (Denial::Gone, _) => ErrorCode::SandboxNotFound,
+                        (Denial::StillRunning(_), _) => ErrorCode::SandboxStillRunning,
+                        (Denial::Busy(_), _) => ErrorCode::SandboxBusy,
+                    };
+                    let doing = if then_start { "cannot be restarted" } else { "cannot do this" };
+                    ApiError::new(code, format!("sandbox {} {doing}: {denial}", self.record.name))
+                })
+            }
+            Ask::Detach => {
+                self.machine.detach();
+                self.record.spec.detached = true;
+                self.record.creator = None;
+                self.record.machine = self.machine.stored();
+                if let Some(watch) = self.creator_watch.take() {
+                    ctx.cancel_future(watch);
+                }
+                let change = Change::Put(Box::new(self.record.clone()), None);
+                self.steps.push_back(Step { change: Some(change), effects: Vec::new() });
+                self.advance(ctx);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
+    fn handle(&mut self, (boot_id, event): (BootId, VmEvent), ctx: &mut Self::Context) {
+        self.handled += 1;
+        if self.machine.run().is_none_or(|run| run.boot_id != boot_id) {
+            return;
+        }
+        match event {
+            VmEvent::Status(status) => self.note_status(&status),
+            VmEvent::AgentReady { phases } => {
+                self.record.boot_phases = phases;
+                self.tell(Event::AgentReady, ctx);
+            }
+            VmEvent::MainStarted => {}
+            VmEvent::MainExited(_) => self.tell(Event::MainExited, ctx),
+            VmEvent::Beat(beat) => self.hear_beat(boot_id, beat, ctx),
+            VmEvent::HostDiskFull(full) => {
+                let draft = EventDraft {
+                    sandbox: self.record.name.clone(),
+                    sandbox_id: self.record.id,
+                    boot_id: Some(boot_id),
+                    event: if full { "host_disk_full".into() } else { "host_disk_has_room".into() },
+                    state: self.machine.shown(),
+                    cause: None,
+                    actor: "supervisor".into(),
+                    message: String::new(),
+                };
+                self.steps.push_back(Step { change: Some(Change::Event(draft)), effects: Vec::new() });
+                self.advance(ctx);
+            }
+            VmEvent::Gone(gone) => {
+                let event = Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
+                self.gone = Some(*gone);
+                self.tell(event, ctx);
+            }
+        }
+    }
+
+    /// The end of a run's events is not the end of the actor.
+    fn finished(&mut self, _: &mut Self::Context) {}
+}
+
+impl SandboxActor {
+    fn hear_beat(&mut self, boot_id: BootId, beat: msb_protocol::guest::Beat, ctx: &mut Context<Self>) {
+        let now_ms = self.now_ms();
+        let Some(watch) = self.beats.as_mut() else { return };
+        if !watch.hear(boot_id, beat.sequence, now_ms) {
+            return;
+        }
+        let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
+        self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
+        self.surroundings.metrics.do_sample(BeatSample { id: self.record.id, name: self.record.name.clone(), boot_id, at_ms: now_ms, beat });
+        if self.beat_timer.is_none() {
+            self.arm_beats(ctx);
+        }
+    }
+}
+
+impl Handler<Inspect> for SandboxActor {
+    type Result = MessageResult<Inspect>;
+    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        MessageResult(ActorReport { handled: self.handled, state: self.machine.shown().as_str().into() })
+    }
+}
+
+#[cfg(any(test, feature = "simulation"))]
+impl Handler<PanicNow> for SandboxActor {
+    type Result = ();
+    #[expect(clippy::panic, reason = "the test is about panics")]
+    fn handle(&mut self, _: PanicNow, _: &mut Self::Context) {
+        panic!("asked to");
+    }
+}
+
+impl Drop for SandboxActor {
+    fn drop(&mut self) {
+        let died = if std::thread::panicking() { "a handler panicked" } else { "its context ended" };
+        self.guard.report(died);
+    }
+}

@@ -1,0 +1,132 @@
+//! A virtual machine as an actor sees it: commands go in, events come out, and whatever really runs it is behind [`Launcher`].
+//!
+//! [`process::ProcessLauncher`] spawns `msb-vmm`; the simulator's launcher is in `crate::simulation`. Events of a VM arrive on the
+//! channel that was given at launch or adoption; when its receiver is gone, the driver lets go of the VM without ending it, so
+//! that the next actor (or daemon) can adopt it.
+
+pub mod agent;
+pub mod process;
+pub mod session;
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+
+use msb_protocol::error::ApiError;
+use msb_protocol::guest::Beat;
+use msb_protocol::id::BootId;
+use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::vmm::{BootError, Phase, Sample, VmSpec, VmStatus};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::identity::ProcessIdentity;
+
+/// Events of one VM that wait for its actor before the driver has to.
+pub const EVENTS_LEN: usize = 32;
+
+/// A boxed future.
+pub type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+/// Where a VM's events go.
+pub type EventSink = mpsc::Sender<VmEvent>;
+
+/// A byte stream to the agent.
+pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> AgentIo for T {}
+
+/// What the actor tells a VM.
+#[derive(Debug)]
+pub enum VmCommand {
+    /// End the workload, flush, turn off.
+    Shutdown {
+        /// What to record.
+        cause: EndCause,
+        /// Time between stop signal and kill in milliseconds.
+        grace_ms: u64,
+    },
+    /// End at once. A second one does not ask any more.
+    Kill {
+        /// What to record.
+        cause: EndCause,
+    },
+    /// Counters.
+    Sample(oneshot::Sender<Result<Sample, ApiError>>),
+    /// The end of the console's output.
+    ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
+}
+
+/// What the actor learns of a VM.
+#[derive(Debug)]
+pub enum VmEvent {
+    /// What the VM process says of itself: after launch, and after adoption.
+    Status(Box<VmStatus>),
+    /// Streams to the agent can be opened.
+    AgentReady {
+        /// Every phase of the boot.
+        phases: Vec<Phase>,
+    },
+    /// The main workload runs.
+    MainStarted,
+    /// The main workload ended.
+    MainExited(ProcessEnd),
+    /// A beat.
+    Beat(Beat),
+    /// The host's disk is full, or has room again.
+    HostDiskFull(bool),
+    /// The VM process is gone; nothing follows.
+    Gone(Box<Gone>),
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gone {
+    /// Why.
+    pub cause: EndCause,
+    /// How the main workload ended, if it did.
+    pub main_end: Option<ProcessEnd>,
+    /// For people.
+    pub message: String,
+    /// The evidence, if the boot failed.
+    pub boot_error: Option<BootError>,
+}
+
+/// A running VM: dropping this does not end it.
+#[derive(Clone, Debug)]
+pub struct VmHandle {
+    /// Its process.
+    pub identity: ProcessIdentity,
+    /// What it is told.
+    pub commands: mpsc::Sender<VmCommand>,
+}
+
+/// A VM to look for.
+#[derive(Clone, Debug)]
+pub struct AdoptRequest {
+    /// The run that is looked for.
+    pub boot_id: BootId,
+    /// The process that was recorded, if the daemon lived long enough to.
+    pub identity: Option<ProcessIdentity>,
+    /// Directory of sockets and of the end record.
+    pub run_dir: PathBuf,
+    /// Directory of logs, with the evidence of a failed boot.
+    pub log_dir: PathBuf,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub enum Adoption {
+    /// It lives, and its events come.
+    Alive(VmHandle, Box<VmStatus>),
+    /// It does not.
+    Gone(Gone),
+}
+
+/// Whatever runs virtual machines.
+pub trait Launcher: Send + Sync + 'static {
+    /// Starts one. Returns when its process exists and has taken the spec.
+    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>>;
+    /// Looks for one.
+    fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
+    /// Opens a stream to the agent of the VM in this run directory.
+    fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>>;
+}

@@ -1,0 +1,465 @@
+//! The launcher of real VMs: one `msb-vmm` process each, which outlives the daemon.
+//!
+//! ```text
+//!  SandboxActor ◄─ events ─ drive (a task) ─ commands ◄─ SandboxActor
+//!                             │  control link: socketpair, or <run>/control.sock after adoption
+//!                             │  pidfd: the process's end
+//!                             └─ agent::run (a task): control stream of the agent through <run>/vsock.sock
+//! ```
+//!
+//! `msb-vmm` begins a session of its own, gets an empty environment, the control link as its standard input and `<logs>/vmm.log`
+//! as its output. It never inherits another descriptor: the standard library opens everything close-on-exec.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::frame::{Decoder, decode_json, encode_json};
+use msb_protocol::guest::{AGENT_PORT, Shutdown};
+use msb_protocol::id::BootId;
+use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::version::VMM_GENERATION;
+use msb_protocol::vmm::{
+    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Reply, Request, RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent};
+use crate::identity::{self, ProcessIdentity};
+
+/// Time for a VM process to answer on its control link.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time in which an adopted VM process must answer; one that does not is lost for control and is killed.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest record file that is read back, in bytes.
+const RECORD_LEN_MAX: u64 = 1 << 20;
+/// How long past its own limit a boot may take before the VM process itself is held to be stuck.
+const BOOT_SLACK: Duration = Duration::from_secs(20);
+/// Requests that wait for their answers at once.
+const PENDING_MAX: usize = 64;
+
+/// Starts `msb-vmm`.
+#[derive(Clone, Debug)]
+pub struct ProcessLauncher {
+    /// The program.
+    pub program: PathBuf,
+}
+
+impl Launcher for ProcessLauncher {
+    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
+        let this = self.clone();
+        Box::pin(async move { this.spawn(spec, events).await })
+    }
+
+    fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
+        let this = self.clone();
+        Box::pin(async move { this.find(request, events).await })
+    }
+
+    fn connect(&self, run_dir: &Path) -> Boxed<io::Result<Box<dyn AgentIo>>> {
+        let path = run_dir.join(VSOCK_SOCKET);
+        Box::pin(async move {
+            let mut stream = UnixStream::connect(path).await?;
+            stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).await?;
+            // The answer is one short line; byte by byte, so that nothing behind it is taken away.
+            let mut line = Vec::with_capacity(32);
+            loop {
+                let byte = stream.read_u8().await?;
+                if byte == b'\n' {
+                    break;
+                }
+                line.push(byte);
+                if line.len() > 64 {
+                    return Err(io::Error::other("the vsock socket answered with a long line"));
+                }
+            }
+            if !line.starts_with(b"OK ") {
+                return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest refused the connection"));
+            }
+            Ok(Box::new(stream) as Box<dyn AgentIo>)
+        })
+    }
+}
+
+/// The VM process as the driver holds it.
+struct Driver {
+    launcher: ProcessLauncher,
+    control: UnixStream,
+    decoder: Decoder,
+    next_id: u64,
+    /// Requests whose answers somebody waits for.
+    pending: Vec<(u64, Pending)>,
+    pidfd: Option<OwnedFd>,
+    kills: u32,
+    boot_id: BootId,
+    run_dir: PathBuf,
+    log_dir: PathBuf,
+    agent: Option<mpsc::Sender<Shutdown>>,
+    main_end: Option<ProcessEnd>,
+    ready: bool,
+}
+
+enum Pending {
+    Status,
+    Sample(oneshot::Sender<Result<msb_protocol::vmm::Sample, ApiError>>),
+    ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
+}
+
+impl ProcessLauncher {
+    async fn spawn(self, spec: Box<VmSpec>, events: EventSink) -> Result<VmHandle, ApiError> {
+        let failed = |what: &str, error: io::Error| {
+            let code = if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
+            ApiError::new(code, format!("{what}: {error}"))
+        };
+        let (ours, theirs) = StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
+        let log_path = spec.log_dir.join("vmm.log");
+        let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&log_path).map_err(|error| failed(&log_path.display().to_string(), error))?;
+        let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
+        let mut child = tokio::process::Command::new(&self.program)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(log)
+            .stderr(second)
+            .env_clear()
+            .current_dir("/")
+            // A daemon that ends leaves its VMs alone.
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(|error| failed(&format!("{} could not be started", self.program.display()), error))?;
+        let identity = child.id().ok_or_else(|| io::Error::other("it ended at once")).and_then(ProcessIdentity::of);
+        let identity = identity.map_err(|error| failed("the VM process", error))?;
+        let pidfd = identity.open();
+        ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
+        let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
+        let boot_limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;
+        let mut driver = Driver {
+            launcher: self,
+            control,
+            decoder: Decoder::new(),
+            next_id: 1,
+            pending: Vec::new(),
+            pidfd,
+            kills: 0,
+            boot_id: spec.boot_id,
+            run_dir: spec.run_dir.clone(),
+            log_dir: spec.log_dir.clone(),
+            agent: None,
+            main_end: None,
+            ready: false,
+        };
+        let (commands, queue) = mpsc::channel(16);
+        if let Err(error) = driver.request(Request::Launch { spec }, Some(Pending::Status)).await {
+            // The process is there but takes nothing: its end says why better than the broken link does.
+            tracing::warn!(%error, "the VM process did not take its launch");
+        }
+        let handle = VmHandle { identity, commands };
+        tokio::spawn(async move {
+            let end = async move { child.wait().await.ok() };
+            driver.drive(queue, events, end, Some(boot_limit)).await;
+        });
+        Ok(handle)
+    }
+
+    async fn find(self, request: AdoptRequest, events: EventSink) -> Adoption {
+        let gone = |request: &AdoptRequest| Adoption::Gone(read_end(&request.run_dir, &request.log_dir, request.boot_id, None, None, request.identity.as_ref()));
+        let adopting = self.clone().greet(&request);
+        let (control, decoder, status) = match tokio::time::timeout(ADOPT_TIMEOUT, adopting).await {
+            Ok(Ok(found)) => found,
+            outcome => {
+                let why = outcome.map_or_else(|_| "it does not answer".to_owned(), |found| found.err().map(|error| error.to_string()).unwrap_or_default());
+                // A process that cannot be talked to cannot be stopped with a flush either; it must not stay behind.
+                if let Some(pidfd) = request.identity.as_ref().and_then(ProcessIdentity::open) {
+                    tracing::warn!(boot_id = %request.boot_id, why, "a VM process cannot be adopted and is killed");
+                    identity::kill(&pidfd);
+                    let _ = tokio::time::timeout(ADOPT_TIMEOUT, identity::ended(pidfd)).await;
+                }
+                return gone(&request);
+            }
+        };
+        let identity = request.identity.clone().filter(|known| known.pid == status.pid).or_else(|| ProcessIdentity::of(status.pid).ok());
+        let Some((identity, pidfd)) = identity.and_then(|identity| identity.open().map(|pidfd| (identity, pidfd))) else {
+            return gone(&request);
+        };
+        if status.boot_id != request.boot_id {
+            // A run that the journal knows nothing of: nothing may come of it.
+            identity::kill(&pidfd);
+            let _ = tokio::time::timeout(ADOPT_TIMEOUT, identity::ended(pidfd)).await;
+            return gone(&request);
+        }
+        let Ok(watched) = pidfd.try_clone() else { return gone(&request) };
+        let driver = Driver {
+            launcher: self,
+            control,
+            decoder,
+            next_id: 2,
+            pending: Vec::new(),
+            pidfd: Some(pidfd),
+            kills: 0,
+            boot_id: request.boot_id,
+            run_dir: request.run_dir.clone(),
+            log_dir: request.log_dir.clone(),
+            agent: None,
+            main_end: status.main_end,
+            ready: status.state != VmState::Booting && status.state != VmState::SettingUp,
+        };
+        let (commands, queue) = mpsc::channel(16);
+        let handle = VmHandle { identity, commands };
+        tokio::spawn(async move {
+            let end = async move {
+                identity::ended(watched).await;
+                None
+            };
+            driver.drive(queue, events, end, None).await;
+        });
+        Adoption::Alive(handle, status)
+    }
+
+    async fn greet(self, request: &AdoptRequest) -> io::Result<(UnixStream, Decoder, Box<VmStatus>)> {
+        let mut control = UnixStream::connect(request.run_dir.join(CONTROL_SOCKET)).await?;
+        let mut wire = Vec::new();
+        let frame = RequestFrame { id: 1, request: Request::Adopt { generation: VMM_GENERATION } };
+        encode_json(&frame, &mut wire).map_err(io::Error::other)?;
+        control.write_all(&wire).await?;
+        let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(16 << 10));
+        loop {
+            while let Some(body) = decoder.next_body().map_err(io::Error::other)? {
+                match decode_json::<Message>(body).map_err(io::Error::other)? {
+                    Message::Reply { id: 1, result: Ok(Reply::Status(status)) } => return Ok((control, decoder, status)),
+                    Message::Reply { result: Err(error), .. } => return Err(io::Error::other(error.message)),
+                    // Its state comes with the status; what happens later comes later.
+                    Message::Reply { .. } | Message::Event { .. } => {}
+                }
+            }
+            buffer.clear();
+            if control.read_buf(&mut buffer).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            decoder.push(&buffer);
+        }
+    }
+}
+
+impl Driver {
+    async fn request(&mut self, request: Request, pending: Option<Pending>) -> io::Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut wire = Vec::new();
+        encode_json(&RequestFrame { id, request }, &mut wire).map_err(io::Error::other)?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.control.write_all(&wire)).await {
+            Ok(written) => written?,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        if let Some(pending) = pending
+            && self.pending.len() < PENDING_MAX
+        {
+            self.pending.push((id, pending));
+        }
+        Ok(())
+    }
+
+    /// Carries commands down and events up until the process is gone or nobody listens any more.
+    async fn drive(
+        mut self,
+        mut commands: mpsc::Receiver<VmCommand>,
+        events: EventSink,
+        end: impl Future<Output = Option<ExitStatus>> + Send,
+        boot_limit: Option<Duration>,
+    ) {
+        tokio::pin!(end);
+        let mut buffer = Vec::with_capacity(4 << 10);
+        let mut link_open = true;
+        let mut commands_open = true;
+        let boot_limit = tokio::time::sleep(boot_limit.unwrap_or(Duration::from_secs(u64::from(u32::MAX))));
+        tokio::pin!(boot_limit);
+        if self.ready {
+            self.reach_agent(&events);
+        }
+        let mut ended: Option<Box<EndRecord>> = None;
+        let status = loop {
+            tokio::select! {
+                // What the VM process said before it ended is heard before its end.
+                biased;
+                read = self.control.read_buf(&mut buffer), if link_open => {
+                    match read {
+                        Ok(0) | Err(_) => link_open = false,
+                        Ok(_) => {
+                            self.decoder.push(&buffer);
+                            buffer.clear();
+                            loop {
+                                let message = match self.decoder.next_body() {
+                                    Ok(Some(body)) => decode_json::<Message>(body),
+                                    Ok(None) => break,
+                                    Err(error) => Err(error),
+                                };
+                                match message {
+                                    Ok(message) => if !self.take(message, &events, &mut ended).await { return },
+                                    Err(error) => {
+                                        tracing::warn!(boot_id = %self.boot_id, %error, "the VM process broke the protocol of its control link");
+                                        link_open = false;
+                                        break;
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+                status = &mut end => break status,
+                command = commands.recv(), if commands_open => match command {
+                    Some(command) => self.obey(command).await,
+                    None => commands_open = false,
+                },
+                () = &mut boot_limit, if !self.ready => {
+                    tracing::warn!(boot_id = %self.boot_id, "a VM process is stuck in its boot and is killed");
+                    self.ready = true;
+                    if let Some(pidfd) = &self.pidfd {
+                        identity::kill(pidfd);
+                    }
+                }
+                () = events.closed() => return,
+            }
+        };
+        let identity = None;
+        let mut gone = match ended {
+            Some(record) => from_record(*record, &self.log_dir),
+            None => read_end(&self.run_dir, &self.log_dir, self.boot_id, status, self.main_end, identity),
+        };
+        gone.main_end = gone.main_end.or(self.main_end);
+        // A receiver that is gone has let go of this VM.
+        let _ = events.send(VmEvent::Gone(Box::new(gone))).await;
+    }
+
+    /// Takes one message; false when nobody listens any more.
+    async fn take(&mut self, message: Message, events: &EventSink, ended: &mut Option<Box<EndRecord>>) -> bool {
+        let event = match message {
+            Message::Reply { id, result } => {
+                let Some(place) = self.pending.iter().position(|(known, _)| *known == id) else { return true };
+                match (self.pending.swap_remove(place).1, result) {
+                    (Pending::Status, Ok(Reply::Status(status))) => VmEvent::Status(status),
+                    (Pending::Status, Err(error)) => {
+                        tracing::warn!(boot_id = %self.boot_id, error = %error.message, "the VM process refused its launch");
+                        return true;
+                    }
+                    (Pending::Sample(reply), result) => {
+                        let _ = reply.send(result.and_then(|reply| match reply {
+                            Reply::Sample(sample) => Ok(*sample),
+                            _ => Err(ApiError::internal("the VM process answered with something else")),
+                        }));
+                        return true;
+                    }
+                    (Pending::ConsoleTail(reply), result) => {
+                        let _ = reply.send(result.and_then(|reply| match reply {
+                            Reply::ConsoleTail { text } => Ok(text),
+                            _ => Err(ApiError::internal("the VM process answered with something else")),
+                        }));
+                        return true;
+                    }
+                    (Pending::Status, Ok(_)) => return true,
+                }
+            }
+            Message::Event { event } => match event {
+                Event::AgentReady { boot_id, phases } if boot_id == self.boot_id => {
+                    self.ready = true;
+                    self.reach_agent(events);
+                    VmEvent::AgentReady { phases }
+                }
+                Event::MainStarted { boot_id, .. } if boot_id == self.boot_id => VmEvent::MainStarted,
+                Event::MainExited { boot_id, end } if boot_id == self.boot_id => {
+                    self.main_end = Some(end);
+                    VmEvent::MainExited(end)
+                }
+                Event::HostDiskFull { boot_id, full } if boot_id == self.boot_id => VmEvent::HostDiskFull(full),
+                Event::Ended { record } if record.boot_id == self.boot_id => {
+                    // The process is about to exit; its end is told when it has.
+                    *ended = Some(record);
+                    return true;
+                }
+                // Of another run, or nothing to act on.
+                _ => return true,
+            },
+        };
+        events.send(event).await.is_ok()
+    }
+
+    fn reach_agent(&mut self, events: &EventSink) {
+        let (shutdowns, queue) = mpsc::channel(2);
+        self.agent = Some(shutdowns);
+        let launcher: Arc<dyn Launcher> = Arc::new(self.launcher.clone());
+        tokio::spawn(agent::run(launcher, self.run_dir.clone(), self.boot_id, events.clone(), queue));
+    }
+
+    async fn obey(&mut self, command: VmCommand) {
+        let sent = match command {
+            VmCommand::Shutdown { cause, grace_ms } => {
+                let sent = self.request(Request::ExpectEnd { cause }, None).await;
+                if let Some(agent) = &self.agent {
+                    // The queue holds what the link has not taken yet; one shutdown in it is enough.
+                    let _ = agent.try_send(Shutdown { grace_ms, ..Shutdown::default() });
+                }
+                sent
+            }
+            VmCommand::Kill { cause } => {
+                self.kills += 1;
+                let asked = if self.kills == 1 { self.request(Request::Kill { cause }, None).await } else { Ok(()) };
+                if (self.kills > 1 || asked.is_err())
+                    && let Some(pidfd) = &self.pidfd
+                {
+                    identity::kill(pidfd);
+                }
+                Ok(())
+            }
+            VmCommand::Sample(reply) => self.request(Request::Sample, Some(Pending::Sample(reply))).await,
+            VmCommand::ConsoleTail(reply) => {
+                self.request(Request::ConsoleTail { bytes_max: 64 << 10 }, Some(Pending::ConsoleTail(reply))).await
+            }
+        };
+        if let Err(error) = sent {
+            tracing::debug!(boot_id = %self.boot_id, %error, "the VM process's control link is broken");
+        }
+    }
+}
+
+/// What the run left behind, or what its absence says.
+fn read_end(
+    run_dir: &Path,
+    log_dir: &Path,
+    boot_id: BootId,
+    status: Option<ExitStatus>,
+    main_end: Option<ProcessEnd>,
+    identity: Option<&ProcessIdentity>,
+) -> Gone {
+    if let Some(record) = read_record::<EndRecord>(&run_dir.join(END_FILE)).filter(|record| record.boot_id == boot_id) {
+        return from_record(record, log_dir);
+    }
+    let rebooted = identity.is_some_and(|identity| identity.host_boot_id != identity::host_boot_id());
+    let (cause, message) = match status {
+        _ if rebooted => (EndCause::HostShutdown, "the host was restarted meanwhile".to_owned()),
+        Some(status) => (EndCause::VmmCrash, format!("the VM process ended without a record: {status}")),
+        None => (EndCause::VmmCrash, "the VM process is gone and left no record".to_owned()),
+    };
+    Gone { cause, main_end, message, boot_error: read_boot_error(log_dir, boot_id) }
+}
+
+fn from_record(record: EndRecord, log_dir: &Path) -> Gone {
+    let boot_error = record.boot_error.or_else(|| read_boot_error(log_dir, record.boot_id));
+    Gone { cause: record.cause, main_end: record.main_end, message: record.message, boot_error }
+}
+
+fn read_boot_error(log_dir: &Path, boot_id: BootId) -> Option<BootError> {
+    read_record::<BootError>(&log_dir.join(BOOT_ERROR_FILE)).filter(|error| error.boot_id == boot_id)
+}
+
+fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    use std::io::Read;
+    let file = std::fs::File::open(path).ok()?;
+    let mut text = Vec::new();
+    file.take(RECORD_LEN_MAX).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}

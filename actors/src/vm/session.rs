@@ -1,0 +1,137 @@
+//! One stream to the agent: frames in, frames out, opened with the run it means. Runs beside the actors, never through them.
+//!
+//! Called by the control link (`vm::agent`) and by the daemon's API for exec, main and attach. What arrives is the guest's and
+//! hostile: bounded by the frame codec, parsed to types, an error ends the stream.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::frame::{Decoder, FrameError};
+use msb_protocol::guest::{Assembler, GuestBody, HostBody, Open, OpenKind, Opened, encode_host};
+use msb_protocol::id::BootId;
+use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+
+use super::{AgentIo, Launcher};
+
+/// Time for the agent to answer an `Open`.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
+/// Bytes of one read.
+const READ_LEN: usize = 256 << 10;
+
+/// Why a stream to the agent ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The VM or its vsock device is gone.
+    #[error("the stream to the sandbox broke: {0}")]
+    Io(#[from] io::Error),
+    /// The guest said something that is no message.
+    #[error("the sandbox's agent broke the protocol: {0}")]
+    Frame(#[from] FrameError),
+}
+
+impl From<SessionError> for ApiError {
+    fn from(error: SessionError) -> Self {
+        Self::new(ErrorCode::ExecLost, error.to_string())
+    }
+}
+
+/// The receiving half.
+pub struct SessionReader {
+    io: ReadHalf<Box<dyn AgentIo>>,
+    buffer: Vec<u8>,
+    decoder: Decoder,
+    assembler: Assembler,
+}
+
+/// The sending half.
+pub struct SessionWriter {
+    io: WriteHalf<Box<dyn AgentIo>>,
+    buffer: Vec<u8>,
+}
+
+/// An open stream.
+pub struct Session {
+    /// What the agent said about itself.
+    pub opened: Opened,
+    /// The receiving half.
+    pub reader: SessionReader,
+    /// The sending half.
+    pub writer: SessionWriter,
+}
+
+/// Opens a stream of one kind to the agent of one run.
+///
+/// # Errors
+/// What the agent refused with, `agent_timeout`, `exec_lost` if the VM went away, or `unsupported_operation`.
+pub async fn open(launcher: &dyn Launcher, run_dir: &Path, boot_id: BootId, kind: OpenKind) -> Result<Session, ApiError> {
+    let opening = async {
+        let io = launcher.connect(run_dir).await.map_err(SessionError::from)?;
+        let (read, write) = tokio::io::split(io);
+        let mut writer = SessionWriter { io: write, buffer: Vec::new() };
+        let mut reader = SessionReader { io: read, buffer: Vec::new(), decoder: Decoder::new(), assembler: Assembler::new() };
+        let open = Open { generation: GUEST_GENERATION, boot_id: boot_id.0.as_bytes().to_vec(), kind: Some(kind) };
+        writer.send(HostBody::Open(open)).await?;
+        match reader.next().await? {
+            Some(GuestBody::Opened(opened)) => {
+                negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, opened.generation)?;
+                Ok(Session { opened, reader, writer })
+            }
+            Some(GuestBody::Refused(failure)) => Err(ApiError::from(failure)),
+            Some(_) => Err(SessionError::Frame(FrameError::Malformed).into()),
+            None => Err(SessionError::Io(io::ErrorKind::UnexpectedEof.into()).into()),
+        }
+    };
+    match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(ApiError::new(ErrorCode::AgentTimeout, "the sandbox's agent did not answer")),
+    }
+}
+
+impl SessionReader {
+    /// The next message; `None` when the guest closed the stream between two messages. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the stream cannot be used any further.
+    pub async fn next(&mut self) -> Result<Option<GuestBody>, SessionError> {
+        loop {
+            if let Some(body) = self.decoder.next_body()? {
+                match self.assembler.guest(body)? {
+                    Some(message) => return Ok(Some(message)),
+                    None => continue,
+                }
+            }
+            self.buffer.clear();
+            self.buffer.reserve(READ_LEN.min(64 << 10));
+            if self.io.read_buf(&mut self.buffer).await? == 0 {
+                self.decoder.finish()?;
+                return Ok(None);
+            }
+            self.decoder.push(&self.buffer);
+        }
+    }
+}
+
+impl SessionWriter {
+    /// Sends one message; waits while the guest does not take it.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn send(&mut self, body: HostBody) -> Result<(), SessionError> {
+        self.buffer.clear();
+        encode_host(body, &mut self.buffer)?;
+        self.io.write_all(&self.buffer).await?;
+        self.io.flush().await?;
+        Ok(())
+    }
+
+    /// Says that nothing more will be sent.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn close(&mut self) -> Result<(), SessionError> {
+        Ok(self.io.shutdown().await?)
+    }
+}
