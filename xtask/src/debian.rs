@@ -23,14 +23,18 @@ const fn package(name: &'static str, evidence: &'static str, why: &'static str) 
 
 /// What compiling the programs needs beside cargo.
 pub(crate) const BUILD: &[Package] = &[
-    package("build-essential", "/usr/share/build-essential/essential-packages-list", "linker, C compiler and make"),
+    package("gcc", "cc", "links programs and compiles the C parts of some libraries"),
+    package("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a", "the C library, static for msb-vmm and msb-agent"),
+    package("binutils", "strip", "takes symbols out of installed programs"),
     package("e2fsprogs", "mke2fs", "makes the template of the writable disk, once"),
     package("zstd", "zstd", "packs one layer of the test images"),
 ];
 
 /// What building the guest kernel needs.
 pub(crate) const KERNEL: &[Package] = &[
-    package("build-essential", "/usr/share/build-essential/essential-packages-list", "compiles the kernel"),
+    package("gcc", "gcc", "compiles the kernel"),
+    package("libc6-dev", "/usr/include/stdio.h", "the kernel's build compiles its own tools"),
+    package("make", "make", "drives the kernel's build"),
     package("bc", "bc", "the kernel's build computes with it"),
     package("bison", "bison", "the kernel's configuration parser"),
     package("flex", "flex", "the kernel's configuration scanner"),
@@ -56,7 +60,6 @@ pub(crate) const CHECK: &[Package] = &[
     package("skopeo", "skopeo", "reads and converts the same images"),
     package("cpio", "cpio", "reads the initramfs we write"),
     package("busybox-static", "/bin/busybox", "the programs inside the lab's machine"),
-    package("binutils", "readelf", "looks into the binaries we link statically"),
 ];
 
 /// All of them.

@@ -3,6 +3,7 @@
 //! ```text
 //! P/bin/{msb,msbd,msb-vmm,msb-metrics}
 //! P/share/msb/{vmlinux,System.map,initramfs.cpio,upper.ext4.zst}
+//! P/share/man/man1/msb*.1 and completions for bash, zsh and fish (with --prefix only)
 //! ```
 //!
 //! Each file is replaced by a rename, so a running daemon keeps what it has opened. Without `--prefix` the tree is the development
@@ -29,6 +30,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         None => cache::development_tree(),
     };
     install(&prefix, arguments.build)?;
+    if arguments.prefix.is_some() {
+        binaries::companion("reference", &["--manuals", prefix.to_str().context("a prefix that is not UTF-8")?])?;
+    }
     println!("installed under {}; the command is {}", prefix.display(), prefix.join("bin/msb").display());
     Ok(())
 }

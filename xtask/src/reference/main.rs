@@ -1,5 +1,5 @@
 //! `xtask-reference`: writes the documents that are generated from the product's own tables and types, or with `--check` says which
-//! are out of date. Called by `cargo xtask docs`.
+//! are out of date. Called by `cargo xtask docs`, and by `cargo xtask install` for man pages and completions.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -8,11 +8,12 @@
 
 mod tables;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use clap_complete::Shell;
 
 #[derive(Parser)]
 #[command(name = "xtask-reference")]
@@ -20,10 +21,18 @@ struct Arguments {
     /// Compare only; fails when a file is out of date
     #[arg(long)]
     check: bool,
+    /// Write man pages and shell completions under this prefix instead
+    #[arg(long, value_name = "PREFIX")]
+    manuals: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    match write_or_compare(Arguments::parse().check) {
+    let arguments = Arguments::parse();
+    let result = match &arguments.manuals {
+        Some(prefix) => manuals(prefix),
+        None => write_or_compare(arguments.check),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -52,5 +61,26 @@ fn write_or_compare(check: bool) -> Result<()> {
     }
     let changed = if stale.is_empty() { "all up to date".to_owned() } else { format!("written: {}", stale.join(", ")) };
     println!("docs: {} generated files, {changed}", files.len());
+    Ok(())
+}
+
+/// Where each shell looks for completions below a prefix.
+const COMPLETIONS: &[(Shell, &str, &str)] = &[
+    (Shell::Bash, "share/bash-completion/completions", "msb"),
+    (Shell::Zsh, "share/zsh/site-functions", "_msb"),
+    (Shell::Fish, "share/fish/vendor_completions.d", "msb.fish"),
+];
+
+fn manuals(prefix: &Path) -> Result<()> {
+    let pages = prefix.join("share/man/man1");
+    std::fs::create_dir_all(&pages)?;
+    clap_mangen::generate_to(msb_cli::command(), &pages)?;
+    for (shell, folder, name) in COMPLETIONS {
+        let folder = prefix.join(folder);
+        std::fs::create_dir_all(&folder)?;
+        let mut script = Vec::new();
+        clap_complete::generate(*shell, &mut msb_cli::command(), "msb", &mut script);
+        std::fs::write(folder.join(name), script)?;
+    }
     Ok(())
 }
