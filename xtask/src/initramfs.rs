@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 /// What the whole archive may take: it sits in the guest's memory until init has left it.
 const SIZE_MAX: usize = 4 << 20;
 
-const DIRECTORY: u32 = 0o040_755;
+pub(crate) const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
@@ -46,13 +46,14 @@ fn archive(agent: &[u8]) -> Vec<u8> {
 
 /// A cpio archive in the making.
 #[derive(Default)]
-struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
 
 impl Archive {
-    fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
+    /// Adds a file, folder or node.
+    pub(crate) fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
         self.entries += 1;
         let links = if mode & 0o170_000 == 0o040_000 { 2 } else { 1 };
         let length = u32::try_from(content.len()).unwrap_or(u32::MAX);
@@ -75,7 +76,8 @@ impl Archive {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    /// The whole archive.
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
         self.bytes

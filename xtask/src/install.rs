@@ -60,59 +60,14 @@ pub(crate) fn install(prefix: &Path, build: binaries::Arguments) -> Result<()> {
     cache::place_file(&upper_template()?, &share.join("upper.ext4.zst"), 0o644)
 }
 
-/// How the template of the writable disk is made; a change of this text makes a new one. The journal is small because the disk is
-/// for one sandbox, and nothing is reserved for root. Inode tables are marked as zeroed here (a fresh sparse file is), so that the guest
-/// does not write them in the background and allocate them. Times and identifiers are fixed: the same options give the same bytes.
-const UPPER_OPTIONS: &[&str] = &[
-    "-q",
-    "-F",
-    "-t",
-    "ext4",
-    "-b",
-    "4096",
-    "-I",
-    "256",
-    "-m",
-    "0",
-    "-L",
-    "msb-upper",
-    "-J",
-    "size=8",
-    "-U",
-    "6d736220-7570-7065-7200-000000000001",
-    "-E",
-    "lazy_itable_init=0,lazy_journal_init=1,nodiscard,root_owner=0:0,hash_seed=6d736220-7570-7065-7200-000000000002",
-];
-
-/// Size of the template; the guest grows the file system to the size the sandbox asked for.
-const UPPER_SIZE_MIB: u64 = 512;
-
+/// The packed template of the writable disk, made anew when the code that says how changes.
 fn upper_template() -> Result<PathBuf> {
     debian::ensure(&[debian::BUILD])?;
-    let size = format!("{UPPER_SIZE_MIB}M");
-    let mut parts: Vec<&[u8]> = UPPER_OPTIONS.iter().map(|option| option.as_bytes()).collect();
-    parts.push(size.as_bytes());
-    let packed_by = std::fs::read(cache::repository().join("image/src/upper.rs")).unwrap_or_default();
-    parts.push(&packed_by);
-    let place = cache::entry("upper", &cache::key(parts), |result| {
-        let work = tempfile::tempdir()?;
-        let disk = work.path().join("upper.ext4");
-        let mut make = program::command("mke2fs");
-        // mke2fs lives where an ordinary user's path does not look; E2FSPROGS_FAKE_TIME fixes the times it writes.
-        make.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
-            .env("E2FSPROGS_FAKE_TIME", "1")
-            .args(UPPER_OPTIONS)
-            .arg(&disk)
-            .arg(&size);
-        program::output(&mut make)?;
+    let recipe =
+        std::fs::read(cache::repository().join("image/src/upper.rs")).context("cannot read image/src/upper.rs")?;
+    let place = cache::entry("upper", &cache::key([recipe.as_slice()]), |result| {
         let packed = result.join("upper.ext4.zst");
-        binaries::companion(
-            "upper",
-            &[
-                disk.to_str().context("a temporary path that is not UTF-8")?,
-                packed.to_str().context("a cache path that is not UTF-8")?,
-            ],
-        )
+        binaries::companion("upper", &[packed.to_str().context("a cache path that is not UTF-8")?])
     })?;
     Ok(place.join("upper.ext4.zst"))
 }

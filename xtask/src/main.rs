@@ -22,6 +22,7 @@ mod images;
 mod initramfs;
 mod install;
 mod kernel;
+mod lab;
 mod program;
 mod test;
 
@@ -55,6 +56,8 @@ enum Chore {
     Docs(docs::Arguments),
     /// Compare the crates' dependencies with the table in ARCHITECTURE.md, and the sources with the house rules
     CheckDeps,
+    /// Run the whole-system cases with engine kvm, in a throw-away machine that has KVM
+    Lab(lab::Arguments),
     /// Measure: paired runs on this machine, ratios reported
     Bench(bench::Arguments),
     /// Install the Debian packages that building and testing need
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Chore::Install(arguments) => install::run(&arguments),
         Chore::Docs(arguments) => docs::run(&arguments),
         Chore::CheckDeps => dependencies::run().and_then(|()| house::run()),
+        Chore::Lab(arguments) => lab::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Setup => debian::ensure(debian::EVERYTHING),
     };

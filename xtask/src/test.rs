@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, house, images, install, program};
+use crate::{binaries, cache, debian, dependencies, docs, house, images, install, lab, program};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -56,6 +56,12 @@ const TIERS: &[Tier] = &[
         run: unit,
     },
     Tier { name: "e2e", proves: "the real programs run real guests, engine qemu", required: true, run: whole_system },
+    Tier {
+        name: "lab",
+        proves: "the same with engine kvm, in a throw-away machine that has KVM",
+        required: true,
+        run: in_the_lab,
+    },
     Tier {
         name: "licences",
         proves: "dependencies have licences and sources we accept",
@@ -192,6 +198,18 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     tests.args(arguments.filter.iter());
     program::run(&mut tests).context("whole-system tests")?;
     Ok(Outcome::Passed)
+}
+
+fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
+    if debian::ensure(lab::PACKAGES).is_err() {
+        return Ok(Outcome::Skipped("the lab's packages are not installed, and this user cannot install them".to_owned()));
+    }
+    let machine = lab::Machine { exact: false, cpus: 2, memory_mib: 4096, timeout_s: 3600 };
+    let filter: Vec<String> = arguments.filter.iter().cloned().collect();
+    match lab::cases(&machine, arguments.build, &filter)? {
+        0 => Ok(Outcome::Passed),
+        code => bail!("the cases ended with status {code}"),
+    }
 }
 
 fn licences(_: &Arguments) -> Result<Outcome> {

@@ -1,0 +1,170 @@
+//! `cargo xtask lab`: the whole-system cases with engine kvm, on a machine that has no KVM.
+//!
+//! ```text
+//!  this machine (any Linux, no KVM needed)
+//!    └ QEMU emulates an AMD processor with SVM ── base (Debian, its cloud kernel, kvm_amd) ── /dev/kvm
+//!        └ msb, msbd, msb-vmm --engine kvm, from the payload disk
+//!            └ guest
+//! ```
+//!
+//! With `--exact` the machine counts instructions: one is one nanosecond of its clock, idle time is skipped, so the same work takes the
+//! same milliseconds however busy this machine is. `base` makes and caches the machine, `machine` runs it. Inside, everything is root's
+//! and thrown away afterwards; the payload is read-only at `/payload`.
+
+mod base;
+mod machine;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{binaries, cache, debian, images, install, kernel, program};
+
+pub(crate) use machine::{Machine, Payload};
+
+/// What the lab needs installed on this machine.
+pub(crate) const PACKAGES: &[&[debian::Package]] = &[debian::BUILD, debian::RUN, debian::IMAGES, debian::CHECK];
+
+#[derive(clap::Args)]
+#[group(id = "lab")]
+pub(crate) struct Arguments {
+    /// Count instructions instead of time: repeats to the millisecond, one processor
+    #[arg(long)]
+    exact: bool,
+    /// Run this script (bash, as root) inside instead of the whole-system cases
+    #[arg(long, value_name = "SCRIPT")]
+    task: Option<PathBuf>,
+    /// A folder that appears as /payload when a script is run; without it the install tree does
+    #[arg(long, value_name = "FOLDER", requires = "task")]
+    payload: Option<PathBuf>,
+    /// Boot bare kernels only: no daemon, no agent, the first thing to look at when nothing works
+    #[arg(long, conflicts_with_all = ["task", "payload"])]
+    bare: bool,
+    /// Processors of the machine
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Memory of the machine in MiB
+    #[arg(long, default_value_t = 4096)]
+    memory: u32,
+    /// Seconds after which the machine is stopped
+    #[arg(long, default_value_t = 1800)]
+    timeout: u64,
+    /// Run only the cases whose name contains this
+    #[arg(last = true)]
+    filter: Vec<String>,
+    #[command(flatten)]
+    build: binaries::Arguments,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    debian::ensure(PACKAGES)?;
+    let machine = Machine {
+        exact: arguments.exact,
+        cpus: arguments.cpus,
+        memory_mib: arguments.memory,
+        timeout_s: arguments.timeout,
+    };
+    let code = match &arguments.task {
+        Some(task) => {
+            let script = std::fs::read_to_string(task).with_context(|| format!("cannot read {}", task.display()))?;
+            let mut payload = Payload::new()?;
+            match &arguments.payload {
+                Some(folder) => payload.add_content(folder)?,
+                None => add_tree(&mut payload, arguments.build)?,
+            }
+            machine.run(&payload, &script)?
+        }
+        None if arguments.bare => bare(&machine, arguments.build)?,
+        None => cases(&machine, arguments.build, &arguments.filter)?,
+    };
+    if code != 0 {
+        bail!("in the lab: exit status {code}");
+    }
+    Ok(())
+}
+
+fn add_tree(payload: &mut Payload, build: binaries::Arguments) -> Result<()> {
+    let tree = cache::development_tree();
+    install::install(&tree, build)?;
+    payload.add(&tree, "msb")
+}
+
+/// Runs the whole-system cases inside, with engine kvm; returns their exit status.
+pub(crate) fn cases(machine: &Machine, build: binaries::Arguments, filter: &[String]) -> Result<i32> {
+    let mut payload = Payload::new()?;
+    add_tree(&mut payload, build)?;
+    payload.add(&images::small()?, "images")?;
+    payload.add(&compiled(&["test", "--package", "msb-tests", "--test", "system", "--no-run"])?, "system")?;
+    let filter: Vec<String> = filter.iter().map(|word| quoted(word)).collect();
+    let script = format!(
+        "export MSB_TEST_TREE=/payload/msb MSB_TEST_IMAGES=/payload/images MSB_TEST_ENGINE=kvm MSB_TEST_EVIDENCE=/root/evidence\n\
+         mkdir -p /root/evidence\n\
+         /payload/system --test-threads={} {}\n",
+        machine.cpus.max(1),
+        filter.join(" ")
+    );
+    machine.run(&payload, &script)
+}
+
+/// Boots our kernel with a tiny initramfs on engine kvm, with nothing else of the product.
+fn bare(machine: &Machine, build: binaries::Arguments) -> Result<i32> {
+    let kernel = kernel::built()?;
+    let mut payload = Payload::new()?;
+    payload.add(&kernel.join("vmlinux"), "vmlinux")?;
+    payload.add(&kernel.join("bzImage"), "bzImage")?;
+    let profile = if build.fast { "dev" } else { "release" };
+    let example = ["build", "--package", "msb-vmm", "--example", "bare", "--profile", profile];
+    payload.add(&compiled(&example)?, "bare")?;
+    payload.write("initramfs.cpio", &machine::initramfs(&[("init", 0o755, BARE_INIT.as_bytes())])?)?;
+    machine.run(&payload, BARE_SCRIPT)
+}
+
+/// Init of the bare guest: says that it is there and resets the machine.
+const BARE_INIT: &str = "#!/busybox sh\n\
+    /busybox mkdir -p /proc\n/busybox mount -t proc proc /proc\n\
+    echo \"INIT-UP after $(/busybox cut -d' ' -f1 /proc/uptime) s, $(/busybox grep -c ^processor /proc/cpuinfo) processors\"\n\
+    case \"$(/busybox cat /proc/cmdline)\" in *end=panic*) exit 1 ;; esac\n\
+    /busybox reboot -f\n";
+
+/// Every road a kernel can take, each twice, because the first run also fills the machine's page cache.
+const BARE_SCRIPT: &str = "set -e\ncd /tmp\n\
+    check() { \"$@\" | tee /tmp/console; grep -aq INIT-UP /tmp/console; grep -aq 'BARE-END Reset' /tmp/console; }\n\
+    for kernel in vmlinux bzImage; do for turn in 1 2; do check /payload/bare /payload/$kernel /payload/initramfs.cpio; done; done\n\
+    check /payload/bare /payload/vmlinux /payload/initramfs.cpio --cpus 4\n\
+    check /payload/bare /payload/vmlinux /payload/initramfs.cpio --memory 3500\n\
+    check /payload/bare /payload/vmlinux /payload/initramfs.cpio --memory 64\n\
+    check /payload/bare /payload/vmlinux /payload/initramfs.cpio --append end=panic\n\
+    grep -aq 'Kernel panic' /tmp/console\n";
+
+/// Compiles with cargo and returns the one executable that comes of it.
+fn compiled(words: &[&str]) -> Result<PathBuf> {
+    let mut cargo = binaries::cargo();
+    cargo.args(words).args(["--locked", "--message-format", "json-render-diagnostics"]);
+    let text = program::output(&mut cargo)?;
+    let executables = text.lines().filter_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message.get("executable")?.as_str()?))
+    });
+    executables.last().with_context(|| format!("cargo {} made no executable", words.join(" ")))
+}
+
+/// A word that a shell takes as it is.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// Copies a file, or a folder with everything in it; links become what they point at.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    program::output(program::command("cp").args(["--recursive", "--dereference", "--preserve=mode"]).arg(from).arg(to))
+        .map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_reach_the_shell_in_one_piece() {
+        assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+    }
+}
