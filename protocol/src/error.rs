@@ -49,7 +49,7 @@ error_table! {
     ConfigFile "config_file" 400 false "a configuration file has an unknown key or a wrong value" "correct the named line; `msb config show --origin` lists what is in force"
     NotImplemented "not_implemented" 501 false "this part of msb is not built yet" "`msb --help` lists what is there"
     UnsupportedOperation "unsupported_operation" 409 false "the other side is too old, or its engine cannot do this" "restart the sandbox so that it runs the installed version"
-    SandboxNotFound "sandbox_not_found" 404 false "no sandbox has this name" "`msb ls -a` shows the ones that exist"
+    SandboxNotFound "sandbox_not_found" 404 false "no sandbox has this name" "`msb ls` shows the ones that exist"
     SandboxAlreadyExists "sandbox_already_exists" 409 false "a sandbox of this name exists" "choose another name, remove it with `msb rm`, or use --replace"
     SandboxNotRunning "sandbox_not_running" 409 false "the sandbox is not running" "start it with `msb start`"
     SandboxStillRunning "sandbox_still_running" 409 false "the sandbox is running" "stop it with `msb stop`, or use --force"

@@ -155,7 +155,7 @@ impl Home {
     #[track_caller]
     #[must_use]
     pub fn sandboxes(&self) -> Vec<String> {
-        let list = self.json(&["ls", "-a"]);
+        let list = self.json(&["ls"]);
         rows(&list).iter().map(|row| row["name"].as_str().unwrap_or_default().to_owned()).collect()
     }
 

@@ -8,7 +8,7 @@ fn lists_and_details_are_json_with_times_that_carry_an_offset() {
     let home = Home::with_busybox("json");
     home.succeeds(&["create", "--name", "box", "--label", "team=ml", "busybox"]);
     for words in [
-        ["ls", "-a"].as_slice(),
+        ["ls"].as_slice(),
         &["ps", "-a"],
         &["inspect", "box"],
         &["image", "ls"],
@@ -54,8 +54,8 @@ fn tables_filters_aliases_and_quiet_output() {
     }
     let running = home.succeeds(&["ps"]);
     assert!(running.contains("one") && !running.contains("two"), "{running}");
-    assert_eq!(home.succeeds(&["ls", "-a", "-q", "--label", "team=web"]).trim(), "two");
-    assert_eq!(home.succeeds(&["list", "-a"]), home.succeeds(&["ls", "-a"]));
+    assert_eq!(home.succeeds(&["ls", "-q", "--label", "team=web"]).trim(), "two");
+    assert_eq!(home.succeeds(&["list"]), home.succeeds(&["ls"]));
     assert_eq!(home.succeeds(&["status", "-a"]), home.succeeds(&["ps", "-a"]));
     assert!(home.succeeds(&["images"]).contains("busybox"));
     // In a pipe there is no colour and no progress.

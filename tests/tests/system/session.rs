@@ -135,7 +135,7 @@ fn doctor_says_which_engine_and_why() {
         assert!(text.to_lowercase().contains(word), "{text}");
     }
     let report = home.json(&["doctor"]);
-    assert!(report.is_object(), "{report}");
+    assert!(report.to_string().contains("qemu"), "{report}");
     let bundle = home.scratch().join("report.tar");
     let said = home
         .msb(["doctor", "--bundle", bundle.to_str().expect("UTF-8")])
