@@ -232,7 +232,12 @@ impl<R: BufRead> Importer<'_, R> {
             self.builder.set_directory(0, inode);
             return Ok(());
         };
-        let parent = self.builder.directory(parents).map_err(|reason| self.refuse(&entry.path, reason))?;
+        let parent = match self.builder.directory(parents) {
+            Ok(parent) => parent,
+            // umoci whites out what was inside a directory that the same layer replaces by a file: nothing is left to hide there.
+            Err(_) if last.starts_with(WHITEOUT_PREFIX) => return Ok(()),
+            Err(reason) => return Err(self.refuse(&entry.path, reason)),
+        };
         if last.starts_with(WHITEOUT_PREFIX) {
             return self.add_whiteout(&entry, parent, last);
         }

