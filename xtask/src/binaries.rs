@@ -20,7 +20,9 @@ pub(crate) const HOST: &[(&str, &str)] =
 /// Package and binary of the static ones.
 pub(crate) const STATIC: &[(&str, &str)] = &[("msb-vmm", "msb-vmm"), ("msb-guest", "msb-agent")];
 
+// No group of its own: it is part of other commands' arguments, which have the same name.
 #[derive(clap::Args, Clone, Copy, Default)]
+#[group(skip)]
 pub(crate) struct Arguments {
     /// Compile with the development profile: faster to build, slower to run, never for measuring
     #[arg(long)]

@@ -26,7 +26,6 @@ pub(crate) use machine::{Machine, Payload};
 pub(crate) const PACKAGES: &[&[debian::Package]] = &[debian::BUILD, debian::RUN, debian::IMAGES, debian::CHECK];
 
 #[derive(clap::Args)]
-#[group(id = "lab")]
 pub(crate) struct Arguments {
     /// Count instructions instead of time: repeats to the millisecond, one processor
     #[arg(long)]

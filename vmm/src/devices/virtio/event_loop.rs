@@ -14,6 +14,8 @@ use std::thread;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use virtio_queue::Queue;
 
+use crate::jail::{self, ThreadClass};
+
 /// Workers need little stack: no recursion, no big arrays.
 const LOOP_STACK_BYTES: usize = 256 * 1024;
 /// Ready events taken per epoll_wait.
@@ -34,6 +36,9 @@ pub enum LoopError {
     /// the loop's thread is gone or refused
     #[error("event loop does not answer: {0}")]
     Gone(event_manager::Error),
+    /// the loop's thread could not be confined
+    #[error(transparent)]
+    Jail(#[from] jail::JailError),
 }
 
 impl From<event_manager::Error> for LoopError {
@@ -90,6 +95,11 @@ impl LoopHandle {
     /// Takes the worker off the loop; it is not running any more when this returns.
     pub fn detach(&self, worker: WorkerId) -> Result<Box<dyn Worker>, LoopError> {
         self.endpoint.call_blocking(move |operations| operations.remove_subscriber(worker.0).map_err(LoopError::from))
+    }
+
+    /// Confines the loop's thread to what workers need. For after the jail has been closed; before, it does nothing.
+    pub fn enter_jail(&self) -> Result<(), LoopError> {
+        self.endpoint.call_blocking(|_| Ok::<(), LoopError>(jail::enter(ThreadClass::Device)?))
     }
 
     /// Ends the thread after its current event; workers still attached are dropped.

@@ -3,6 +3,7 @@
 //! Called once by [`super::KvmEngine`]'s `boot`, before the jail closes: this is where `/dev/kvm` is opened and files are read.
 #![expect(unsafe_code, reason = "hands guest memory and eventfds to KVM")]
 
+use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
@@ -13,13 +14,13 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::{BootError, Machine};
+use super::super::{BootError, KernelFile, Machine};
 use super::bus::Bus;
 use super::probe;
-use crate::arch::x86_64::boot_data::{self, BootData, RANDOM_SEED_SIZE};
+use crate::arch::x86_64::boot_data::{self, BootData, Initramfs, RANDOM_SEED_SIZE};
 use crate::arch::x86_64::cpuid::{Processor, normalise};
 use crate::arch::x86_64::interrupts::set_local_inputs;
-use crate::arch::x86_64::kernel::{self, EntryPreference};
+use crate::arch::x86_64::kernel::{self, EntryPreference, LoadedKernel};
 use crate::arch::x86_64::layout::{
     IRQ_FIRST, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, MMIO_SLOT_COUNT, MMIO_START, MMIO_WINDOW_SIZE, SERIAL_IRQ,
 };
@@ -50,34 +51,21 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
     if devices.len() > MMIO_SLOT_COUNT {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
-    let kvm =
-        probe::open().map_err(|finding| BootError::Unavailable { engine: "kvm", reason: finding.to_string() })?;
-    let vm = kvm.create_vm().map_err(failed("create the VM"))?;
-    vm.set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS).map_err(failed("set the identity map address"))?;
-    vm.set_tss_address(KVM_TSS_ADDRESS as usize).map_err(failed("set the TSS address"))?;
-    vm.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
-    // The timer also answers port 0x61, which kernels without a known TSC frequency calibrate with.
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(failed("create the timer"))?;
-    let memory = GuestRam::private(memory_mib.into()).map_err(|error| BootError::Memory { reason: chain(&error) })?;
+    // Making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab): meanwhile the kernel is loaded.
+    let (vm, loaded) = std::thread::scope(|scope| {
+        let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
+        let loaded = load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file));
+        phases.mark("kernel_loaded");
+        let made = match making {
+            Ok(thread) => thread.join().unwrap_or_else(|_| Err(thread_failed(std::io::ErrorKind::Other.into()))),
+            Err(source) => Err(thread_failed(source)),
+        };
+        (made, loaded)
+    });
+    let (kvm, vm) = vm?;
+    let Loaded { memory, kernel, initramfs } = loaded?;
     register_memory(&vm, &memory)?;
     phases.mark("vm_created");
-
-    let kernel_file = kernel;
-    let kernel_refused = |error: &dyn std::error::Error| BootError::Kernel { reason: chain(error) };
-    let kernel = kernel::load(
-        &kernel_file.file,
-        kernel_file.format,
-        EntryPreference::default(),
-        memory.map(),
-        memory.size_bytes(),
-    )
-    .map_err(|error| kernel_refused(&error))?;
-    let initramfs = initramfs
-        .map(|(_path, file)| boot_data::load_initramfs(&file, memory.map(), memory.size_bytes(), kernel.end))
-        .transpose()
-        .map_err(|error| kernel_refused(&error))?;
-    phases.mark("kernel_loaded");
 
     let command_line = with_devices(&command_line, devices.len());
     let mut random_seed = [0u8; RANDOM_SEED_SIZE];
@@ -85,7 +73,8 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
         .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
     let data =
         BootData { memory_bytes: memory.size_bytes(), cpus, command_line: &command_line, initramfs, random_seed };
-    boot_data::write(memory.map(), &kernel, &data).map_err(|error| kernel_refused(&error))?;
+    boot_data::write(memory.map(), &kernel, &data)
+        .map_err(|error| BootError::Kernel { reason: chain(&error) })?;
 
     let device_memory = Arc::new(memory.map().clone());
     let mut transports = Vec::with_capacity(devices.len());
@@ -107,6 +96,44 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
     let vcpus = create_vcpus(&kvm, &vm, cpus, kernel.entry)?;
     phases.mark("machine_built");
     Ok((Vm { _fd: vm, _memory: memory }, bus, vcpus))
+}
+
+fn thread_failed(source: std::io::Error) -> BootError {
+    BootError::System { what: "start a thread that makes the VM".into(), source }
+}
+
+/// The VM with its interrupt controllers and timer, without memory.
+fn make_vm() -> Result<(Kvm, VmFd), BootError> {
+    let kvm =
+        probe::open().map_err(|finding| BootError::Unavailable { engine: "kvm", reason: finding.to_string() })?;
+    let vm = kvm.create_vm().map_err(failed("create the VM"))?;
+    vm.set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS).map_err(failed("set the identity map address"))?;
+    vm.set_tss_address(KVM_TSS_ADDRESS as usize).map_err(failed("set the TSS address"))?;
+    vm.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
+    // The timer also answers port 0x61, which kernels without a known TSC frequency calibrate with.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(failed("create the timer"))?;
+    Ok((kvm, vm))
+}
+
+/// Guest memory with a kernel in it.
+struct Loaded {
+    memory: GuestRam,
+    kernel: LoadedKernel,
+    initramfs: Option<Initramfs>,
+}
+
+fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<Loaded, BootError> {
+    let refused = |error: &dyn std::error::Error| BootError::Kernel { reason: chain(error) };
+    let memory = GuestRam::private(memory_mib.into()).map_err(|error| BootError::Memory { reason: chain(&error) })?;
+    let (map, size_bytes) = (memory.map(), memory.size_bytes());
+    let kernel = kernel::load(&file.file, file.format, EntryPreference::default(), map, size_bytes)
+        .map_err(|error| refused(&error))?;
+    let initramfs = initramfs
+        .map(|file| boot_data::load_initramfs(file, map, size_bytes, kernel.end))
+        .transpose()
+        .map_err(|error| refused(&error))?;
+    Ok(Loaded { memory, kernel, initramfs })
 }
 
 fn eventfd_failed(source: std::io::Error) -> BootError {
