@@ -1,0 +1,195 @@
+//! The command tree. Each command's own options are beside the code that reads them, in `commands/`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::commands::{
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
+    start, status, stop, wait,
+};
+
+/// Commands whose exit codes below 125 belong to a workload.
+pub const WORKLOAD_COMMANDS: [&str; 4] = ["run", "exec", "attach", "shell"];
+
+/// The form of data and errors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people: tables, local time
+    #[default]
+    Text,
+    /// For programs: JSON, RFC 3339 times; errors as one line of JSON on stderr
+    Json,
+}
+
+/// Sandboxes in microVMs, from OCI images
+#[derive(Debug, Parser)]
+#[command(name = "msb", version, subcommand_required = false, arg_required_else_help = false)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    /// Print the whole tree of commands and options
+    #[arg(long)]
+    pub tree: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// Options of every command.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct GlobalArgs {
+    /// Write data and errors only; lists are names alone
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub quiet: bool,
+    /// Form of data and errors
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORM",
+        default_value_t,
+        hide_possible_values = true,
+        help_heading = "Global options",
+        help = "Form of data and errors: text or json"
+    )]
+    pub format: Format,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a sandbox from an image, run its command and stream its output
+    Run(Box<run::RunArgs>),
+    /// Create and boot a sandbox that waits for `exec`, or runs a command in the background
+    Create(Box<create::CreateArgs>),
+    /// Start resting sandboxes
+    Start(start::StartArgs),
+    /// Stop running sandboxes
+    Stop(stop::StopArgs),
+    /// Stop sandboxes if they run, and start them
+    Restart(restart::RestartArgs),
+    /// Remove sandboxes
+    #[command(name = "rm", visible_alias = "remove")]
+    Remove(remove::RemoveArgs),
+    /// List sandboxes, resting ones too
+    #[command(name = "ls", visible_alias = "list")]
+    List(list::ListArgs),
+    /// Show what runs: command, state, restarts, last exit
+    #[command(name = "ps", visible_alias = "status")]
+    Status(status::StatusArgs),
+    /// Show everything about a sandbox
+    Inspect(inspect::InspectArgs),
+    /// Run a command in a running sandbox
+    Exec(Box<exec::ExecArgs>),
+    /// Join the main workload of a running sandbox
+    Attach(crate::commands::attach::AttachArgs),
+    /// Open a shell in a running sandbox
+    Shell(crate::commands::shell::ShellArgs),
+    /// Wait until sandboxes rest and print their exit codes
+    Wait(wait::WaitArgs),
+    /// Let an attached sandbox outlive its creator
+    Detach(bulk::NamesArgs),
+    /// Count as activity, so that the idle time begins anew
+    Touch(bulk::NamesArgs),
+    /// Copy files between host and sandboxes (not built yet)
+    #[command(name = "cp", visible_alias = "copy")]
+    Copy(Unbuilt),
+    /// Log in to a sandbox with SSH, or serve it (not built yet)
+    Ssh(Unbuilt),
+    /// Change the labels of a sandbox (not built yet)
+    Label(Unbuilt),
+    /// Copy a running sandbox, memory included (not built yet)
+    Fork(Unbuilt),
+    /// Halt a sandbox where it is (not built yet)
+    Pause(Unbuilt),
+    /// Let a halted sandbox go on (not built yet)
+    Resume(Unbuilt),
+
+    /// Load, list, inspect and remove images
+    Image {
+        /// What to do with images.
+        #[command(subcommand)]
+        command: image::ImageCommand,
+    },
+    /// List images
+    #[command(hide = true)]
+    Images(image::ImageListArgs),
+    /// Remove images
+    #[command(hide = true)]
+    Rmi(image::ImageRemoveArgs),
+    /// Load images from an archive (as `image load`)
+    Load(image::LoadArgs),
+    /// Fetch an image from a registry (not built yet)
+    Pull(Unbuilt),
+    /// Write images to an archive (not built yet)
+    Save(Unbuilt),
+    /// Log in to and out of registries (not built yet)
+    Registry(Unbuilt),
+
+    /// Create, list and remove volumes (not built yet)
+    #[command(visible_alias = "vol")]
+    Volume(Unbuilt),
+    /// Take, list and remove snapshots (not built yet)
+    #[command(visible_alias = "snap")]
+    Snapshot(Unbuilt),
+    /// Make sandboxes that start warm (not built yet)
+    Template(Unbuilt),
+    /// Show what takes disk space (not built yet)
+    Df(Unbuilt),
+
+    /// Show what a sandbox wrote
+    Logs(logs::LogsArgs),
+    /// Show what happened to sandboxes
+    Events(events::EventsArgs),
+    /// Show what sandboxes use (not built yet)
+    Metrics(Unbuilt),
+    /// Watch what sandboxes use (not built yet)
+    Top(Unbuilt),
+    /// Explain and log what the network allows (not built yet)
+    Net(Unbuilt),
+
+    /// Say what this host can do, and what to install
+    Doctor(doctor::DoctorArgs),
+    /// Show the settings in force
+    Config {
+        /// What to do with settings.
+        #[command(subcommand)]
+        command: config::ConfigCommand,
+    },
+    /// Make a command of the host that runs an image (not built yet)
+    Install(Unbuilt),
+    /// Remove such a command (not built yet)
+    Uninstall(Unbuilt),
+    /// Update or remove msb itself (not built yet)
+    #[command(name = "self")]
+    Itself(Unbuilt),
+
+    /// Print the completion script of a shell
+    Completion(completion::CompletionArgs),
+    /// Serve the tools of agents over MCP (not built yet)
+    Mcp(Unbuilt),
+    /// Look inside the service
+    Debug {
+        /// What to look at.
+        #[command(subcommand)]
+        command: debug::DebugCommand,
+    },
+    /// Show the versions of msb and of its service
+    Version,
+}
+
+impl Command {
+    /// Whether the exit codes below 125 belong to a workload.
+    #[must_use]
+    pub fn is_workload(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Exec(_) | Self::Attach(_) | Self::Shell(_))
+    }
+}
+
+/// Arguments of a command that is not built yet: whatever they are, the answer is `not_implemented`.
+#[derive(Debug, Args)]
+pub struct Unbuilt {
+    /// Anything.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub rest: Vec<std::ffi::OsString>,
+}

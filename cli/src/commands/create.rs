@@ -1,0 +1,73 @@
+//! `msb create`: a detached sandbox that waits for `exec`, or runs a command in the background.
+
+use clap::Args;
+use msb_protocol::control::{CreateRequest, SandboxDetail};
+use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
+
+use crate::context::{Context, host_variable};
+use crate::creation::CreationArgs;
+use crate::failure::{ExitStatus, Failure};
+use crate::parse;
+
+/// Options of `create`.
+#[derive(Debug, Args)]
+#[command(override_usage = "msb create [OPTIONS] IMAGE [COMMAND]...")]
+pub struct CreateArgs {
+    /// What it is made of.
+    #[command(flatten)]
+    pub creation: CreationArgs,
+    /// The image, and what to run of it; without a command it boots and waits
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
+    pub image_and_command: Vec<String>,
+}
+
+/// Carries it out: prints the name.
+///
+/// # Errors
+/// Those of the options and of the service.
+pub async fn run(args: CreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let (image, command) = split(args.image_and_command);
+    let mut spec = args.creation.spec(&image, &context.config()?, &host_variable)?;
+    spec.detached = true;
+    if !command.is_empty() {
+        spec.command = Some(command);
+        spec.workload = Workload::Main;
+    }
+    let detail = create(spec, false, args.creation.replace_grace_ms(), context).await?;
+    if context.printer.is_json() {
+        context.printer.json(&detail)?
+    } else {
+        context.printer.text(detail.summary.name.as_str())?
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// `IMAGE [--] [COMMAND…]` as its two parts.
+#[must_use]
+pub fn split(mut words: Vec<String>) -> (String, Vec<String>) {
+    // The parser demands at least one word.
+    let command = if words.is_empty() { Vec::new() } else { words.split_off(1) };
+    (words.pop().unwrap_or_default(), parse::words(command))
+}
+
+/// Checks a spec and has the service create the sandbox; a sign turns meanwhile. Software emulation is said once.
+///
+/// # Errors
+/// Those of the spec and of the service.
+pub async fn create(
+    spec: SandboxSpec,
+    hold_main: bool,
+    replace_grace_ms: Option<u64>,
+    context: &Context,
+) -> Result<SandboxDetail, Failure> {
+    spec.check()?;
+    let request = CreateRequest { spec, hold_main, replace_grace_ms };
+    let client = context.client().await?;
+    let progress = context.printer.spinner(&format!("booting {}", request.spec.image));
+    let detail = client.create(&request).await?;
+    drop(progress);
+    if let (Some(EngineChoice::Qemu), Some(reason)) = (detail.summary.engine, &detail.engine_reason) {
+        context.printer.terminal_note(reason);
+    }
+    Ok(detail)
+}

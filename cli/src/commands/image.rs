@@ -1,0 +1,281 @@
+//! `msb image …`: the images of the store.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use clap::{Args, Subcommand};
+use futures_util::{Stream, StreamExt};
+use msb_protocol::control::{ImageDetail, ImageSummary, LoadEvent};
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::quantity::show_bytes;
+use msb_sdk::image::ARCHIVE_CHUNK_LEN;
+use tokio_util::io::ReaderStream;
+
+use super::status::quoted;
+use super::unbuilt;
+use crate::arguments::Unbuilt;
+use crate::context::Context;
+use crate::failure::{self, ExitStatus, Failure, invalid};
+use crate::printer::plain;
+use crate::table::Table;
+use crate::time;
+
+/// What to do with images.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Load images from a docker or OCI archive
+    Load(LoadArgs),
+    /// List images
+    #[command(name = "ls", visible_alias = "list")]
+    List(ImageListArgs),
+    /// Show everything about an image
+    Inspect(ImageInspectArgs),
+    /// Remove images
+    #[command(name = "rm", visible_alias = "remove")]
+    Remove(ImageRemoveArgs),
+    /// Fetch an image from a registry (not built yet)
+    Pull(Unbuilt),
+    /// Write images to an archive (not built yet)
+    Save(Unbuilt),
+    /// Remove what nothing uses (not built yet)
+    Prune(Unbuilt),
+    /// Keep an image from being pruned (not built yet)
+    Pin(Unbuilt),
+}
+
+/// Options of `image load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// The archive; stdin if there is none
+    #[arg(short, long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+    /// Name the image so, in place of what the archive says
+    #[arg(short, long, value_name = "NAME[:TAG]")]
+    pub tag: Option<String>,
+}
+
+/// Options of `image ls`.
+#[derive(Debug, Args)]
+pub struct ImageListArgs {
+    /// Show whole digests
+    #[arg(long)]
+    pub digests: bool,
+}
+
+/// Options of `image inspect`.
+#[derive(Debug, Args)]
+pub struct ImageInspectArgs {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub reference: String,
+}
+
+/// Options of `image rm`.
+#[derive(Debug, Args)]
+pub struct ImageRemoveArgs {
+    /// Images
+    #[arg(required = true, value_name = "IMAGE")]
+    pub references: Vec<String>,
+    /// Untag even where sandboxes use it
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+/// Carries it out.
+///
+/// # Errors
+/// The command's own.
+pub async fn run(command: ImageCommand, context: &Context) -> Result<ExitStatus, Failure> {
+    match command {
+        ImageCommand::Load(args) => load(args, context).await,
+        ImageCommand::List(args) => list(args, context).await,
+        ImageCommand::Inspect(args) => inspect(args, context).await,
+        ImageCommand::Remove(args) => remove(args, context).await,
+        ImageCommand::Pull(_) => unbuilt("msb image pull"),
+        ImageCommand::Save(_) => unbuilt("msb image save"),
+        ImageCommand::Prune(_) => unbuilt("msb image prune"),
+        ImageCommand::Pin(_) => unbuilt("msb image pin"),
+    }
+}
+
+/// `image load`: prints the names of what was loaded.
+///
+/// # Errors
+/// `path_not_found`, `invalid_archive` and others of the service.
+pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let (archive, sum): (std::pin::Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>, Option<u64>) =
+        match &args.input {
+            Some(path) if path.as_os_str() != "-" => {
+                let file = std::fs::File::open(path).map_err(|error| failure::file(path, &error))?;
+                let data = file.metadata().map_err(|error| failure::file(path, &error))?;
+                if data.is_dir() {
+                    return Err(invalid(format!("{} is a directory, not an archive", path.display())));
+                }
+                let sum = data.is_file().then_some(data.len());
+                (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+            }
+            _ if std::io::stdin().is_terminal() => {
+                let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
+                    .with_hint("name one with -i FILE, or pipe one in: docker save IMAGE | msb load");
+                return Err(error.into());
+            }
+            _ => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
+        };
+    let client = context.client().await?;
+    let progress = context.printer.bytes_bar("loading", sum);
+    let mut events = client.load_image(archive.fuse(), args.tag.as_deref()).await?;
+    let mut warnings = Vec::new();
+    let images = loop {
+        match events.next().await? {
+            Some(LoadEvent::Progress { bytes }) => progress.position(bytes),
+            Some(LoadEvent::Layer { diff_id, known }) => {
+                let short = short_digest(&diff_id);
+                progress.say(&format!("loading: layer {short} {}", if known { "is known" } else { "is ready" }));
+            }
+            Some(LoadEvent::Warning { message }) => warnings.push(message),
+            Some(LoadEvent::Done { images }) => break images,
+            Some(LoadEvent::Error { error }) => return Err(error.into()),
+            None => return Err(ApiError::new(ErrorCode::DaemonUnavailable, "the load ended without an answer").into()),
+        }
+    };
+    drop(progress);
+    for warning in warnings {
+        context.printer.warning(&warning);
+    }
+    if context.printer.is_json() {
+        context.printer.json(&images)?;
+    } else {
+        for image in &images {
+            let names = if image.references.is_empty() { image.digest.clone() } else { image.references.join("\n") };
+            context.printer.text(&plain(&names))?;
+        }
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// `image ls`.
+///
+/// # Errors
+/// Those of the service.
+pub async fn list(args: ImageListArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let images = context.client().await?.images().await?.images;
+    if context.printer.is_json() {
+        context.printer.json(&images)?;
+    } else if context.printer.is_quiet() {
+        let names: String = images.iter().flat_map(|image| names(image)).map(|name| format!("{name}\n")).collect();
+        context.printer.text(&plain(&names))?;
+    } else {
+        let zone = context.zone();
+        let mut table = Table::new(&["IMAGE", "DIGEST", "PLATFORM", "SIZE", "LOADED"]);
+        for image in &images {
+            for name in names(image) {
+                table.row(vec![
+                    name,
+                    if args.digests { image.digest.clone() } else { short_digest(&image.digest) },
+                    image.platform.clone(),
+                    show_bytes(image.unpacked_bytes),
+                    time::local(image.loaded_at, &zone),
+                ]);
+            }
+        }
+        context.printer.table(&table)?;
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+async fn inspect(args: ImageInspectArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let detail = context.client().await?.image(&args.reference).await?;
+    if context.printer.is_json() {
+        context.printer.json(&detail)?
+    } else {
+        context.printer.text(&render(&detail, &context.zone()))?
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// `image rm`: one failure does not keep the others from being removed.
+///
+/// # Errors
+/// Only those of reaching the service and of writing.
+pub async fn remove(args: ImageRemoveArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let client = context.client().await?;
+    let mut removed = Vec::new();
+    let mut failed = false;
+    for reference in args.references {
+        match client.remove_image(&reference, args.force).await {
+            Ok(()) => removed.push(reference),
+            Err(error) => {
+                context.printer.error(error.api());
+                failed = true;
+            }
+        }
+    }
+    if context.printer.is_json() {
+        context.printer.json(&removed)?;
+    } else {
+        context.printer.text(&plain(&removed.iter().map(|name| format!("{name}\n")).collect::<String>()))?;
+    }
+    Ok(if failed { ExitStatus::FAILURE } else { ExitStatus::SUCCESS })
+}
+
+/// The names of an image, or its digest if it has none.
+fn names(image: &ImageSummary) -> Vec<String> {
+    if image.references.is_empty() { vec![image.digest.clone()] } else { image.references.clone() }
+}
+
+/// Twelve digits of a digest, as docker shows them.
+fn short_digest(digest: &str) -> String {
+    digest.split_once(':').map_or(digest, |(_, digits)| digits).chars().take(12).collect()
+}
+
+/// The detail for people.
+fn render(detail: &ImageDetail, zone: &jiff::tz::TimeZone) -> String {
+    let (summary, config) = (&detail.summary, &detail.config);
+    let words = |words: &[String]| words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+    let mut rows: Vec<(&str, String)> = vec![
+        ("Names", summary.references.join(", ")),
+        ("Digest", summary.digest.clone()),
+        ("Platform", summary.platform.clone()),
+        ("Size", format!("{} ({} packed)", show_bytes(summary.unpacked_bytes), show_bytes(summary.compressed_bytes))),
+        ("Made", summary.created_at.map(|at| time::local(at, zone)).unwrap_or_default()),
+        ("Loaded", time::local(summary.loaded_at, zone)),
+        ("Entrypoint", words(&config.entrypoint)),
+        ("Command", words(&config.cmd)),
+        ("User", config.user.clone()),
+        ("Workdir", config.working_dir.clone()),
+        ("Stop signal", config.stop_signal.clone().unwrap_or_default()),
+        ("Exposed ports", config.exposed_ports.join(", ")),
+        ("Volumes", config.volumes.join(", ")),
+    ];
+    rows.extend(
+        config
+            .env
+            .iter()
+            .enumerate()
+            .map(|(index, variable)| (if index == 0 { "Variables" } else { "" }, variable.clone())),
+    );
+    rows.extend(
+        config
+            .labels
+            .iter()
+            .enumerate()
+            .map(|(index, (key, value))| (if index == 0 { "Labels" } else { "" }, format!("{key}={value}"))),
+    );
+    rows.extend(detail.layer_details.iter().enumerate().map(|(index, layer)| {
+        let shared =
+            if layer.shared_by > 1 { format!(", shared by {} images", layer.shared_by) } else { String::new() };
+        (
+            if index == 0 { "Layers" } else { "" },
+            format!("{} {}{shared}", short_digest(&layer.diff_id), show_bytes(layer.data_bytes)),
+        )
+    }));
+    rows.push(("Used by", detail.used_by.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")));
+    rows.iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(key, value)| {
+            let key = if key.is_empty() { String::new() } else { format!("{key}:") };
+            format!("{key:16}{}\n", plain(&value.replace('\n', "\\n")))
+        })
+        .collect()
+}

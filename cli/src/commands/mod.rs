@@ -1,0 +1,94 @@
+//! One module for each command: its options, and the function that carries it out.
+
+pub mod attach;
+pub mod bulk;
+pub mod completion;
+pub mod config;
+pub mod create;
+pub mod debug;
+pub mod detach;
+pub mod doctor;
+pub mod events;
+pub mod exec;
+pub mod image;
+pub mod inspect;
+pub mod list;
+pub mod logs;
+pub mod remove;
+pub mod restart;
+pub mod run;
+pub mod shell;
+pub mod start;
+pub mod status;
+pub mod stop;
+pub mod version;
+pub mod wait;
+
+use msb_protocol::error::ApiError;
+
+use crate::arguments::Command;
+use crate::context::Context;
+use crate::failure::{ExitStatus, Failure};
+
+/// Carries out a command.
+///
+/// # Errors
+/// The command's own.
+pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Failure> {
+    match command {
+        Command::Run(args) => run::run(*args, context).await,
+        Command::Create(args) => create::run(*args, context).await,
+        Command::Start(args) => start::run(args, context).await,
+        Command::Stop(args) => stop::run(args, context).await,
+        Command::Restart(args) => restart::run(args, context).await,
+        Command::Remove(args) => remove::run(args, context).await,
+        Command::List(args) => list::run(args, context).await,
+        Command::Status(args) => status::run(args, context).await,
+        Command::Inspect(args) => inspect::run(args, context).await,
+        Command::Exec(args) => exec::run(*args, context).await,
+        Command::Attach(args) => attach::run(args, context).await,
+        Command::Shell(args) => shell::run(args, context).await,
+        Command::Wait(args) => wait::run(args, context).await,
+        Command::Detach(args) => detach::run(args, context).await,
+        Command::Touch(args) => detach::touch(args, context).await,
+        Command::Image { command } => image::run(command, context).await,
+        Command::Images(args) => image::list(args, context).await,
+        Command::Rmi(args) => image::remove(args, context).await,
+        Command::Load(args) => image::load(args, context).await,
+        Command::Logs(args) => logs::run(args, context).await,
+        Command::Events(args) => events::run(args, context).await,
+        Command::Doctor(args) => doctor::run(args, context).await,
+        Command::Config { command } => config::run(command, context),
+        Command::Completion(args) => completion::run(args, context),
+        Command::Debug { command } => debug::run(command, context).await,
+        Command::Version => version::run(context).await,
+        Command::Copy(_) => unbuilt("msb cp"),
+        Command::Ssh(_) => unbuilt("msb ssh"),
+        Command::Label(_) => unbuilt("msb label"),
+        Command::Fork(_) => unbuilt("msb fork"),
+        Command::Pause(_) => unbuilt("msb pause"),
+        Command::Resume(_) => unbuilt("msb resume"),
+        Command::Pull(_) => unbuilt("msb pull"),
+        Command::Save(_) => unbuilt("msb save"),
+        Command::Registry(_) => unbuilt("msb registry"),
+        Command::Volume(_) => unbuilt("msb volume"),
+        Command::Snapshot(_) => unbuilt("msb snapshot"),
+        Command::Template(_) => unbuilt("msb template"),
+        Command::Df(_) => unbuilt("msb df"),
+        Command::Metrics(_) => unbuilt("msb metrics"),
+        Command::Top(_) => unbuilt("msb top"),
+        Command::Net(_) => unbuilt("msb net"),
+        Command::Install(_) => unbuilt("msb install"),
+        Command::Uninstall(_) => unbuilt("msb uninstall"),
+        Command::Itself(_) => unbuilt("msb self"),
+        Command::Mcp(_) => unbuilt("msb mcp"),
+    }
+}
+
+/// The answer of a command that is not built.
+///
+/// # Errors
+/// Always: `not_implemented`, naming it.
+pub fn unbuilt(part: &str) -> Result<ExitStatus, Failure> {
+    Err(ApiError::not_implemented(part).into())
+}

@@ -1,0 +1,52 @@
+//! The terminal of this process: its size, and raw mode that is given back on every way out.
+
+use std::io::IsTerminal;
+
+use msb_protocol::control::TerminalSize;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+
+use crate::failure::{Failure, invalid};
+
+/// Whether stdin is a terminal.
+#[must_use]
+pub fn stdin_is_terminal() -> bool {
+    std::io::stdin().is_terminal()
+}
+
+/// The size of the terminal, if there is one. Absurd sizes become the usual one, because programs divide by them.
+#[must_use]
+pub fn size() -> Option<TerminalSize> {
+    let size = tcgetwinsize(std::io::stdout()).or_else(|_| tcgetwinsize(std::io::stdin())).ok()?;
+    Some(if size.ws_row == 0 || size.ws_col == 0 {
+        TerminalSize { rows: 24, columns: 80 }
+    } else {
+        TerminalSize { rows: size.ws_row, columns: size.ws_col }
+    })
+}
+
+/// A terminal in raw mode. Dropping it restores what was before; `msb` ends only by returning, so it is always dropped.
+pub struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// Puts the terminal on stdin into raw mode.
+    ///
+    /// # Errors
+    /// `invalid_config` if stdin is no terminal.
+    pub fn enter() -> Result<Self, Failure> {
+        let refuse = |error: rustix::io::Errno| invalid(format!("the terminal cannot be used: {error}"));
+        let before = tcgetattr(std::io::stdin()).map_err(refuse)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(std::io::stdin(), OptionalActions::Now, &raw).map_err(refuse)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // Drains output first, so that the last lines of the workload are written in the mode they were meant for.
+        let _ = tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.before);
+    }
+}
