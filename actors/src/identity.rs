@@ -69,7 +69,9 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
 
 /// Ends when the process of a pidfd has ended.
 pub async fn ended(pidfd: OwnedFd) {
-    if let Ok(watched) = AsyncFd::with_interest(pidfd, Interest::READABLE) {
+    #[expect(deprecated, reason = "an OwnedFd always names the same open file, and its replacement is an unsafe fn, which this crate forbids")]
+    let watched = AsyncFd::with_interest(pidfd, Interest::READABLE);
+    if let Ok(watched) = watched {
         // An error here means that the runtime ends; the process is then no longer anybody's business.
         let _ = watched.readable().await;
     }

@@ -15,7 +15,14 @@
 #![forbid(unsafe_code)]
 
 pub mod clock;
+pub mod daemon;
 pub mod identity;
+pub mod images;
+pub mod inspect;
 pub mod journal;
+pub mod metrics;
 pub mod sandbox;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
+pub mod supervisor;
 pub mod vm;

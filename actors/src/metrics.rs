@@ -39,6 +39,27 @@ pub struct Forget(pub SandboxId);
 #[rtype(result = "Vec<BeatSample>")]
 pub struct Latest;
 
+/// The way to the actor that never waits: a sample it has no room for is left out.
+#[derive(Clone, Debug)]
+pub struct MetricsHandle(pub Addr<MetricsActor>);
+
+impl MetricsHandle {
+    /// Hands a sample over.
+    pub fn sample(&self, sample: BeatSample) {
+        if self.0.try_send(sample).is_err() {
+            tracing::trace!("a sample was left out");
+        }
+    }
+
+    /// Says that a sandbox is gone.
+    pub fn forget(&self, id: SandboxId) {
+        // Its ring is bounded and small; one left behind under a flood is only that.
+        if self.0.try_send(Forget(id)).is_err() {
+            tracing::debug!(%id, "samples of a removed sandbox stay");
+        }
+    }
+}
+
 /// Holds the samples.
 #[derive(Debug, Default)]
 pub struct MetricsActor {

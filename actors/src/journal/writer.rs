@@ -136,7 +136,7 @@ impl Writer {
             ApiError::new(code, format!("the journal {} could not be written: {reason}", path.display()))
         };
         let database = self.database().map_err(refused)?;
-        let mut write = || -> Result<(), redb::Error> {
+        let write = || -> Result<(), redb::Error> {
             let transaction = database.begin_write()?;
             {
                 let mut sandboxes = transaction.open_table(SANDBOXES)?;

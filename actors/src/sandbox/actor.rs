@@ -35,7 +35,7 @@ use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
-use crate::metrics::{BeatSample, Forget};
+use crate::metrics::BeatSample;
 use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
@@ -63,6 +63,19 @@ pub enum Ask {
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct PanicNow;
+
+/// Let go of everything and end; the VM goes on for the next daemon.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct LetGo;
+
+impl Handler<LetGo> for SandboxActor {
+    type Result = ();
+    fn handle(&mut self, _: LetGo, ctx: &mut Self::Context) {
+        self.guard.disarm();
+        ctx.stop();
+    }
+}
 
 /// News from the actor's own tasks.
 #[derive(Message)]
@@ -255,8 +268,15 @@ impl SandboxActor {
                 let journal = self.surroundings.journal.clone();
                 let durable = async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
                     this.stepping = false;
-                    if let Err(error) = outcome {
-                        this.journal_refused(&error, ctx);
+                    match outcome {
+                        // Nothing may be made that the journal does not know of.
+                        Err(error) if step.effects.contains(&Effect::LeaseImage) => {
+                            this.failure = Some(error);
+                            this.tell(Event::PhaseFailed, ctx);
+                            return;
+                        }
+                        Err(error) => this.journal_refused(&error, ctx),
+                        Ok(()) => {}
                     }
                     this.perform(step.effects, ctx);
                     this.advance(ctx);
@@ -560,7 +580,7 @@ impl SandboxActor {
     }
 
     fn vanish(&mut self, ctx: &mut Context<Self>) {
-        self.surroundings.metrics.do_forget(Forget(self.record.id));
+        self.surroundings.metrics.forget(self.record.id);
         self.guard.disarm();
         let mut view = View::clone(&self.view.borrow());
         view.gone = true;
@@ -723,7 +743,7 @@ impl SandboxActor {
         }
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
-        self.surroundings.metrics.do_sample(BeatSample { id: self.record.id, name: self.record.name.clone(), boot_id, at_ms: now_ms, beat });
+        self.surroundings.metrics.sample(BeatSample { id: self.record.id, name: self.record.name.clone(), boot_id, at_ms: now_ms, beat });
         if self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }

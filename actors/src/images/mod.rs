@@ -3,6 +3,8 @@
 //!
 //! The store of real images is `images::store`; the simulator brings its own.
 
+pub mod store;
+
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;

@@ -1,0 +1,417 @@
+//! What a daemon can do with sandboxes and images, as plain async functions over the actors. Called by the API and by the
+//! simulator; each one is one request. They hold no state of their own and no lock across an `.await`.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use actix::{Actor, Addr, MailboxError};
+use msb_protocol::control::{ActorRow, ActorTree, CreateRequest, ImageDetail, ImageSummary, LoadEvent, SandboxDetail, SandboxSummary, StoreReport};
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::guest::OpenKind;
+use msb_protocol::id::SandboxName;
+use msb_protocol::labels::LabelTerm;
+use msb_protocol::spec::{RestartPolicy, Workload};
+use msb_protocol::state::SandboxState;
+use tokio::sync::mpsc;
+
+use crate::identity::ProcessIdentity;
+use crate::images::{CheckStore, ImageActor, InspectImage, ListImages, LoadImage, RemoveImage};
+use crate::inspect::Inspect;
+use crate::journal::SandboxRecord;
+use crate::metrics::MetricsActor;
+use crate::sandbox::activity::{ActivityGuard, ActivityKind};
+use crate::sandbox::actor::{Ask, LetGo};
+use crate::sandbox::machine::{By, Event, Then};
+use crate::sandbox::plan;
+use crate::sandbox::view::View;
+use crate::supervisor::{All, Create, Find, ListImageUsers, Rows, SandboxRef, SupervisorActor, Surroundings};
+use crate::vm::session::{self, Session};
+
+/// A handle on everything; clones are the same daemon.
+#[derive(Clone)]
+pub struct Daemon {
+    supervisor: Addr<SupervisorActor>,
+    surroundings: Arc<Surroundings>,
+}
+
+/// The process that asks, as its connection shows it.
+#[derive(Debug)]
+pub struct Creator {
+    /// Who.
+    pub identity: ProcessIdentity,
+    /// Held since the connection was made.
+    pub pidfd: OwnedFd,
+}
+
+impl Daemon {
+    /// Starts the supervisor over what the journal knows. Must be called on the actors' own thread.
+    #[must_use]
+    pub fn over(surroundings: Arc<Surroundings>, found: Vec<SandboxRecord>) -> Self {
+        let supervisor = SupervisorActor::new(surroundings.clone(), found).start();
+        Self { supervisor, surroundings }
+    }
+
+    /// What everything lives among.
+    #[must_use]
+    pub fn surroundings(&self) -> &Surroundings {
+        &self.surroundings
+    }
+
+    /// Checks what can be checked of a request before anything is made.
+    ///
+    /// # Errors
+    /// `invalid_config`, `invalid_label`, or `not_implemented` for what is not built.
+    pub fn check(request: &CreateRequest) -> Result<(), ApiError> {
+        let spec = &request.spec;
+        spec.check()?;
+        let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        if spec.tty {
+            return Err(ApiError::not_implemented("a terminal for the main workload"));
+        }
+        if spec.ephemeral && spec.restart != RestartPolicy::Default {
+            return refuse("a sandbox that is removed when it ends cannot have a restart policy");
+        }
+        if request.hold_main && spec.workload == Workload::None {
+            return refuse("there is no main workload to hold");
+        }
+        if spec.idle_timeout_ms == Some(0) || spec.max_duration_ms == Some(0) {
+            return refuse("a timeout of zero would end the sandbox before it starts");
+        }
+        if let Some(kernel) = &spec.kernel
+            && !kernel.starts_with('/')
+        {
+            return refuse("the kernel must be an absolute path");
+        }
+        if let Some(signal) = &spec.stop_signal
+            && plan::signal_number(signal).is_none()
+        {
+            return refuse(&format!("{signal:?} is not a signal"));
+        }
+        plan::resource_limits(&spec.rlimits).map(drop)
+    }
+
+    /// Creates a sandbox and waits until it is up.
+    ///
+    /// # Errors
+    /// What the check, the image, the disk or the boot say.
+    pub async fn create(&self, request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+        Self::check(&request)?;
+        let creator = if request.spec.detached {
+            None
+        } else {
+            let missing = || ApiError::new(ErrorCode::CreatorUnwatchable, "the creating process cannot be watched from here");
+            Some(creator.map(|creator| (creator.identity, creator.pidfd)).ok_or_else(missing)?)
+        };
+        if let (Some(grace_ms), Some(name)) = (request.replace_grace_ms, request.spec.name.clone()) {
+            self.replace(&name, grace_ms).await?;
+        }
+        let sandbox = self.supervisor.send(Create { request, creator }).await.map_err(mailbox)??;
+        Self::until_ready(sandbox, 0, 0).await
+    }
+
+    async fn replace(&self, name: &SandboxName, grace_ms: u64) -> Result<(), ApiError> {
+        let Ok(sandbox) = self.find(name).await else { return Ok(()) };
+        if sandbox.view.borrow().state().is_live() {
+            match self.stop(name, Some(grace_ms), grace_ms == 0).await {
+                Err(error) if error.code != ErrorCode::SandboxNotFound => return Err(error),
+                _ => {}
+            }
+        }
+        match self.remove(name, true).await {
+            Err(error) if error.code != ErrorCode::SandboxNotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// One sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn find(&self, name: &SandboxName) -> Result<SandboxRef, ApiError> {
+        self.supervisor.send(Find(name.clone())).await.map_err(mailbox)?
+    }
+
+    /// Everything about one sandbox as of now.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn inspect(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        let mut detail = sandbox.view.borrow().detail.clone();
+        let now_ms = self.surroundings.clock.now_ms();
+        if let Some(timeout_ms) = detail.spec.idle_timeout_ms
+            && detail.summary.status == SandboxState::Running
+        {
+            let idle_ms = sandbox.activity.last_ms().map_or(0, |last| now_ms.saturating_sub(last));
+            detail.idle_for_ms = Some(idle_ms);
+            detail.stops_in_ms = Some(timeout_ms.saturating_sub(idle_ms));
+        }
+        detail.last_activity = sandbox.activity.last_kind().map(|kind| kind.as_str().to_owned());
+        let upper = self.surroundings.directories(&sandbox.name, sandbox.id).upper;
+        let allocated = tokio::task::spawn_blocking(move || {
+            use std::os::unix::fs::MetadataExt;
+            std::fs::metadata(upper).map_or(0, |file| file.blocks() * 512)
+        });
+        detail.root_allocated_bytes = allocated.await.unwrap_or_default();
+        Ok(detail)
+    }
+
+    /// Every sandbox that fits all terms, newest first.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn list(&self, terms: &[LabelTerm]) -> Result<Vec<SandboxSummary>, ApiError> {
+        let all = self.supervisor.send(All).await.map_err(mailbox)?;
+        let summaries = all.into_iter().map(|sandbox| sandbox.view.borrow().detail.summary.clone());
+        Ok(summaries.filter(|summary| terms.iter().all(|term| term.matches(&summary.labels))).collect())
+    }
+
+    /// How many sandboxes are in which state.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn count(&self) -> Result<BTreeMap<String, u64>, ApiError> {
+        let mut counts = BTreeMap::new();
+        for sandbox in self.supervisor.send(All).await.map_err(mailbox)? {
+            *counts.entry(sandbox.view.borrow().state().as_str().to_owned()).or_default() += 1;
+        }
+        Ok(counts)
+    }
+
+    /// Starts a sandbox and waits until it is up.
+    ///
+    /// # Errors
+    /// As [`Daemon::create`], and `sandbox_busy`.
+    pub async fn start(&self, name: &SandboxName, hold_main: bool) -> Result<SandboxDetail, ApiError> {
+        self.ask_up(name, Event::Start { by: By::User, hold_main }).await
+    }
+
+    /// Stops a sandbox, starts it again and waits until it is up.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub async fn restart(&self, name: &SandboxName, grace_ms: Option<u64>) -> Result<SandboxDetail, ApiError> {
+        self.ask_up(name, Event::Stop { grace_ms, then: Then::Start }).await
+    }
+
+    async fn ask_up(&self, name: &SandboxName, event: Event) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        let (ready, failed) = {
+            let view = sandbox.view.borrow();
+            // A sandbox that is up already needs no further run to be up.
+            let up = view.state() == SandboxState::Running && matches!(event, Event::Start { .. });
+            (view.runs_ready.saturating_sub(u64::from(up && view.runs_ready > 0)), view.starts_failed)
+        };
+        self.ask(&sandbox, Ask::Event(event)).await?;
+        Self::until_ready(sandbox, ready, failed).await
+    }
+
+    /// Stops a sandbox and waits until it rests.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_busy`.
+    pub async fn stop(&self, name: &SandboxName, grace_ms: Option<u64>, force: bool) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        let event = if force { Event::Kill } else { Event::Stop { grace_ms, then: Then::Settle } };
+        self.ask(&sandbox, Ask::Event(event)).await?;
+        Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
+    }
+
+    /// Removes a sandbox and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_still_running` without `force`.
+    pub async fn remove(&self, name: &SandboxName, force: bool) -> Result<(), ApiError> {
+        let sandbox = self.find(name).await?;
+        self.ask(&sandbox, Ask::Event(Event::Remove { force })).await?;
+        Self::until(sandbox, |view| view.gone.then_some(Ok(()))).await
+    }
+
+    /// Lets a sandbox outlive its creator.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn detach(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        self.ask(&sandbox, Ask::Detach).await?;
+        self.inspect(name).await
+    }
+
+    /// Counts as activity.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn touch(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        let state = sandbox.view.borrow().state();
+        if state != SandboxState::Running {
+            return Err(not_running(name, state));
+        }
+        sandbox.activity.touch(ActivityKind::Touch);
+        self.inspect(name).await
+    }
+
+    /// Waits until a sandbox rests.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn wait(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        let sandbox = self.find(name).await?;
+        Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
+    }
+
+    /// Opens a stream to a sandbox's agent, waking it if it sleeps. The guard counts as activity while it is held.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`, or what the agent refuses with.
+    pub async fn open(&self, name: &SandboxName, kind: OpenKind, activity: ActivityKind) -> Result<(Session, ActivityGuard), ApiError> {
+        let mut sandbox = self.find(name).await?;
+        let state = sandbox.view.borrow().state();
+        match state {
+            SandboxState::Running => {}
+            SandboxState::Asleep => {
+                self.start(name, false).await?;
+                sandbox = self.find(name).await?;
+            }
+            SandboxState::Starting => {
+                let (ready, failed) = {
+                    let view = sandbox.view.borrow();
+                    (view.runs_ready, view.starts_failed)
+                };
+                Self::until_ready(sandbox.clone(), ready, failed).await?;
+            }
+            // A main stream may come when a short workload's sandbox is already on its way down: the agent knows better.
+            SandboxState::Draining | SandboxState::Stopping if matches!(kind, OpenKind::Main(_) | OpenKind::Attach(_)) => {}
+            resting => return Err(not_running(name, resting)),
+        }
+        let boot_id = sandbox.view.borrow().detail.boot_id;
+        let boot_id = boot_id.ok_or_else(|| not_running(name, sandbox.view.borrow().state()))?;
+        let guard = sandbox.activity.begin(activity);
+        let directories = self.surroundings.directories(&sandbox.name, sandbox.id);
+        let session = session::open(&*self.surroundings.launcher, &directories.run, boot_id, kind).await?;
+        Ok((session, guard))
+    }
+
+    async fn ask(&self, sandbox: &SandboxRef, ask: Ask) -> Result<(), ApiError> {
+        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", sandbox.name));
+        let address = sandbox.address.as_ref().ok_or_else(busy)?;
+        match address.send(ask).await {
+            Ok(outcome) => outcome,
+            Err(MailboxError::Closed) if sandbox.view.borrow().gone => Err(ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {}", sandbox.name))),
+            Err(_) => Err(busy()),
+        }
+    }
+
+    async fn until_ready(sandbox: SandboxRef, ready: u64, failed: u64) -> Result<SandboxDetail, ApiError> {
+        Self::until(sandbox, |view| {
+            if view.runs_ready > ready {
+                return Some(Ok(view.detail.clone()));
+            }
+            if view.starts_failed > failed && (view.gone || view.rests()) {
+                return Some(Err(view.failure.clone().unwrap_or_else(|| ApiError::new(ErrorCode::BootFailed, "the sandbox did not start"))));
+            }
+            view.gone.then(|| Err(ApiError::new(ErrorCode::Cancelled, "the sandbox was removed meanwhile")))
+        })
+        .await
+    }
+
+    async fn until<T>(mut sandbox: SandboxRef, mut done: impl FnMut(&View) -> Option<Result<T, ApiError>>) -> Result<T, ApiError> {
+        loop {
+            if let Some(outcome) = done(&sandbox.view.borrow_and_update().clone()) {
+                return outcome;
+            }
+            if sandbox.view.changed().await.is_err() {
+                // The supervisor let go of it: it is removed, or the daemon ends.
+                let last = sandbox.view.borrow().clone();
+                return done(&last).unwrap_or_else(|| Err(ApiError::new(ErrorCode::Cancelled, "the service is ending")));
+            }
+        }
+    }
+
+    /// Ends every actor; VMs go on for the next daemon.
+    pub async fn let_go(&self) {
+        if let Err(error) = self.supervisor.send(LetGo).await {
+            tracing::debug!(%error, "the supervisor had ended already");
+        }
+    }
+
+    fn images(&self) -> &Addr<ImageActor> {
+        &self.surroundings.images
+    }
+
+    /// Every image.
+    ///
+    /// # Errors
+    /// `store_corrupt`.
+    pub async fn list_images(&self) -> Result<Vec<ImageSummary>, ApiError> {
+        self.images().send(ListImages).await.map_err(mailbox)?
+    }
+
+    /// One image.
+    ///
+    /// # Errors
+    /// `image_not_found`.
+    pub async fn inspect_image(&self, reference: String) -> Result<ImageDetail, ApiError> {
+        let users = self.supervisor.send(ListImageUsers).await.map_err(mailbox)?;
+        self.images().send(InspectImage { reference, users }).await.map_err(mailbox)?
+    }
+
+    /// Removes an image.
+    ///
+    /// # Errors
+    /// `image_in_use`, `image_not_found`.
+    pub async fn remove_image(&self, reference: String, force: bool) -> Result<(), ApiError> {
+        let users = self.supervisor.send(ListImageUsers).await.map_err(mailbox)?;
+        self.images().send(RemoveImage { reference, force, users }).await.map_err(mailbox)?
+    }
+
+    /// Takes an archive in.
+    ///
+    /// # Errors
+    /// What is wrong with the archive or the disk.
+    pub async fn load_image(&self, archive: Box<dyn Read + Send>, tag: Option<String>, progress: mpsc::Sender<LoadEvent>) -> Result<Vec<ImageSummary>, ApiError> {
+        self.images().send(LoadImage { archive, tag, progress }).await.map_err(mailbox)?
+    }
+
+    /// Checks the image store.
+    ///
+    /// # Errors
+    /// It cannot be read at all.
+    pub async fn check_store(&self) -> Result<StoreReport, ApiError> {
+        self.images().send(CheckStore).await.map_err(mailbox)?
+    }
+
+    /// Every actor.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn actors(&self) -> Result<ActorTree, ApiError> {
+        let mut actors = Vec::new();
+        for (mut row, address) in self.supervisor.send(Rows).await.map_err(mailbox)? {
+            if let Some(address) = address
+                && let Ok(report) = address.send(Inspect).await
+            {
+                (row.handled, row.state) = (report.handled, report.state);
+            }
+            actors.push(row);
+        }
+        let images = self.images().send(Inspect).await.map_err(mailbox)?;
+        let metrics: &Addr<MetricsActor> = &self.surroundings.metrics.0;
+        let metrics = metrics.send(Inspect).await.map_err(mailbox)?;
+        for (name, report) in [("images", images), ("metrics", metrics)] {
+            let (handled, state) = (report.handled, report.state);
+            actors.push(ActorRow { name: name.into(), parent: "supervisor".into(), handled, mailbox: 0, restarts: 0, last_cause: None, state });
+        }
+        Ok(ActorTree { actors })
+    }
+}
+
+fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
+    ApiError::new(ErrorCode::SandboxNotRunning, format!("sandbox {name} is {}", state.as_str()))
+}
+
+fn mailbox(error: MailboxError) -> ApiError {
+    ApiError::internal(format!("the service is ending: {error}"))
+}

@@ -1,0 +1,322 @@
+//! A launcher whose VMs are tasks.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::guest::Beat;
+use msb_protocol::id::BootId;
+use msb_protocol::spec::EngineChoice;
+use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::vmm::{Phase, VmSpec, VmState, VmStatus};
+use tokio::sync::mpsc;
+
+use super::agent;
+use crate::clock::Clock;
+use crate::identity::{self, ProcessIdentity};
+use crate::vm::{AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle};
+
+/// What goes wrong from now on.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Launches fail.
+    pub launch: bool,
+    /// Boots end before the agent is ready.
+    pub boot: bool,
+    /// The agent is never ready.
+    pub silent_boot: bool,
+    /// Shutdowns are ignored; only a kill helps.
+    pub deaf: bool,
+    /// Kills are ignored too, this many times.
+    pub stubborn_kills: u32,
+    /// No beats are sent.
+    pub no_beats: bool,
+    /// Time of a boot in milliseconds of the clock.
+    pub boot_ms: u64,
+    /// Time of a flush in milliseconds of the clock.
+    pub flush_ms: u64,
+}
+
+/// A VM of the simulator.
+#[derive(Debug)]
+struct FakeVm {
+    spec: VmSpec,
+    identity: ProcessIdentity,
+    inbox: mpsc::UnboundedSender<Input>,
+    gone: Mutex<Option<Gone>>,
+}
+
+#[derive(Debug)]
+enum Input {
+    Adopt(EventSink, mpsc::Receiver<VmCommand>),
+    End(Gone),
+    Raw(VmEvent),
+    ReadyNow,
+}
+
+/// Runs fake VMs. One outlives every daemon of a test, as the processes of real VMs do.
+#[derive(Debug)]
+pub struct FakeLauncher {
+    clock: Arc<dyn Clock>,
+    faults: Mutex<Faults>,
+    vms: Mutex<HashMap<PathBuf, Arc<FakeVm>>>,
+    pids: AtomicU32,
+    launched: AtomicU64,
+    boots: Mutex<Vec<BootId>>,
+}
+
+impl FakeLauncher {
+    /// A launcher on a clock.
+    #[must_use]
+    pub fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
+        Arc::new(Self {
+            clock,
+            faults: Mutex::default(),
+            vms: Mutex::default(),
+            pids: AtomicU32::new(4_000_000),
+            launched: AtomicU64::new(0),
+            boots: Mutex::default(),
+        })
+    }
+
+    /// Changes what goes wrong.
+    pub fn fault(&self, edit: impl FnOnce(&mut Faults)) {
+        edit(&mut self.faults.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn faults(&self) -> Faults {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn vm(&self, run_dir: &Path) -> Option<Arc<FakeVm>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).get(run_dir).cloned()
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<FakeVm>> {
+        let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+        // Identities are ordered by time: the newest sandbox of this name.
+        vms.values().filter(|vm| vm.spec.name.as_str() == name).max_by_key(|vm| vm.spec.boot_id).cloned()
+    }
+
+    /// How many VMs are up.
+    #[must_use]
+    pub fn alive(&self) -> usize {
+        let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+        vms.values().filter(|vm| vm.gone.lock().unwrap_or_else(PoisonError::into_inner).is_none()).count()
+    }
+
+    /// How many were ever launched.
+    #[must_use]
+    pub fn launched(&self) -> u64 {
+        self.launched.load(Ordering::Relaxed)
+    }
+
+    /// Every boot id in the order of launches.
+    #[must_use]
+    pub fn boots(&self) -> Vec<BootId> {
+        self.boots.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The spec that the newest VM of a sandbox was launched with.
+    #[must_use]
+    pub fn spec_of(&self, name: &str) -> Option<VmSpec> {
+        self.named(name).map(|vm| vm.spec.clone())
+    }
+
+    /// The VM process of a sandbox dies.
+    pub fn crash(&self, name: &str, cause: EndCause) {
+        if let Some(vm) = self.named(name) {
+            // A VM that is gone cannot die again.
+            let _ = vm.inbox.send(Input::End(Gone { cause, main_end: None, message: "injected".into(), boot_error: None }));
+        }
+    }
+
+    /// The main workload of a sandbox ends.
+    pub fn exit_main(&self, name: &str, end: ProcessEnd) {
+        if let Some(vm) = self.named(name) {
+            let _ = vm.inbox.send(Input::Raw(VmEvent::MainExited(end)));
+            let _ = vm.inbox.send(Input::End(Gone { cause: EndCause::Completed, main_end: Some(end), message: String::new(), boot_error: None }));
+        }
+    }
+
+    /// The agent of a silent boot is ready after all.
+    pub fn ready(&self, name: &str) {
+        if let Some(vm) = self.named(name) {
+            let _ = vm.inbox.send(Input::ReadyNow);
+        }
+    }
+}
+
+impl Launcher for Arc<FakeLauncher> {
+    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
+        (**self).launch(spec, events)
+    }
+    fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
+        (**self).adopt(request, events)
+    }
+    fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>> {
+        (**self).connect(run_dir)
+    }
+}
+
+impl Launcher for FakeLauncher {
+    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
+        let faults = self.faults();
+        if faults.launch {
+            return Box::pin(async { Err(ApiError::new(ErrorCode::EngineUnavailable, "injected: no engine")) });
+        }
+        self.launched.fetch_add(1, Ordering::Relaxed);
+        self.boots.lock().unwrap_or_else(PoisonError::into_inner).push(spec.boot_id);
+        let pid = self.pids.fetch_add(1, Ordering::Relaxed);
+        let identity = ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
+        let (inbox, inputs) = mpsc::unbounded_channel();
+        let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), inbox, gone: Mutex::new(None) });
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
+        let (commands, queue) = mpsc::channel(16);
+        tokio::spawn(live(vm, faults, self.clock.clone(), events, queue, inputs));
+        Box::pin(async move { Ok(VmHandle { identity, commands }) })
+    }
+
+    fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
+        let gone = |message: &str| Gone { cause: EndCause::VmmCrash, main_end: None, message: message.into(), boot_error: None };
+        let outcome = match self.vm(&request.run_dir).filter(|vm| vm.spec.boot_id == request.boot_id) {
+            None => Adoption::Gone(gone("there is no such VM")),
+            Some(vm) => match vm.gone.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+                Some(end) => Adoption::Gone(end),
+                None => {
+                    let (commands, queue) = mpsc::channel(16);
+                    let _ = vm.inbox.send(Input::Adopt(events, queue));
+                    let status = status(&vm, VmState::Ready);
+                    Adoption::Alive(VmHandle { identity: vm.identity.clone(), commands }, Box::new(status))
+                }
+            },
+        };
+        Box::pin(async move { outcome })
+    }
+
+    fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>> {
+        let vm = self.vm(run_dir).filter(|vm| vm.gone.lock().unwrap_or_else(PoisonError::into_inner).is_none());
+        Box::pin(async move {
+            let vm = vm.ok_or(std::io::ErrorKind::ConnectionRefused)?;
+            let (ours, theirs) = tokio::io::duplex(64 << 10);
+            let inbox = vm.inbox.clone();
+            let boot_id = vm.spec.boot_id;
+            tokio::spawn(agent::serve(theirs, boot_id, move |end| {
+                let _ = inbox.send(Input::Raw(VmEvent::MainExited(end)));
+                let _ = inbox.send(Input::End(Gone { cause: EndCause::Completed, main_end: Some(end), message: String::new(), boot_error: None }));
+            }));
+            Ok(Box::new(ours) as Box<dyn AgentIo>)
+        })
+    }
+}
+
+fn status(vm: &FakeVm, state: VmState) -> VmStatus {
+    VmStatus {
+        generation: 1,
+        version: "fake".into(),
+        sandbox_id: vm.spec.sandbox_id,
+        boot_id: vm.spec.boot_id,
+        pid: vm.identity.pid,
+        engine: EngineChoice::Kvm,
+        engine_reason: Some("simulated".into()),
+        state,
+        agent_generation: Some(1),
+        main_end: None,
+        main_started: true,
+        phases: Vec::new(),
+        jail: Default::default(),
+    }
+}
+
+/// When the workload ends by itself, in milliseconds after ready, and how.
+fn fate(spec: &VmSpec) -> Option<(u64, ProcessEnd)> {
+    let main = spec.guest.main.as_ref().filter(|main| main.autostart)?;
+    let argv = &main.exec.as_ref()?.argv;
+    match argv.first()?.as_str() {
+        "true" => Some((0, ProcessEnd::exited(0))),
+        "false" => Some((0, ProcessEnd::exited(1))),
+        "sleep" => Some((argv.get(1)?.parse::<u64>().ok()?.saturating_mul(1_000), ProcessEnd::exited(0))),
+        _ => None,
+    }
+}
+
+async fn live(
+    vm: Arc<FakeVm>,
+    faults: Faults,
+    clock: Arc<dyn Clock>,
+    mut events: EventSink,
+    mut commands: mpsc::Receiver<VmCommand>,
+    mut inputs: mpsc::UnboundedReceiver<Input>,
+) {
+    let end = |cause, main_end| Gone { cause, main_end, message: "simulated".into(), boot_error: None };
+    // Sends may fail: nobody listens between two daemons.
+    let _ = events.send(VmEvent::Status(Box::new(status(&vm, VmState::Booting)))).await;
+    let mut ready = false;
+    let mut next_ms = clock.now_ms() + faults.boot_ms;
+    let mut finish: Option<(u64, Gone)> = None;
+    let mut sequence = 0;
+    let mut stubborn = faults.stubborn_kills;
+    let mut can_boot = !faults.silent_boot;
+    let gone = loop {
+        let wake_ms = finish.as_ref().map_or(u64::MAX, |(at, _)| *at).min(if ready && faults.no_beats || !ready && !can_boot { u64::MAX } else { next_ms });
+        tokio::select! {
+            biased;
+            input = inputs.recv() => match input {
+                Some(Input::Adopt(sink, queue)) => {
+                    (events, commands) = (sink, queue);
+                    if ready {
+                        sequence += 1;
+                        let _ = events.send(VmEvent::Beat(Beat { sequence, ..Beat::default() })).await;
+                    }
+                }
+                Some(Input::End(gone)) => break gone,
+                Some(Input::Raw(event)) => drop(events.send(event).await),
+                Some(Input::ReadyNow) => (can_boot, next_ms) = (true, clock.now_ms()),
+                None => return,
+            },
+            Some(command) = commands.recv() => match command {
+                VmCommand::Shutdown { cause, .. } if !faults.deaf => {
+                    let main_end = vm.spec.guest.main.is_some().then(|| ProcessEnd::signalled(15));
+                    if let Some(end) = main_end {
+                        let _ = events.send(VmEvent::MainExited(end)).await;
+                    }
+                    finish = Some((clock.now_ms() + faults.flush_ms, end(cause, main_end)));
+                }
+                VmCommand::Shutdown { .. } => {}
+                VmCommand::Kill { .. } if stubborn > 0 => stubborn -= 1,
+                VmCommand::Kill { cause } => break end(cause, None),
+                VmCommand::Sample(reply) => drop(reply.send(Ok(Default::default()))),
+                VmCommand::ConsoleTail(reply) => drop(reply.send(Ok(String::new()))),
+            },
+            () = clock.sleep_until(wake_ms) => {
+                let now = clock.now_ms();
+                if finish.as_ref().is_some_and(|(at, _)| *at <= now) {
+                    let Some((_, gone)) = finish.take() else { continue };
+                    if gone.cause == EndCause::Completed && let Some(end) = gone.main_end {
+                        let _ = events.send(VmEvent::MainExited(end)).await;
+                    }
+                    break gone;
+                }
+                if !ready {
+                    if faults.boot {
+                        break end(EndCause::BootFailed, None);
+                    }
+                    ready = true;
+                    let phases = vec![Phase { name: "ready".into(), duration_us: faults.boot_ms * 1_000 }];
+                    let _ = events.send(VmEvent::AgentReady { phases }).await;
+                    if let Some((after_ms, process)) = fate(&vm.spec) {
+                        finish = Some((now + after_ms, end(EndCause::Completed, Some(process))));
+                    }
+                } else if now >= next_ms {
+                    sequence += 1;
+                    let _ = events.send(VmEvent::Beat(Beat { sequence, uptime_ms: sequence * 1_000, ..Beat::default() })).await;
+                }
+                next_ms = now + 1_000;
+            }
+        }
+    };
+    *vm.gone.lock().unwrap_or_else(PoisonError::into_inner) = Some(gone.clone());
+    let _ = events.send(VmEvent::Gone(Box::new(gone))).await;
+}

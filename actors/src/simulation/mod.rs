@@ -1,0 +1,145 @@
+//! A daemon without VMs: a launcher whose machines are tasks, a store whose images are made up, a clock to turn.
+//!
+//! For the sim tier of this crate and the API tests of the daemon (feature `simulation`). What a fake VM does follows from its
+//! main workload: `true` and `false` end at once, `sleep N` after N seconds of the clock, everything else never. [`FakeLauncher`]
+//! injects what real ones suffer.
+
+mod agent;
+mod clock;
+mod launcher;
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use actix::Actor;
+use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::paths::HomeLayout;
+use msb_protocol::spec::EngineChoice;
+
+pub use clock::TurnedClock;
+pub use launcher::{FakeLauncher, Faults};
+
+use crate::clock::Clock;
+use crate::daemon::Daemon;
+use crate::images::{ImageActor, ImageStore, ImageUsers, PreparedImage};
+use crate::journal::Journal;
+use crate::metrics::{MetricsActor, MetricsHandle};
+use crate::sandbox::heartbeat::HeartbeatWriter;
+use crate::sandbox::plan::HostSettings;
+use crate::supervisor::Surroundings;
+
+/// Images that exist: `busybox`, `app` (with every default an image can have).
+#[derive(Debug, Default)]
+pub struct FakeImages;
+
+impl FakeImages {
+    fn find(reference: &str) -> Result<(&'static str, ImageConfigDetail), ApiError> {
+        let plain = ImageConfigDetail { cmd: vec!["sh".into()], env: vec!["PATH=/bin".into()], ..ImageConfigDetail::default() };
+        match reference {
+            "busybox" | "sha256:b0" => Ok(("sha256:b0", plain)),
+            "app" | "sha256:a0" => Ok(("sha256:a0", ImageConfigDetail { labels: [("team".to_owned(), "ml".to_owned())].into(), user: "app".into(), ..plain })),
+            _ => Err(ApiError::new(ErrorCode::ImageNotFound, format!("no image {reference}; there are busybox and app"))),
+        }
+    }
+}
+
+impl ImageStore for FakeImages {
+    fn prepare(&self, reference: &str) -> Result<PreparedImage, ApiError> {
+        let (digest, config) = Self::find(reference)?;
+        Ok(PreparedImage { digest: digest.into(), config, lower: Vec::new(), lease: Arc::new(()) })
+    }
+    fn make_upper(&self, path: &Path, _: u32) -> Result<(), ApiError> {
+        std::fs::write(path, b"").map_err(|error| ApiError::new(ErrorCode::DiskFull, error.to_string()))
+    }
+    fn list(&self) -> Result<Vec<ImageSummary>, ApiError> {
+        ["busybox", "app"].into_iter().map(|name| self.inspect(name).map(|detail| detail.summary)).collect()
+    }
+    fn inspect(&self, reference: &str) -> Result<ImageDetail, ApiError> {
+        let (digest, config) = Self::find(reference)?;
+        let summary = ImageSummary {
+            digest: digest.into(),
+            references: vec![reference.into()],
+            platform: "linux/amd64".into(),
+            compressed_bytes: 1,
+            unpacked_bytes: 2,
+            layers: 1,
+            created_at: None,
+            loaded_at: jiff::Timestamp::UNIX_EPOCH,
+            pinned: false,
+        };
+        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new() })
+    }
+    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<(), ApiError> {
+        let (digest, _) = Self::find(reference)?;
+        match users.get(digest) {
+            Some(names) if !force => {
+                let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+                Err(ApiError::new(ErrorCode::ImageInUse, format!("{reference} is in use by {}", names.join(", "))))
+            }
+            _ => Ok(()),
+        }
+    }
+    fn load(&self, archive: &mut dyn Read, _: Option<&str>, progress: &mut dyn FnMut(LoadEvent)) -> Result<Vec<ImageSummary>, ApiError> {
+        let mut buffer = vec![0; 64 << 10];
+        let mut bytes = 0u64;
+        loop {
+            let read = archive.read(&mut buffer).map_err(|error| ApiError::new(ErrorCode::InvalidArchive, error.to_string()))?;
+            if read == 0 {
+                break;
+            }
+            bytes += read as u64;
+            progress(LoadEvent::Progress { bytes });
+        }
+        if bytes == 0 {
+            return Err(ApiError::new(ErrorCode::InvalidArchive, "the archive is empty"));
+        }
+        self.list()
+    }
+    fn check(&self) -> Result<StoreReport, ApiError> {
+        Ok(StoreReport { images: 2, ..StoreReport::default() })
+    }
+}
+
+/// A daemon over fakes in a directory. Dropping it and making another over the same directory is a restart of the daemon.
+///
+/// # Panics
+/// If the directory cannot be used.
+#[must_use]
+pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLauncher>) -> Daemon {
+    let (journal, found) = open_journal(directory, &clock);
+    let surroundings = Surroundings {
+        home: HomeLayout::new(directory),
+        runtime_dir: directory.join("rt"),
+        host: HostSettings {
+            kernel: "/fake/vmlinux".into(),
+            initramfs: "/fake/initramfs".into(),
+            cmdline_extra: Vec::new(),
+            qemu: None,
+            engine: EngineChoice::Auto,
+            boot_timeout_ms: 60_000,
+            disk_full_timeout_ms: 60_000,
+            log_size_max_bytes: 1 << 20,
+            log_files_max: 3,
+        },
+        launcher,
+        images: ImageActor::new(Arc::new(FakeImages)).start(),
+        metrics: MetricsHandle(MetricsActor::default().start()),
+        journal,
+        clock,
+        heartbeats: HeartbeatWriter::start().expect("a thread"),
+    };
+    Daemon::over(Arc::new(surroundings), found.records)
+}
+
+/// Opens the journal, waiting for an earlier daemon of the same process to let go of it.
+fn open_journal(directory: &Path, clock: &Arc<dyn Clock>) -> (Journal, crate::journal::Found) {
+    for _ in 0..400 {
+        match Journal::open(&HomeLayout::new(directory).journal(), clock.clone()) {
+            Err(crate::journal::JournalError::Open { reason, .. }) if reason.contains("already open") => std::thread::sleep(std::time::Duration::from_millis(5)),
+            opened => return opened.expect("a journal"),
+        }
+    }
+    panic!("the journal of the earlier daemon stays open");
+}
