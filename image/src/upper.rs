@@ -204,6 +204,3 @@ fn copy_extents(source: &File, target: &File) -> io::Result<()> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {}

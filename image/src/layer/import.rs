@@ -622,6 +622,3 @@ impl std::borrow::Borrow<[u8]> for Bytes {
         &self.0
     }
 }
-
-#[cfg(test)]
-mod tests {}
