@@ -1,0 +1,251 @@
+//! From the agent's first instruction to its accept loop: link, hello, clock, entropy, root, Ready. Called by `agent::run`.
+//!
+//! ```text
+//!  connect ─► AgentHello ─► Welcome ─► clock, entropy ─► root (root::set_up) ─► listener ─► Ready ─► threads ─► accept
+//!     └──────────┴────────────┴── no link: a line on the console       └── BootFailed{stage} on the link, then the reset
+//! ```
+//!
+//! No thread exists before the root is finished.
+
+use std::convert::Infallible;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use msb_protocol::error::ErrorCode;
+use msb_protocol::guest::{AGENT_PORT, AgentHello, Failure, GuestBody, HOST_CID, HostBody, LINK_PORT, Ready, Step, Welcome};
+use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+use rustix::mount::{MountFlags, mount_remount};
+
+use super::clock::{self, uptime_us};
+use super::connection::{self, flush_until, next_message};
+use super::ending::{self, Reason};
+use super::link::Link;
+use super::{Agent, STACK_LEN, VERSION};
+use crate::root::{self, RootError};
+use crate::session::stream::FrameStream;
+use crate::session::workload::Host;
+use crate::session::{Guest, Sessions};
+use crate::sys;
+
+/// Tries to connect the link before giving up.
+const CONNECT_TRIES: u32 = 20;
+/// Time between two tries.
+const CONNECT_PAUSE: Duration = Duration::from_millis(50);
+/// How long the host may take to answer the hello.
+const WELCOME_LIMIT: Duration = Duration::from_secs(30);
+/// How long a last word on the link may take to be written.
+const LAST_WORD_LIMIT: Duration = Duration::from_secs(1);
+/// Streams that may wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// Why the agent cannot go on, for the console.
+#[derive(Debug, thiserror::Error)]
+#[error("boot failed at {stage}: {message}")]
+pub struct BootError {
+    stage: String,
+    message: String,
+}
+
+fn failed(stage: &str, error: impl std::fmt::Display) -> BootError {
+    BootError { stage: stage.into(), message: error.to_string() }
+}
+
+/// Boots and serves until the machine is reset.
+///
+/// # Errors
+/// [`BootError`] where there is no link to say it on.
+pub fn run() -> Result<Infallible, BootError> {
+    let mut stream = FrameStream::new(connect_link()?).map_err(|errno| failed("link", errno))?;
+    let init_uptime_us = std::env::var(crate::init::UPTIME_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    stream.send(GuestBody::AgentHello(AgentHello {
+        generation: GUEST_GENERATION,
+        agent_version: VERSION.into(),
+        init_uptime_us,
+        hello_uptime_us: uptime_us(),
+    }));
+    let until = Instant::now() + WELCOME_LIMIT;
+    flush_until(&mut stream, until);
+    let welcome = match next_message(&mut stream, until) {
+        Ok(HostBody::Welcome(welcome)) => welcome,
+        Ok(_) => return Err(failed("hello", "the host answered with something else than a welcome")),
+        Err(error) => return Err(failed("hello", error)),
+    };
+    let mut steps = Steps::new();
+    steps.done("hello");
+    match prepare(welcome, &mut steps) {
+        Ok(prepared) => serve(stream, prepared, steps),
+        Err(failure) => {
+            let error = failed(&failure.stage, &failure.message);
+            stream.send(GuestBody::BootFailed(failure));
+            flush_until(&mut stream, Instant::now() + LAST_WORD_LIMIT);
+            // The host closes the link when it has the word; then the reset cannot overtake it.
+            let _ = next_message(&mut stream, Instant::now() + LAST_WORD_LIMIT);
+            Err(error)
+        }
+    }
+}
+
+/// The steps and their durations.
+struct Steps {
+    steps: Vec<Step>,
+    last_us: u64,
+}
+
+impl Steps {
+    fn new() -> Self {
+        Self { steps: Vec::new(), last_us: uptime_us() }
+    }
+
+    fn done(&mut self, name: &str) {
+        let now_us = uptime_us();
+        self.steps.push(Step { name: name.into(), duration_us: now_us.saturating_sub(self.last_us) });
+        self.last_us = now_us;
+    }
+}
+
+fn connect_link() -> Result<OwnedFd, BootError> {
+    let mut tries = 0;
+    loop {
+        match connect_once() {
+            Ok(socket) => return Ok(socket),
+            Err(errno) => {
+                tries += 1;
+                if tries >= CONNECT_TRIES {
+                    return Err(failed("link", format!("cannot reach the host over vsock: {errno}")));
+                }
+                std::thread::sleep(CONNECT_PAUSE);
+            }
+        }
+    }
+}
+
+fn connect_once() -> nix::Result<OwnedFd> {
+    let socket = nix::sys::socket::socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, LINK_PORT))?;
+    Ok(socket)
+}
+
+/// The guest, ready for its first process.
+struct Prepared {
+    guest: Guest,
+    listener: OwnedFd,
+    upper: OwnedFd,
+}
+
+fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
+    let fail = |code: ErrorCode, stage: &str, message: String, errno: i32| Failure {
+        code: code.as_str().into(),
+        message,
+        errno,
+        stage: stage.into(),
+    };
+    let boot_failed = |stage: &str, message: String| fail(ErrorCode::BootFailed, stage, message, 0);
+    negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, welcome.generation)
+        .map_err(|error| fail(ErrorCode::UnsupportedOperation, "hello", error.to_string(), 0))?;
+    let config = welcome.config.ok_or_else(|| boot_failed("hello", "the host sent no configuration".into()))?;
+    clock::set(welcome.realtime_ns).map_err(|errno| boot_failed("clock", format!("cannot set the clock: {errno}")))?;
+    if !welcome.entropy.is_empty() {
+        let random = std::fs::File::open("/dev/urandom").map_err(|error| boot_failed("entropy", error.to_string()))?;
+        sys::add_entropy(&random, &welcome.entropy)
+            .map_err(|errno| boot_failed("entropy", format!("cannot seed the entropy pool: {errno}")))?;
+    }
+    steps.done("clock and entropy");
+    raise_descriptor_limit();
+    let root = root::set_up(&config, |name| steps.done(name)).map_err(|error: RootError| {
+        let errno = error.source.raw_os_error().unwrap_or(0);
+        fail(ErrorCode::BootFailed, error.stage, error.to_string(), errno)
+    })?;
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null");
+    let null = null.map_err(|error| boot_failed("devices", format!("cannot open /dev/null: {error}")))?;
+    let listener = listen().map_err(|errno| boot_failed("listener", format!("cannot listen on vsock: {errno}")))?;
+    steps.done("listener");
+    let guest = Guest {
+        config,
+        boot_id: welcome.boot_id,
+        root: root.directory,
+        enter_root: true,
+        null: null.into(),
+        terminals: Some(root.terminals),
+        workload: Some(root.workload),
+        sessions: Sessions::default(),
+    };
+    Ok(Prepared { guest, listener, upper: root.upper })
+}
+
+/// The agent itself needs several descriptors per session.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, setrlimit};
+    // With the default limit it serves fewer sessions at once and nothing else.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, 1 << 16, 1 << 20);
+}
+
+fn listen() -> nix::Result<OwnedFd> {
+    let socket = nix::sys::socket::socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    nix::sys::socket::bind(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT))?;
+    nix::sys::socket::listen(&socket, Backlog::new(BACKLOG)?)?;
+    Ok(socket)
+}
+
+fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<Infallible, BootError> {
+    let link = Arc::new(Link::new(stream).map_err(|errno| failed("link", errno))?);
+    let autostart = prepared.guest.config.main.as_ref().is_some_and(|main| main.autostart);
+    let agent = Agent::new(prepared.guest, Arc::clone(&link) as Arc<dyn Host>).map_err(|errno| failed("agent", errno))?;
+    let agent = Arc::new(agent);
+    link.set_door(agent.main.door());
+    steps.done("agent");
+    link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
+    {
+        let (agent, link) = (Arc::clone(&agent), Arc::clone(&link));
+        thread(move || {
+            link.serve();
+            agent.end.request(Reason::LinkLost);
+        })?;
+    }
+    {
+        let (agent, link, upper) = (Arc::clone(&agent), Arc::clone(&link), prepared.upper);
+        thread(move || {
+            ending::run(&agent, &link, || flush(&upper));
+            let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+        })?;
+    }
+    if autostart {
+        let agent = Arc::clone(&agent);
+        // A failed start is told on the link by the workload itself.
+        thread(move || drop(agent.run_main(None)))?;
+    }
+    accept_forever(&agent, &prepared.listener)
+}
+
+fn thread(body: impl FnOnce() + Send + 'static) -> Result<(), BootError> {
+    std::thread::Builder::new().stack_size(STACK_LEN).spawn(body).map(drop).map_err(|error| failed("threads", error))
+}
+
+fn accept_forever(agent: &Arc<Agent>, listener: &OwnedFd) -> Result<Infallible, BootError> {
+    loop {
+        match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
+            Ok(socket) => {
+                let peer = nix::sys::socket::getpeername::<VsockAddr>(socket.as_raw_fd());
+                if peer.is_ok_and(|peer| peer.cid() == HOST_CID) {
+                    connection::spawn(agent, socket);
+                } else {
+                    agent.host.log("a stream from another peer than the host was closed");
+                }
+            }
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED | rustix::io::Errno::AGAIN) => {}
+            Err(errno) => {
+                // No descriptors or no memory for a moment: others must end before more can come.
+                agent.host.log(&format!("cannot accept a stream: {errno}"));
+                std::thread::sleep(CONNECT_PAUSE);
+            }
+        }
+    }
+}
+
+/// Brings everything to the disk and leaves the file system clean.
+fn flush(upper: &OwnedFd) -> Result<(), String> {
+    rustix::fs::sync();
+    let outcome = rustix::fs::syncfs(upper).and_then(|()| mount_remount(root::UPPER, MountFlags::RDONLY, c""));
+    outcome.map_err(|errno| errno.to_string())
+}

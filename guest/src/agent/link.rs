@@ -1,0 +1,222 @@
+//! The agent link: one connection to `msb-vmm` for the virtual machine's life. Carries the main workload's output (lossless), the
+//! agent's log lines, the goodbye up; clock and acknowledgement down. One thread serves it; everybody else queues.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use msb_protocol::guest::{Exited, Goodbye, GuestBody, HostBody, Log, OutputStream, Started};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use std::os::fd::AsFd;
+
+use super::clock::{self, Correction};
+use crate::session::pump::{Door, OutputLog};
+use crate::session::stream::{FrameStream, READ_LEN, StreamError};
+use crate::session::workload::Host;
+
+/// Bytes of waiting log lines above which further ones are dropped: a guest can make the agent talk.
+const LOG_BACKLOG_MAX: usize = 64 << 10;
+/// Log lines that may come at once, and how many more each second.
+const LOG_BURST: u32 = 200;
+const LOG_PER_SECOND: u32 = 20;
+/// Longest log line in bytes.
+const LOG_LINE_MAX: usize = 1024;
+
+/// The link.
+#[derive(Debug)]
+pub struct Link {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: OwnedFd,
+    socket: OwnedFd,
+    door: OnceLock<Arc<Door>>,
+}
+
+#[derive(Debug)]
+struct State {
+    stream: FrameStream,
+    /// The pump found no room and waits to be woken.
+    starved: bool,
+    acknowledged: bool,
+    lost: bool,
+    log_tokens: u32,
+    log_refill: Instant,
+}
+
+impl Link {
+    /// Takes over the stream after the hello.
+    ///
+    /// # Errors
+    /// As eventfd(2) and dup(2).
+    pub fn new(stream: FrameStream) -> Result<Self, Errno> {
+        let socket = rustix::io::fcntl_dupfd_cloexec(stream.socket(), 3)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let log_refill = Instant::now();
+        let state = State { stream, starved: false, acknowledged: false, lost: false, log_tokens: LOG_BURST, log_refill };
+        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), wake, socket, door: OnceLock::new() })
+    }
+
+    /// Whom to wake when there is room again.
+    pub fn set_door(&self, door: Arc<Door>) {
+        let _ = self.door.set(door);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a message.
+    pub fn send(&self, body: GuestBody) {
+        let mut state = self.lock();
+        state.stream.send(body);
+        self.flush(&mut state);
+    }
+
+    /// Writes what goes at once; the thread does the rest.
+    fn flush(&self, state: &mut State) {
+        if state.lost {
+            state.stream.discard();
+            return;
+        }
+        if state.stream.flush().is_err() || state.stream.backlog() > 0 {
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Says goodbye and waits for the answer, at most for a time. Whether it came.
+    pub fn say_goodbye(&self, limit: Duration) -> bool {
+        self.send(GuestBody::Goodbye(Goodbye {}));
+        self.wait(limit, |state| state.acknowledged || state.lost)
+    }
+
+    /// Waits until everything queued is written, at most for a time.
+    pub fn drain(&self, limit: Duration) -> bool {
+        self.wait(limit, |state| state.stream.backlog() == 0 || state.lost)
+    }
+
+    fn wait(&self, limit: Duration, done: impl Fn(&State) -> bool) -> bool {
+        let until = Instant::now() + limit;
+        let mut state = self.lock();
+        while !done(&state) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Serves the link until it is lost.
+    pub fn serve(&self) -> StreamError {
+        let mut scratch = vec![0; READ_LEN];
+        loop {
+            let write = if self.lock().stream.backlog() > 0 { PollFlags::OUT } else { PollFlags::empty() };
+            let mut fds =
+                [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN | write), PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+            if poll(&mut fds, None).is_err() {
+                continue;
+            }
+            let events = fds[0].revents();
+            let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+            let outcome = self.turn(events, &mut scratch);
+            if let Err(error) = outcome {
+                let mut state = self.lock();
+                state.lost = true;
+                state.stream.discard();
+                self.changed.notify_all();
+                self.wake_starved(&mut state);
+                return error;
+            }
+        }
+    }
+
+    fn turn(&self, events: PollFlags, scratch: &mut [u8]) -> Result<(), StreamError> {
+        let mut state = self.lock();
+        state.stream.flush()?;
+        if state.stream.backlog() == 0 {
+            self.changed.notify_all();
+        }
+        self.wake_starved(&mut state);
+        if !events.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+            return Ok(());
+        }
+        state.stream.receive(scratch)?;
+        while let Some(message) = state.stream.next_message()? {
+            match message {
+                HostBody::ClockSync(sync) => {
+                    let line = match clock::synchronise(sync.realtime_ns) {
+                        Ok(Correction::Step) => "the clock was set to the host's".to_owned(),
+                        Ok(_) => continue,
+                        Err(error) => error,
+                    };
+                    self.push_log(&mut state, &line);
+                }
+                HostBody::GoodbyeAck(_) => {
+                    state.acknowledged = true;
+                    self.changed.notify_all();
+                }
+                // A newer host may say more; what this agent does not understand here asks nothing of it.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn wake_starved(&self, state: &mut State) {
+        if state.starved && (state.lost || state.stream.has_room()) {
+            state.starved = false;
+            if let Some(door) = self.door.get() {
+                door.wake();
+            }
+        }
+    }
+
+    fn push_log(&self, state: &mut State, line: &str) {
+        let now = Instant::now();
+        let seconds = u32::try_from(now.duration_since(state.log_refill).as_secs()).unwrap_or(u32::MAX);
+        if seconds > 0 {
+            state.log_tokens = state.log_tokens.saturating_add(seconds.saturating_mul(LOG_PER_SECOND)).min(LOG_BURST);
+            state.log_refill = now;
+        }
+        if state.log_tokens == 0 || state.stream.backlog() > LOG_BACKLOG_MAX + crate::session::stream::OUTBOX_HIGH {
+            return;
+        }
+        state.log_tokens -= 1;
+        let mut line: String = line.chars().filter(|c| !c.is_control()).collect();
+        line.truncate(line.floor_char_boundary(LOG_LINE_MAX));
+        state.stream.send(GuestBody::Log(Log { line }));
+        self.flush(state);
+    }
+}
+
+impl OutputLog for Link {
+    fn has_room(&self) -> bool {
+        let mut state = self.lock();
+        let room = state.lost || state.stream.has_room();
+        state.starved |= !room;
+        room
+    }
+
+    fn push(&self, stream: OutputStream, data: &[u8]) {
+        let mut state = self.lock();
+        state.stream.send_main_output(stream, data);
+        self.flush(&mut state);
+    }
+}
+
+impl Host for Link {
+    fn main_started(&self, pid: u32) {
+        self.send(GuestBody::MainStarted(Started { pid }));
+    }
+
+    fn main_exited(&self, end: Exited) {
+        self.send(GuestBody::MainExited(end));
+    }
+
+    fn log(&self, line: &str) {
+        let mut state = self.lock();
+        self.push_log(&mut state, line);
+    }
+}

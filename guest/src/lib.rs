@@ -1,0 +1,23 @@
+//! The guest's side of msb: PID 1 and the agent, one static program. It is a library so that tests can drive real sessions over
+//! socket pairs on any Linux, without a virtual machine. It never trusts the image, the workload or the host's bytes: everything
+//! that is read is bounded and parsed, and nothing here panics.
+//!
+//! ```text
+//!  main.rs ── PID 1 ──► init/    mounts, forks the agent, reaps; reports the agent's death
+//!     └────── agent ──► agent/   hello, set-up, listener, control, the end
+//!                         ├─► root/      disks, overlay, volumes, what a container finds in /
+//!                         ├─► session/   one process with its streams: exec and the main workload
+//!                         ├─► account, command, limits    pure: who runs what with which environment
+//!                         └─► sys/       the only unsafe code
+//! ```
+
+pub mod account;
+pub mod agent;
+pub mod cgroup;
+pub mod command;
+pub mod failure;
+pub mod init;
+pub mod limits;
+pub mod root;
+pub mod session;
+pub mod sys;

@@ -1,0 +1,142 @@
+//! Makes the workload's root: disks by serial, EROFS below, ext4 above, an overlay of both, volumes, and the file systems and files
+//! that a container user expects. Called once per boot by `agent`, before any thread exists; every step is timed and named.
+//!
+//! ```text
+//!  /          initramfs: init and agent live here for good, out of reach of paths inside the workload's root
+//!  /lower     EROFS, read-only          /upper     ext4: msb/{upper,work}, msb/volumes/*
+//!  /workload  overlay(lower, upper) ── + volumes, /proc, /sys, /dev … ── moved over / ──► what sessions change their root to
+//! ```
+//!
+//! The overlay is moved over `/` because the kernel refuses user namespaces to a process whose root is not the topmost mount there.
+
+pub mod copy;
+pub mod directory;
+pub mod disks;
+pub mod environment;
+pub mod volumes;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use msb_protocol::guest::GuestConfig;
+use rustix::mount::{MountFlags, mount, mount_move};
+
+use self::directory::RootDirectory;
+use crate::cgroup::{self, WorkloadGroup};
+
+/// Where the image is mounted.
+const LOWER: &str = "/lower";
+/// Where the writable disk is mounted.
+pub const UPPER: &str = "/upper";
+/// Where the overlay is put together.
+const WORKLOAD: &str = "/workload";
+
+/// The finished root.
+#[derive(Debug)]
+pub struct Root {
+    /// The directory sessions change to.
+    pub directory: RootDirectory,
+    /// The workload's devpts.
+    pub terminals: OwnedFd,
+    /// The workload's cgroup.
+    pub workload: WorkloadGroup,
+    /// The writable disk's file system.
+    pub upper: OwnedFd,
+}
+
+/// A step of the set-up that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct RootError {
+    /// The step's name.
+    pub stage: &'static str,
+    /// What was tried.
+    pub what: String,
+    /// The system's answer.
+    pub source: io::Error,
+}
+
+/// Names what was tried.
+pub(crate) trait Trying<T> {
+    /// Adds step and words to an error.
+    fn trying(self, stage: &'static str, what: &str) -> Result<T, RootError>;
+}
+
+impl<T, E: Into<io::Error>> Trying<T> for Result<T, E> {
+    fn trying(self, stage: &'static str, what: &str) -> Result<T, RootError> {
+        self.map_err(|source| RootError { stage, what: what.to_owned(), source: source.into() })
+    }
+}
+
+/// Makes the root. `step` is told the name of each step when it is done.
+///
+/// # Errors
+/// [`RootError`] of the step that failed; the guest cannot go on then.
+pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Result<Root, RootError> {
+    let lower = disks::find(&config.lower_serial)?;
+    let upper = disks::find(&config.upper_serial)?;
+    step("disks");
+    disks::mount_lower(&lower, Path::new(LOWER))?;
+    step("lower");
+    let upper = disks::mount_upper(&upper, Path::new(UPPER))?;
+    step("upper");
+    mount_overlay()?;
+    let directory = RootDirectory::open(Path::new(WORKLOAD)).trying("overlay", "cannot open the root")?;
+    step("overlay");
+    volumes::bind_all(&directory, Path::new(UPPER), &config.volume_paths)?;
+    step("volumes");
+    environment::mount_file_systems(&directory)?;
+    let terminals = directory
+        .open_path(Path::new("/dev/pts"), rustix::fs::OFlags::DIRECTORY, 0)
+        .trying("file systems", "cannot open /dev/pts")?;
+    step("file systems");
+    let memory_max = memory_total().map_or(0, |total| total.saturating_sub(config.memory_reserve_bytes));
+    let workload = WorkloadGroup::create(Path::new(cgroup::MOUNT), memory_max, || environment::mount_cgroup(&directory))
+        .trying("cgroup", "cannot set up the workload's cgroup")?;
+    step("cgroup");
+    environment::write_files(&directory, config)?;
+    environment::set_kernel(config)?;
+    step("identity");
+    mount_move(WORKLOAD, "/").trying("switch", "cannot move the root over /")?;
+    step("switch");
+    Ok(Root { directory, terminals, workload, upper })
+}
+
+fn mount_overlay() -> Result<(), RootError> {
+    let make = |path: String| match std::fs::create_dir_all(&path) {
+        Ok(()) => Ok(path),
+        Err(error) => Err(error).trying("overlay", "cannot make the writable directories"),
+    };
+    let upper = make(format!("{UPPER}/msb/upper"))?;
+    let work = make(format!("{UPPER}/msb/work"))?;
+    make(WORKLOAD.into())?;
+    // redirect_dir: a directory of the image can be renamed. Hard links keep docker's meaning (a copy-up parts them).
+    let data = format!("lowerdir={LOWER},upperdir={upper},workdir={work},redirect_dir=on,metacopy=off,index=off");
+    let data = std::ffi::CString::new(data).map_err(io::Error::from).trying("overlay", "cannot name the directories")?;
+    mount("overlay", WORKLOAD, "overlay", MountFlags::empty(), Some(data.as_c_str())).trying("overlay", "cannot mount the overlay")
+}
+
+/// The memory the kernel has, in bytes.
+pub fn memory_total() -> Option<u64> {
+    memory_field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal")
+}
+
+/// One field of /proc/meminfo in bytes.
+pub fn memory_field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::memory_field;
+
+    #[test]
+    fn memory_is_read_in_bytes_by_whole_name() {
+        let text = "MemTotal:         247000 kB\nMemFree:           10 kB\nMemAvailable:     5 kB\nHugePages_Total:       0\n";
+        assert_eq!(memory_field(text, "MemTotal"), Some(247_000 * 1024));
+        assert_eq!(memory_field(text, "MemAvailable"), Some(5120));
+        assert_eq!((memory_field(text, "Mem"), memory_field(text, "HugePages_Total")), (None, None));
+    }
+}
