@@ -85,7 +85,8 @@ impl Store {
             let what = format!("a writable disk of {bytes} bytes is smaller than its template; the size");
             return Err(ImageError::Limit { what, limit: template_bytes, unit: " bytes at least" });
         }
-        let result = clone_sparse(&template, target, bytes);
+        let file = create_new(target)?;
+        let result = clone_sparse(&template, &file, target, bytes);
         if result.is_err() {
             // Half a disk is worth nothing; the error that matters is the first one.
             let _ = fs::remove_file(target);
@@ -168,16 +169,14 @@ fn unpack_sparse(mut source: impl Read, file: &File, path: &Path) -> Result<(), 
     file.set_len(position).map_err(|error| io_error("write", path, error))
 }
 
-/// Copies `from` to the new file `to` without its holes, and gives it `bytes`.
-fn clone_sparse(from: &Path, to: &Path, bytes: u64) -> Result<(), ImageError> {
+/// Copies `from` to the empty file `target` without its holes, and gives it `bytes`.
+fn clone_sparse(from: &Path, target: &File, to: &Path, bytes: u64) -> Result<(), ImageError> {
     let source = File::open(from).map_err(|error| io_error("read", from, error))?;
-    let target = create_new(to)?;
     // Where the file system shares extents between files nothing is copied at all.
-    if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
-        copy_extents(&source, &target).map_err(|error| io_error("write", to, error))?;
+    if rustix::fs::ioctl_ficlone(target, &source).is_err() {
+        copy_extents(&source, target).map_err(|error| io_error("write", to, error))?;
     }
-    target.set_len(bytes).map_err(|error| io_error("write", to, error))?;
-    Ok(())
+    target.set_len(bytes).map_err(|error| io_error("write", to, error))
 }
 
 fn copy_extents(source: &File, target: &File) -> io::Result<()> {
