@@ -13,6 +13,10 @@ pub const FRAME_LEN_MAX: usize = 1 << 20;
 /// leave room for the message around the data.
 pub const DATA_LEN_MAX: usize = 64 << 10;
 
+/// Longest body in bytes of the one frame that may be longer: a `Launch` with its environment of up to a mebibyte, in JSON
+/// (which writes some bytes as six).
+pub const SPEC_LEN_MAX: usize = 8 << 20;
+
 /// Why bytes are no frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum FrameError {
@@ -58,10 +62,17 @@ pub fn body_len(prefix: [u8; PREFIX_LEN]) -> Result<usize, FrameError> {
 /// Collects bytes as they arrive and gives back whole bodies.
 ///
 /// Holds at most one frame beyond what its caller pushed at once: callers push what one read gave them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     buffer: Vec<u8>,
     start: usize,
+    len_max: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::with_limit(FRAME_LEN_MAX)
+    }
 }
 
 impl Decoder {
@@ -69,6 +80,12 @@ impl Decoder {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty decoder that takes bodies of up to `len_max` bytes: for the border of a VM process ([`SPEC_LEN_MAX`]).
+    #[must_use]
+    pub fn with_limit(len_max: usize) -> Self {
+        Self { buffer: Vec::new(), start: 0, len_max }
     }
 
     /// Takes bytes that arrived.
@@ -87,7 +104,10 @@ impl Decoder {
     pub fn next_body(&mut self) -> Result<Option<&[u8]>, FrameError> {
         let waiting = &self.buffer[self.start..];
         let Some(prefix) = waiting.first_chunk::<PREFIX_LEN>() else { return Ok(None) };
-        let len = body_len(*prefix)?;
+        let len = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
+        if len > self.len_max {
+            return Err(FrameError::TooLong { len });
+        }
         if waiting.len() < PREFIX_LEN + len {
             return Ok(None);
         }
@@ -136,6 +156,22 @@ pub fn encode_json(message: &impl serde::Serialize, out: &mut Vec<u8>) -> Result
     encode(&serde_json::to_vec(message).map_err(|_| FrameError::Malformed)?, out)
 }
 
+/// Appends one frame with a JSON body of up to [`SPEC_LEN_MAX`] bytes; its reader needs [`Decoder::with_limit`].
+///
+/// # Errors
+/// As [`encode_json`].
+pub fn encode_json_spec(message: &impl serde::Serialize, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    let body = serde_json::to_vec(message).map_err(|_| FrameError::Malformed)?;
+    let len = body.len();
+    if len > SPEC_LEN_MAX {
+        return Err(FrameError::TooLong { len });
+    }
+    out.reserve(PREFIX_LEN + len);
+    out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
+    out.extend_from_slice(&body);
+    Ok(())
+}
+
 /// Reads a JSON body.
 ///
 /// # Errors
@@ -164,6 +200,20 @@ mod tests {
         let mut decoder = Decoder::new();
         decoder.push(&u32::try_from(FRAME_LEN_MAX + 1).unwrap().to_be_bytes());
         assert_eq!(decoder.next_body(), Err(too_long));
+    }
+
+    #[test]
+    fn only_the_border_of_a_vm_process_takes_longer_bodies() {
+        let long = "x".repeat(2 << 20);
+        let mut wire = Vec::new();
+        encode_json_spec(&long, &mut wire).unwrap();
+        let mut ordinary = Decoder::new();
+        ordinary.push(&wire);
+        assert!(matches!(ordinary.next_body(), Err(FrameError::TooLong { .. })));
+        let mut wide = Decoder::with_limit(SPEC_LEN_MAX);
+        wide.push(&wire);
+        assert_eq!(decode_json::<String>(wide.next_body().unwrap().unwrap()).unwrap(), long);
+        assert!(encode_json_spec(&"x".repeat(SPEC_LEN_MAX), &mut wire).is_err());
     }
 
     proptest! {

@@ -22,6 +22,10 @@ pub const VSOCK_SOCKET: &str = "vsock.sock";
 pub const END_FILE: &str = "end.json";
 /// File name of the evidence of a failed boot in the log directory ([`BootError`], JSON).
 pub const BOOT_ERROR_FILE: &str = "boot-error.json";
+/// File name of the main workload's log in the log directory: lines of `LogRecord`; rotated ones end in `.1` (newest), `.2`…
+pub const WORKLOAD_LOG_FILE: &str = "workload.jsonl";
+/// File name of the guest's console output in the log directory: raw bytes; rotated as the workload's log.
+pub const CONSOLE_LOG_FILE: &str = "console.log";
 /// virtio serial of the read-only root.
 pub const LOWER_SERIAL: &str = "root";
 /// virtio serial of the writable disk.

@@ -15,11 +15,17 @@
 //! `unsafe` lives only in `engine/kvm`, `memory`, `arch` and `jail`.
 
 pub mod arch;
+pub mod control;
 pub mod devices;
+pub mod end;
 pub mod engine;
 pub mod jail;
 pub mod launch;
+pub mod link;
+pub mod logs;
 pub mod memory;
+pub mod process;
+pub mod run;
 #[doc(hidden)]
 pub mod testing;
 pub mod transport;

@@ -62,6 +62,11 @@ impl Phases {
         self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether `name` was marked.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|mark| mark.name == name)
+    }
+
     /// The last phase reached, for the evidence of a failed boot.
     pub fn last_name(&self) -> Option<String> {
         self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).last().map(|mark| mark.name.clone())

@@ -111,6 +111,11 @@ pub trait VirtioDevice: Send {
     /// Largest size of each ring, one entry per ring (powers of two, at most 1024).
     fn queue_sizes(&self) -> &[u16];
 
+    /// How many of them the device cannot work without; a driver or a transport may keep the others.
+    fn queues_needed(&self) -> usize {
+        self.queue_sizes().len()
+    }
+
     /// Feature bits on offer, [`FEATURE_VERSION_1`] among them.
     fn device_features(&self) -> u64;
 

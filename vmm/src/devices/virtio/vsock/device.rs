@@ -96,6 +96,10 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
+    fn queues_needed(&self) -> usize {
+        QUEUES_NEEDED
+    }
+
     fn device_features(&self) -> u64 {
         FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC
     }

@@ -1,0 +1,132 @@
+//! One connection of a daemon: frames in, frames out, both bounded.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
+use msb_protocol::vmm::{Message, Request, RequestFrame, VmSpec};
+
+/// Bytes that may wait for a daemon that does not read; more than any sequence of answers needs.
+const OUTGOING_BYTES_MAX: usize = 4 << 20;
+/// Bytes per read.
+const READ_BYTES: usize = 16 * 1024;
+/// Reads in a row from one connection before others get their turn.
+const READS_MAX: usize = 64;
+
+/// A daemon's connection.
+pub struct Connection {
+    stream: UnixStream,
+    decoder: Decoder,
+    outgoing: Vec<u8>,
+    /// Whether events go here too; newer ones take over.
+    pub(super) wants_events: bool,
+}
+
+impl Connection {
+    /// Takes a connected socket.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, decoder: Decoder::with_limit(SPEC_LEN_MAX), outgoing: Vec::new(), wants_events: false })
+    }
+
+    /// Reads what has arrived; false once the peer is gone.
+    pub(super) fn receive(&mut self) -> bool {
+        let mut buffer = [0u8; READ_BYTES];
+        for _ in 0..READS_MAX {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(count) => self.decoder.push(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// The next request that has arrived whole.
+    ///
+    /// # Errors
+    /// The peer does not speak this protocol; nothing more can be read from it.
+    pub(super) fn next_request(&mut self) -> Result<Option<RequestFrame>, FrameError> {
+        match self.decoder.next_body()? {
+            Some(body) => decode_json(body).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Queues a message and sends what the socket takes; false if the peer is gone or has stopped reading.
+    pub fn send(&mut self, message: &Message) -> bool {
+        let before = self.outgoing.len();
+        if let Err(error) = encode_json(message, &mut self.outgoing) {
+            // Only a reply of ours can be too long, and none is.
+            tracing::error!(%error, "message to the daemon could not be encoded");
+            self.outgoing.truncate(before);
+            return true;
+        }
+        self.outgoing.len() <= OUTGOING_BYTES_MAX && self.flush()
+    }
+
+    /// Sends what the socket takes; false if the peer is gone.
+    pub(super) fn flush(&mut self) -> bool {
+        while !self.outgoing.is_empty() {
+            match self.stream.write(&self.outgoing) {
+                Ok(0) => return false,
+                Ok(count) => {
+                    self.outgoing.drain(..count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// Whether something waits to be sent.
+    pub(super) fn has_outgoing(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Waits for the `Launch` that begins the first connection; gives its id and spec.
+///
+/// # Errors
+/// The daemon is gone, too slow, or says something else.
+pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Result<(u64, Box<VmSpec>)> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if let Some(frame) = connection.next_request().map_err(io::Error::other)? {
+            return match frame.request {
+                Request::Launch { spec } => {
+                    connection.wants_events = true;
+                    Ok((frame.id, spec))
+                }
+                _ => Err(io::Error::other("the first request is not a launch")),
+            };
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        connection.stream.set_nonblocking(false)?;
+        connection.stream.set_read_timeout(Some(left))?;
+        let mut buffer = [0u8; READ_BYTES];
+        let read = connection.stream.read(&mut buffer);
+        connection.stream.set_nonblocking(true)?;
+        match read {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => connection.decoder.push(&buffer[..count]),
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! The control thread: requests, events, deadlines.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::spec::EngineChoice;
+use msb_protocol::version::VMM_GENERATION;
+use msb_protocol::vmm::{JailReport, Message, Reply, Request, VmState, VmStatus};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::connection::Connection;
+use super::sample;
+use crate::end::silent_agent;
+use crate::launch::machine::Meters;
+use crate::run::{AGENT_LOST_GRACE, Run};
+
+/// Daemons connected at once; the oldest gives way.
+const CONNECTIONS_MAX: usize = 8;
+/// Requests taken from one connection in one turn.
+const REQUESTS_MAX: usize = 32;
+/// Time for the last messages to leave before the process exits.
+const FAREWELL: Duration = Duration::from_secs(1);
+const STACK_BYTES: usize = 512 * 1024;
+
+/// What the control thread needs.
+pub struct ControlOptions {
+    /// `control.sock`.
+    pub listener: UnixListener,
+    /// The connection that launched this process, if it was launched by a daemon.
+    pub first: Option<Connection>,
+    /// The run.
+    pub run: Run,
+    /// The engine, never `auto`.
+    pub engine: EngineChoice,
+    /// Why that one, if it was picked.
+    pub engine_reason: Option<String>,
+    /// The devices' counters.
+    pub meters: Meters,
+    /// Time for the agent to be ready, in milliseconds from the run's start.
+    pub boot_timeout_ms: u64,
+}
+
+/// What becomes known while the thread runs.
+#[derive(Default)]
+struct Late {
+    jail: JailReport,
+    machine_pids: Vec<u32>,
+}
+
+/// The thread's handle.
+pub struct Control {
+    run: Run,
+    ending: Arc<AtomicBool>,
+    late: Arc<std::sync::Mutex<Late>>,
+    thread: JoinHandle<()>,
+}
+
+impl Control {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread, or the listener cannot be made non-blocking.
+    pub fn start(options: ControlOptions) -> io::Result<Self> {
+        options.listener.set_nonblocking(true)?;
+        let ending = Arc::new(AtomicBool::new(false));
+        let late = Arc::new(std::sync::Mutex::new(Late::default()));
+        let run = options.run.clone();
+        let mut server = Server {
+            listener: options.listener,
+            connections: options.first.into_iter().collect(),
+            run: options.run,
+            engine: options.engine,
+            engine_reason: options.engine_reason,
+            meters: options.meters,
+            boot_timeout_ms: options.boot_timeout_ms,
+            late: Arc::clone(&late),
+            ending: Arc::clone(&ending),
+        };
+        let thread =
+            std::thread::Builder::new().name("control".into()).stack_size(STACK_BYTES).spawn(move || server.serve())?;
+        Ok(Self { run, ending, late, thread })
+    }
+
+    /// Tells what confines the process, once it does.
+    pub fn set_jail(&self, jail: JailReport) {
+        self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).jail = jail;
+    }
+
+    /// Tells which other processes belong to the machine.
+    pub fn set_machine_pids(&self, pids: Vec<u32>) {
+        self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).machine_pids = pids;
+    }
+
+    /// Sends what waits (the `Ended` event) and ends the thread.
+    pub fn finish(self) {
+        self.ending.store(true, Ordering::SeqCst);
+        let _ = self.run.wake().notify();
+        if self.thread.join().is_err() {
+            tracing::error!("control thread panicked");
+        }
+    }
+}
+
+struct Server {
+    listener: UnixListener,
+    connections: Vec<Connection>,
+    run: Run,
+    engine: EngineChoice,
+    engine_reason: Option<String>,
+    meters: Meters,
+    boot_timeout_ms: u64,
+    late: Arc<std::sync::Mutex<Late>>,
+    ending: Arc<AtomicBool>,
+}
+
+impl Server {
+    fn serve(&mut self) {
+        loop {
+            let timeout = self.check_deadlines(Instant::now());
+            self.wait(timeout);
+            self.run.wake().drain();
+            self.accept();
+            self.serve_connections();
+            self.pass_events_on();
+            if self.ending.load(Ordering::SeqCst) {
+                // Events announced before the flag was set are in the queue by now.
+                self.pass_events_on();
+                self.say_farewell();
+                return;
+            }
+        }
+    }
+
+    /// Acts on deadlines that have passed; the time to the next one.
+    fn check_deadlines(&self, now: Instant) -> Option<Duration> {
+        let facts = self.run.facts();
+        let mut next: Option<Instant> = None;
+        if matches!(facts.state, VmState::Booting | VmState::SettingUp) && facts.boot_failure.is_none() {
+            let deadline = self.run.started() + Duration::from_millis(self.boot_timeout_ms);
+            if now >= deadline {
+                let console = self.run.console();
+                let panic_line = console.panic_line();
+                let failure = silent_agent(&facts, console.has_output(), self.boot_timeout_ms, panic_line.as_deref());
+                tracing::warn!(stage = failure.stage, message = failure.error.message, "boot timed out");
+                self.run.fail_boot(&failure.stage, failure.error);
+                self.run.stop();
+            } else {
+                next = Some(deadline);
+            }
+        }
+        if let Some(lost) = facts.agent_lost_at {
+            let deadline = lost + AGENT_LOST_GRACE;
+            if now >= deadline {
+                self.run.stop();
+            } else {
+                next = Some(next.map_or(deadline, |other| other.min(deadline)));
+            }
+        }
+        next.map(|deadline| deadline.saturating_duration_since(now))
+    }
+
+    fn wait(&self, timeout: Option<Duration>) {
+        let wake = self.run.wake();
+        let mut watched = vec![PollFd::new(&wake, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
+        for connection in &self.connections {
+            let out = if connection.has_outgoing() { PollFlags::OUT } else { PollFlags::empty() };
+            watched.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN | out));
+        }
+        // Rounded up, so that a deadline has passed when the wait is over.
+        let timeout = timeout.map(|left| Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos().saturating_add(1).min(999_999_999)),
+        });
+        if let Err(error) = poll(&mut watched, timeout.as_ref())
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::error!(%error, "control thread cannot wait");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn accept(&mut self) {
+        // Whoever reaches the socket is this user: the directory is 0700, and so decides the file system.
+        while let Ok((stream, _)) = self.listener.accept() {
+            if let Ok(connection) = Connection::new(stream) {
+                if self.connections.len() >= CONNECTIONS_MAX {
+                    self.connections.remove(0);
+                }
+                self.connections.push(connection);
+            }
+        }
+    }
+
+    fn serve_connections(&mut self) {
+        let mut connections = std::mem::take(&mut self.connections);
+        let mut new_listener = None;
+        let mut kept = Vec::with_capacity(connections.len());
+        for mut connection in connections.drain(..) {
+            let open = connection.receive();
+            let mut alive = true;
+            for _ in 0..REQUESTS_MAX {
+                match connection.next_request() {
+                    Ok(Some(frame)) => {
+                        let adopts = matches!(frame.request, Request::Adopt { .. });
+                        let result = self.answer(frame.request);
+                        if adopts && result.is_ok() {
+                            connection.wants_events = true;
+                            new_listener = Some(kept.len());
+                        }
+                        alive &= connection.send(&Message::Reply { id: frame.id, result });
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!(%error, "a daemon does not speak the protocol, its connection is closed");
+                        alive = false;
+                        break;
+                    }
+                }
+            }
+            alive &= connection.flush();
+            if open && alive {
+                kept.push(connection);
+            } else if new_listener == Some(kept.len()) {
+                new_listener = None;
+            }
+        }
+        if let Some(newest) = new_listener {
+            for (index, connection) in kept.iter_mut().enumerate() {
+                connection.wants_events = index == newest;
+            }
+        }
+        self.connections = kept;
+    }
+
+    fn answer(&self, request: Request) -> Result<Reply, ApiError> {
+        match request {
+            Request::Launch { .. } => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
+            Request::Adopt { generation } if generation == 0 => {
+                Err(ApiError::new(ErrorCode::UnsupportedOperation, "generation 0 of the VMM border does not exist"))
+            }
+            Request::Adopt { .. } | Request::Status => Ok(Reply::Status(Box::new(self.status()))),
+            Request::Kill { cause } => {
+                self.run.kill(cause);
+                Ok(Reply::Done)
+            }
+            Request::ExpectEnd { cause } => {
+                self.run.expect_end(cause);
+                Ok(Reply::Done)
+            }
+            Request::ConsoleTail { bytes_max } => {
+                let text = self.run.console().tail(usize::try_from(bytes_max).unwrap_or(usize::MAX));
+                Ok(Reply::ConsoleTail { text })
+            }
+            Request::Sample => {
+                let pids = self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).machine_pids.clone();
+                Ok(Reply::Sample(Box::new(sample::take(&self.run, &self.meters, &pids))))
+            }
+        }
+    }
+
+    fn status(&self) -> VmStatus {
+        let facts = self.run.facts();
+        VmStatus {
+            generation: VMM_GENERATION,
+            version: env!("CARGO_PKG_VERSION").into(),
+            sandbox_id: self.run.sandbox_id(),
+            boot_id: self.run.boot_id(),
+            pid: std::process::id(),
+            engine: self.engine,
+            engine_reason: self.engine_reason.clone(),
+            state: facts.state,
+            agent_generation: facts.agent_generation,
+            main_end: facts.main_end,
+            main_started: facts.main_started,
+            phases: self.run.phase_report(),
+            jail: self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).jail.clone(),
+        }
+    }
+
+    fn pass_events_on(&mut self) {
+        // Without a listener events stay where they are, bounded, for the daemon that will come.
+        if !self.connections.iter().any(|connection| connection.wants_events) {
+            return;
+        }
+        for event in self.run.take_events() {
+            let message = Message::Event { event };
+            self.connections.retain_mut(|connection| !connection.wants_events || connection.send(&message));
+        }
+    }
+
+    fn say_farewell(&mut self) {
+        let deadline = Instant::now() + FAREWELL;
+        while self.connections.iter().any(Connection::has_outgoing) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            self.wait(Some(left));
+            self.connections.retain_mut(Connection::flush);
+        }
+    }
+}

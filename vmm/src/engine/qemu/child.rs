@@ -1,0 +1,49 @@
+//! The moment between our fork and QEMU: `msb-vmm --qemu-child PARENT PROGRAM WORDS…` makes sure that QEMU dies with us, then becomes it.
+//!
+//! A program of its own, because what must happen between fork and exec may not allocate and would be `unsafe` to write; an exec more
+//! costs a millisecond. Called by `main` alone. It also drops what QEMU does not need: core dumps and the wish for new privileges.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
+use rustix::process::getppid;
+
+/// The first word that makes `msb-vmm` this program.
+pub const CHILD_WORD: &str = "--qemu-child";
+
+/// Our own words for starting `program` with `words`.
+pub(super) fn arguments(program: &Path, words: Vec<String>) -> Vec<OsString> {
+    let mut all = vec![CHILD_WORD.into(), std::process::id().to_string().into(), program.as_os_str().to_owned()];
+    all.extend(words.into_iter().map(OsString::from));
+    all
+}
+
+/// Becomes QEMU; returns only an error.
+pub fn become_qemu(mut words: impl Iterator<Item = OsString>) -> io::Error {
+    let usage = || io::Error::new(io::ErrorKind::InvalidInput, "usage: --qemu-child PARENT PROGRAM WORDS...");
+    let parent = words.next().and_then(|word| word.to_str().and_then(|text| text.parse::<i32>().ok()));
+    let (Some(parent), Some(program)) = (parent, words.next()) else { return usage() };
+    if let Err(error) = confine(parent) {
+        return error;
+    }
+    let name = Path::new(&program).file_name().unwrap_or(OsStr::new("qemu")).to_owned();
+    Command::new(program).arg0(name).args(words).env_clear().exec()
+}
+
+fn confine(parent: i32) -> io::Result<()> {
+    // Outlives exec (prctl(2)): the kernel kills QEMU when the thread that started it ends, however it ends.
+    prctl::set_pdeathsig(Some(Signal::SIGKILL))?;
+    prctl::set_no_new_privs()?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // Had the parent died before the line above, nothing would kill us any more.
+    if getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(parent) {
+        return Err(io::Error::other("the VM process is gone"));
+    }
+    Ok(())
+}

@@ -1,0 +1,224 @@
+//! Turns a `VmSpec` into a [`Machine`]: checks everything, opens everything, makes the devices.
+//!
+//! Fails with the error a user sees and with nothing left behind but the two sockets, which the next launch replaces.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::guest::{GUEST_CID, LINK_PORT};
+use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
+use msb_protocol::spec::{CPUS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
+use msb_protocol::vmm::{DiskPart, Event, LOWER_SERIAL, UPPER_SERIAL, VSOCK_SOCKET, VmSpec};
+use rustix::fs::{FlockOperation, flock};
+
+use super::{command_line, kernel_file};
+use crate::devices::virtio::block::storage::{Concatenation, SparseFile};
+use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions};
+use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::event_loop::LoopHandle;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
+use crate::engine::Machine;
+use crate::run::Run;
+
+/// Files of a read-only root at most: an image's layers and its metadata, with room.
+const DISK_PARTS_MAX: usize = 512;
+/// Alignment of every part of the root, in bytes.
+const PART_ALIGNMENT: u64 = 4096;
+
+/// What a machine leaves behind for the rest of the process.
+pub struct Prepared {
+    /// To be booted.
+    pub machine: Machine,
+    /// The host's end of the agent link.
+    pub link: UnixStream,
+    /// What `Sample` reads.
+    pub meters: Meters,
+}
+
+/// The devices' counters and what else a sample needs.
+#[derive(Clone)]
+pub struct Meters {
+    /// One per disk.
+    pub disks: Vec<Arc<BlockCounters>>,
+    /// The vsock device's.
+    pub vsock: Arc<VsockCounters>,
+    /// A handle on the writable disk, for its allocated size.
+    pub upper: Arc<File>,
+    /// Memory the guest was given, in bytes.
+    pub memory_limit_bytes: u64,
+}
+
+fn invalid(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::InvalidConfig, message)
+}
+
+fn failed(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
+    let code = match error.kind() {
+        std::io::ErrorKind::NotFound => ErrorCode::PathNotFound,
+        std::io::ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
+        std::io::ErrorKind::StorageFull => ErrorCode::DiskFull,
+        _ => ErrorCode::BootFailed,
+    };
+    ApiError::new(code, format!("{what} {}: {error}", path.display()))
+}
+
+/// Checks the numbers and texts of a spec, touching nothing.
+///
+/// # Errors
+/// `invalid_config` naming the value.
+pub fn check(spec: &VmSpec) -> Result<(), ApiError> {
+    if spec.cpus == 0 || spec.cpus > CPUS_MAX {
+        return Err(invalid(format!("cpus must be 1 to {CPUS_MAX}, not {}", spec.cpus)));
+    }
+    if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&spec.memory_mib) {
+        return Err(invalid(format!(
+            "memory must be {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX} MiB, not {}",
+            spec.memory_mib
+        )));
+    }
+    if spec.lower.is_empty() || spec.lower.len() > DISK_PARTS_MAX {
+        return Err(invalid(format!("a root has 1 to {DISK_PARTS_MAX} files, not {}", spec.lower.len())));
+    }
+    for DiskPart { path, len_bytes } in &spec.lower {
+        if len_bytes % PART_ALIGNMENT != 0 || *len_bytes > 1 << 50 {
+            return Err(invalid(format!("{} bytes of {} are not whole pages", len_bytes, path.display())));
+        }
+    }
+    if spec.boot_timeout_ms == 0 {
+        return Err(invalid("the boot timeout must be greater than 0"));
+    }
+    for directory in [&spec.run_dir, &spec.log_dir] {
+        if !directory.is_absolute() {
+            return Err(invalid(format!("{} is not an absolute path", directory.display())));
+        }
+    }
+    if spec.run_dir.join(VSOCK_SOCKET).as_os_str().len() > SOCKET_PATH_LEN_MAX {
+        return Err(invalid(format!("{} is too long for sockets", spec.run_dir.display())));
+    }
+    command_line::build(&spec.cmdline_extra).map_err(invalid)?;
+    Ok(())
+}
+
+/// Makes `directory` (0700) if logind or a cleaner has deleted it.
+///
+/// # Errors
+/// Its path and why.
+pub fn make_directory(directory: &Path) -> Result<(), ApiError> {
+    use std::os::unix::fs::DirBuilderExt;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(|error| failed("directory cannot be made:", directory, &error))
+}
+
+/// Binds a Unix socket (0600), in place of whatever an earlier run left there.
+///
+/// # Errors
+/// Its path and why.
+pub fn bind(path: &Path) -> Result<UnixListener, ApiError> {
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(|error| failed("socket cannot be bound:", path, &error))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(|error| failed("socket's mode cannot be set:", path, &error))?;
+    Ok(listener)
+}
+
+fn open_lower(parts: &[DiskPart]) -> Result<Concatenation, ApiError> {
+    let mut files = Vec::with_capacity(parts.len());
+    for DiskPart { path, len_bytes } in parts {
+        let file = File::open(path).map_err(|error| failed("root file", path, &error))?;
+        let length = file.metadata().map_err(|error| failed("root file", path, &error))?.len();
+        if length < *len_bytes {
+            let message = format!("root file {} has {length} bytes, {len_bytes} are needed", path.display());
+            return Err(ApiError::new(ErrorCode::StoreCorrupt, message));
+        }
+        files.push((file, *len_bytes));
+    }
+    Ok(Concatenation::new(files))
+}
+
+fn open_upper(path: &Path) -> Result<File, ApiError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|error| failed("writable disk", path, &error))?;
+    // Two machines on one disk would destroy it.
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        ApiError::new(ErrorCode::SandboxBusy, format!("the writable disk {} is in use by another VM", path.display()))
+    })?;
+    Ok(file)
+}
+
+/// Opens and builds everything of `spec`, which `check` has accepted.
+///
+/// # Errors
+/// What is wrong, for users.
+pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
+    let kernel = kernel_file::open(&spec.kernel)?;
+    let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
+    let lower = open_lower(&spec.lower)?;
+    let upper = open_upper(&spec.upper)?;
+    let upper_handle =
+        upper.try_clone().map(Arc::new).map_err(|error| failed("writable disk", &spec.upper, &error))?;
+    let upper = SparseFile::new(upper).map_err(|error| failed("writable disk", &spec.upper, &error))?;
+    let listener = bind(&spec.run_dir.join(VSOCK_SOCKET))?;
+    let internal = |error: &dyn std::fmt::Display| ApiError::internal(error);
+    let (link, guest_end) = UnixStream::pair().map_err(|error| internal(&error))?;
+
+    let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
+    // A thread per disk: its system calls wait for the host's disk. vsock and rng never wait and share one.
+    let streams = start_loop("streams")?;
+    let full_timeout = Duration::from_millis(spec.disk_full_timeout_ms);
+    let announcer = run.clone();
+    let root = Block::new(
+        Box::new(lower),
+        BlockOptions { serial: LOWER_SERIAL.into(), full_timeout, on_disk_full: None },
+        start_loop("blk-root")?,
+    );
+    let upper = Block::new(
+        Box::new(upper),
+        BlockOptions {
+            serial: UPPER_SERIAL.into(),
+            full_timeout,
+            on_disk_full: Some(Arc::new(move |full| {
+                announcer.announce(Event::HostDiskFull { boot_id: announcer.boot_id(), full });
+            })),
+        },
+        start_loop("blk-upper")?,
+    );
+    let vsock_options = VsockOptions {
+        guest_cid: u64::from(GUEST_CID),
+        listener,
+        guest_ports: vec![GuestPort { port: LINK_PORT, stream: guest_end }],
+    };
+    let vsock = Vsock::new(vsock_options, streams.clone()).map_err(|error| internal(&error))?;
+    let meters = Meters {
+        disks: vec![root.counters(), upper.counters()],
+        vsock: vsock.counters(),
+        upper: upper_handle,
+        memory_limit_bytes: u64::from(spec.memory_mib) << 20,
+    };
+    let devices: Vec<Box<dyn VirtioDevice>> =
+        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams))];
+    let machine = Machine {
+        cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
+        memory_mib: spec.memory_mib,
+        kernel,
+        initramfs: Some((spec.initramfs.clone(), initramfs)),
+        command_line: command_line::build(&spec.cmdline_extra).map_err(invalid)?,
+        devices,
+        console: Box::new(run.console().clone()),
+        work_directory: PathBuf::from(&spec.run_dir),
+        phases: run.phases().clone(),
+    };
+    Ok(Prepared { machine, link, meters })
+}

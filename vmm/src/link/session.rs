@@ -1,0 +1,219 @@
+//! The order of messages on the agent link, without I/O: a message in, what to do about it out.
+
+use msb_protocol::error::ApiError;
+use msb_protocol::guest::{Exited, Failure, GuestBody, Output, OutputStream, Step};
+use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
+
+/// Longest log line taken from an agent, in characters.
+const LOG_LINE_CHARS_MAX: usize = 1024;
+/// Most set-up steps taken into the phases.
+const STEPS_MAX: usize = 16;
+/// Stage names of a failed boot that are passed on as they are.
+const STAGES: [&str; 4] = ["agent", "mount", "setup", "kernel"];
+
+/// Where the link is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LinkState {
+    /// Nothing was said.
+    Waiting,
+    /// The agent said hello and was welcomed.
+    Greeted,
+    /// The guest is set up.
+    Up,
+    /// The agent said goodbye.
+    Gone,
+}
+
+/// What a message asks for.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// Answer the hello.
+    Welcome {
+        /// The agent's generation.
+        generation: u32,
+        /// Kernel start to init, in microseconds, as the guest says.
+        init_uptime_us: u64,
+        /// Kernel start to hello, in microseconds, as the guest says.
+        hello_uptime_us: u64,
+    },
+    /// The guest is set up; these were the steps.
+    Ready(Vec<Step>),
+    /// The boot has failed in this stage.
+    BootFailed {
+        /// One of the known stages.
+        stage: String,
+        /// For users.
+        error: ApiError,
+    },
+    /// The main workload runs under this process id.
+    MainStarted(u32),
+    /// Output of the main workload.
+    Output(OutputStream, Vec<u8>),
+    /// The main workload ended.
+    MainExited(Exited),
+    /// A line of the agent's log, cleaned.
+    Log(String),
+    /// Acknowledge the goodbye.
+    Goodbye,
+    /// Close the link: the peer broke the order.
+    Close(&'static str),
+}
+
+/// The link's state.
+#[derive(Debug)]
+pub struct LinkSession {
+    state: LinkState,
+    main_started: bool,
+    main_exited: bool,
+}
+
+impl LinkSession {
+    /// Before the hello.
+    pub fn new() -> Self {
+        Self { state: LinkState::Waiting, main_started: false, main_exited: false }
+    }
+
+    /// Where it is.
+    pub fn state(&self) -> LinkState {
+        self.state
+    }
+
+    /// Takes one message.
+    pub fn take(&mut self, message: GuestBody) -> Action {
+        match (self.state, message) {
+            (LinkState::Waiting, GuestBody::AgentHello(hello)) => {
+                if negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, hello.generation).is_err() {
+                    return Action::Close("agent is too old");
+                }
+                self.state = LinkState::Greeted;
+                Action::Welcome {
+                    generation: hello.generation,
+                    init_uptime_us: hello.init_uptime_us.min(hello.hello_uptime_us),
+                    hello_uptime_us: hello.hello_uptime_us,
+                }
+            }
+            (LinkState::Greeted, GuestBody::Ready(ready)) => {
+                self.state = LinkState::Up;
+                let mut steps = ready.steps;
+                steps.truncate(STEPS_MAX);
+                Action::Ready(steps)
+            }
+            (LinkState::Greeted, GuestBody::BootFailed(failure)) => boot_failed(failure),
+            (LinkState::Greeted | LinkState::Up, GuestBody::Log(log)) => {
+                Action::Log(log.line.chars().filter(|c| !c.is_control()).take(LOG_LINE_CHARS_MAX).collect())
+            }
+            (LinkState::Up, GuestBody::MainStarted(started)) if !self.main_started => {
+                self.main_started = true;
+                Action::MainStarted(started.pid)
+            }
+            (LinkState::Up, GuestBody::MainOutput(Output { stream, data })) => match OutputStream::try_from(stream) {
+                Ok(stream) => Action::Output(stream, data),
+                Err(_) => Action::Close("output of an unknown stream"),
+            },
+            (LinkState::Up, GuestBody::MainExited(end)) if !self.main_exited => {
+                self.main_exited = true;
+                Action::MainExited(end)
+            }
+            (LinkState::Greeted | LinkState::Up, GuestBody::Goodbye(_)) => {
+                self.state = LinkState::Gone;
+                Action::Goodbye
+            }
+            (LinkState::Waiting, _) => Action::Close("first message is not a hello"),
+            _ => Action::Close("message out of order"),
+        }
+    }
+}
+
+impl Default for LinkSession {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn boot_failed(failure: Failure) -> Action {
+    let stage = if STAGES.contains(&failure.stage.as_str()) { failure.stage.clone() } else { "other".to_owned() };
+    let unknown = msb_protocol::error::ErrorCode::from_name(&failure.code).is_none();
+    let mut error = ApiError::from(failure);
+    if unknown {
+        error = ApiError::new(msb_protocol::error::ErrorCode::BootFailed, error.message);
+    }
+    Action::BootFailed { stage, error }
+}
+
+#[cfg(test)]
+mod tests {
+    use msb_protocol::guest::{AgentHello, Goodbye, Log, Ready, Started};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hello() -> GuestBody {
+        GuestBody::AgentHello(AgentHello { generation: GUEST_GENERATION, ..Default::default() })
+    }
+
+    fn ready() -> GuestBody {
+        GuestBody::Ready(Ready::default())
+    }
+
+    #[test]
+    fn the_whole_life_of_a_link() {
+        let mut link = LinkSession::new();
+        assert!(matches!(link.take(hello()), Action::Welcome { .. }));
+        assert_eq!(link.take(ready()), Action::Ready(vec![]));
+        assert_eq!(link.take(GuestBody::MainStarted(Started { pid: 7 })), Action::MainStarted(7));
+        let output = GuestBody::MainOutput(Output { stream: 1, data: b"x".to_vec() });
+        assert_eq!(link.take(output), Action::Output(OutputStream::Stderr, b"x".to_vec()));
+        assert!(matches!(link.take(GuestBody::MainExited(Exited::default())), Action::MainExited(_)));
+        assert_eq!(link.take(GuestBody::Goodbye(Goodbye {})), Action::Goodbye);
+        assert_eq!(link.state(), LinkState::Gone);
+        assert!(matches!(link.take(ready()), Action::Close(_)));
+    }
+
+    #[test]
+    fn a_guest_that_breaks_the_order_is_closed() {
+        let mut link = LinkSession::new();
+        assert!(matches!(link.take(ready()), Action::Close(_)));
+        let mut old = LinkSession::new();
+        assert!(matches!(old.take(GuestBody::AgentHello(AgentHello::default())), Action::Close(_)));
+        let mut twice = LinkSession::new();
+        twice.take(hello());
+        assert!(matches!(twice.take(hello()), Action::Close(_)));
+        let mut early = LinkSession::new();
+        early.take(hello());
+        assert!(matches!(early.take(GuestBody::MainStarted(Started { pid: 1 })), Action::Close(_)));
+    }
+
+    #[test]
+    fn texts_of_the_guest_are_cut_and_cleaned() {
+        let mut link = LinkSession::new();
+        link.take(hello());
+        let line = format!("\u{1b}[2J{}", "x".repeat(5000));
+        let Action::Log(cleaned) = link.take(GuestBody::Log(Log { line })) else { panic!("a log line") };
+        assert_eq!(cleaned.chars().count(), LOG_LINE_CHARS_MAX);
+        assert!(!cleaned.contains('\u{1b}'));
+        let failure = Failure { stage: "../../etc".into(), code: "nonsense".into(), ..Default::default() };
+        let Action::BootFailed { stage, error } = link.take(GuestBody::BootFailed(failure)) else { panic!("a failure") };
+        assert_eq!((stage.as_str(), error.code), ("other", msb_protocol::error::ErrorCode::BootFailed));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_believed_before_a_hello(kinds in prop::collection::vec(0u8..6, 1..20)) {
+            let mut link = LinkSession::new();
+            let mut greeted = false;
+            for kind in kinds {
+                let message = match kind {
+                    0 => hello(),
+                    1 => ready(),
+                    2 => GuestBody::MainStarted(Started { pid: 1 }),
+                    3 => GuestBody::MainExited(Exited::default()),
+                    4 => GuestBody::Goodbye(Goodbye {}),
+                    _ => GuestBody::MainOutput(Output { stream: 0, data: vec![] }),
+                };
+                let action = link.take(message);
+                greeted |= matches!(action, Action::Welcome { .. });
+                prop_assert!(greeted || matches!(action, Action::Close(_)));
+            }
+        }
+    }
+}

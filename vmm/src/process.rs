@@ -1,0 +1,227 @@
+//! The life of a VM process, from its launch request to its exit code. Called by `main` alone.
+//!
+//! ```text
+//!  Launch ──► check ──► directories, sockets, run ──► engine chosen ──► machine prepared ──► reply
+//!                                  │ any failure: evidence, end.json, Ended, exit code
+//!        boot ──► run ──► verdict ─┴──────────────────────────────────────────────────────► exit
+//! ```
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::spec::EngineChoice;
+use msb_protocol::state::EndCause;
+use msb_protocol::version::VMM_GENERATION;
+use msb_protocol::vmm::{
+    BootError as BootEvidence, CONSOLE_LOG_FILE, CONTROL_SOCKET, EndRecord, Event, JailReport, Message, Reply,
+    VSOCK_SOCKET, VmSpec, VmState, VmStatus, WORKLOAD_LOG_FILE,
+};
+
+use crate::control::{Connection, Control, ControlOptions};
+use crate::end::{self, EVIDENCE_BYTES, Verdict};
+use crate::engine::kvm::KvmEngine;
+use crate::engine::qemu::QemuEngine;
+use crate::engine::{BootError, Engine, EngineEnd};
+use crate::launch::engine_choice::{self, Chosen};
+use crate::launch::machine;
+use crate::link::thread::{self as link_thread, LinkOptions};
+use crate::logs::console::ConsoleLog;
+use crate::logs::workload::WorkloadLog;
+use crate::run::{Run, realtime_ns};
+
+/// Who asked for the launch, and under which request id.
+pub struct Launcher {
+    /// The daemon's connection.
+    pub connection: Connection,
+    /// The id of its `Launch`.
+    pub request_id: u64,
+}
+
+/// Runs one machine from beginning to end; gives the exit code.
+pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u8 {
+    // A session of our own: signals for the daemon's terminal are not for us. Fails when we lead one already.
+    let _ = rustix::process::setsid();
+    let prepared = machine::check(spec)
+        .and_then(|()| machine::make_directory(&spec.run_dir))
+        .and_then(|()| machine::make_directory(&spec.log_dir));
+    if let Err(error) = prepared {
+        tracing::error!(message = error.message, "launch is refused");
+        return refuse(launcher, error);
+    }
+    let console = ConsoleLog::open(&spec.log_dir.join(CONSOLE_LOG_FILE), spec.log_size_max_bytes, spec.log_files_max);
+    let run = match Run::new(spec.sandbox_id, spec.boot_id, started, console) {
+        Ok(run) => run,
+        Err(error) => return refuse(launcher, ApiError::internal(error)),
+    };
+    tracing::info!(boot_id = %spec.boot_id, sandbox = %spec.name, cpus = spec.cpus, memory_mib = spec.memory_mib, "launch");
+
+    let outcome = boot_and_run(spec, &run, &mut launcher);
+    let (end, control) = match outcome {
+        Ok((end, control)) => (end, Some(control)),
+        Err(error) => {
+            let stage = match error.code {
+                ErrorCode::InvalidKernel => "kernel",
+                ErrorCode::EngineUnavailable => "engine",
+                _ => "config",
+            };
+            run.fail_boot(stage, error);
+            (EngineEnd::Stopped, None)
+        }
+    };
+    let facts = run.facts();
+    let verdict = end::decide(&end, &facts, run.console().panic_line().as_deref(), run.console().has_output());
+    let record = record(spec, &run, &verdict);
+    tracing::info!(boot_id = %spec.boot_id, cause = verdict.cause.as_str(), message = verdict.message, "end");
+    if let Some(error) = &record.boot_error
+        && let Err(error) = end::write_boot_error(&spec.log_dir, error)
+    {
+        tracing::error!(%error, "evidence of the failed boot could not be written");
+    }
+    if let Err(error) = end::write_end(&spec.run_dir, &record) {
+        tracing::error!(%error, "end record could not be written");
+    }
+    // Before the daemon hears of the end: what it finds in the run directory then is the record alone.
+    let _ = std::fs::remove_file(spec.run_dir.join(VSOCK_SOCKET));
+    let _ = std::fs::remove_file(spec.run_dir.join(CONTROL_SOCKET));
+    let ended = Event::Ended { record: Box::new(record) };
+    match (control, launcher) {
+        (Some(control), _) => {
+            run.announce(ended);
+            control.finish();
+        }
+        (None, Some(mut launcher)) => {
+            launcher.connection.send(&Message::Event { event: ended });
+        }
+        (None, None) => {}
+    }
+    end::exit_code(verdict.cause)
+}
+
+/// Everything between a checked spec and the machine's end. An error means that no machine ran.
+fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Result<(EngineEnd, Control), ApiError> {
+    let refused = |launcher: &mut Option<Launcher>, error: ApiError| {
+        if let Some(launcher) = launcher {
+            let message = Message::Reply { id: launcher.request_id, result: Err(error.clone()) };
+            launcher.connection.send(&message);
+        }
+        error
+    };
+    let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
+    let ready = engine_choice::choose(spec.engine, qemu.as_deref())
+        .and_then(|chosen| Ok((chosen, machine::prepare(spec, run)?, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?)));
+    let (chosen, prepared, listener) = ready.map_err(|error| refused(launcher, error))?;
+    let log = WorkloadLog::open(
+        &spec.log_dir.join(WORKLOAD_LOG_FILE),
+        spec.log_size_max_bytes,
+        spec.log_files_max,
+        spec.boot_id,
+    )
+    .inspect_err(|error| tracing::error!(%error, "workload log cannot be written"))
+    .ok();
+    run.phases().mark("prepare");
+    if let Some(launcher) = launcher {
+        let status = launch_status(run, &chosen);
+        let reply = Message::Reply { id: launcher.request_id, result: Ok(Reply::Status(Box::new(status))) };
+        launcher.connection.send(&reply);
+    }
+
+    let mut engine = make_engine(chosen.engine, qemu);
+    run.set_stopper(engine.stopper());
+    let control = Control::start(ControlOptions {
+        listener,
+        first: launcher.take().map(|launcher| launcher.connection),
+        run: run.clone(),
+        engine: chosen.engine,
+        engine_reason: chosen.reason,
+        meters: prepared.meters,
+        boot_timeout_ms: spec.boot_timeout_ms,
+    })
+    .map_err(ApiError::internal)?;
+    let link = LinkOptions { stream: prepared.link, config: spec.guest.clone(), run: run.clone(), log };
+    let link = link_thread::start(link).map_err(ApiError::internal);
+    let end = match link.and_then(|link| engine.boot(prepared.machine).map_err(boot_error).map(|()| link)) {
+        Ok(link) => {
+            control.set_machine_pids(engine.child_pids());
+            let end = engine.run();
+            // The vsock device is gone by now and with it the other end of the link: its last output is in the log when this returns.
+            if link.join().is_err() {
+                tracing::error!("agent link thread panicked");
+            }
+            end
+        }
+        Err(error) => {
+            let stage = if error.code == ErrorCode::InvalidKernel { "kernel" } else { "engine" };
+            run.fail_boot(stage, error);
+            EngineEnd::Stopped
+        }
+    };
+    Ok((end, control))
+}
+
+fn make_engine(engine: EngineChoice, qemu: Option<PathBuf>) -> Box<dyn Engine> {
+    match (engine, qemu) {
+        (EngineChoice::Qemu, Some(program)) => Box::new(QemuEngine::new(program)),
+        _ => Box::new(KvmEngine::new()),
+    }
+}
+
+/// An engine's refusal as users see it.
+fn boot_error(error: BootError) -> ApiError {
+    let code = match &error {
+        BootError::Unavailable { .. } => ErrorCode::EngineUnavailable,
+        BootError::Kernel { .. } => ErrorCode::InvalidKernel,
+        BootError::TooManyDevices { .. } => ErrorCode::InvalidConfig,
+        BootError::Memory { .. } | BootError::Device { .. } | BootError::System { .. } => ErrorCode::BootFailed,
+    };
+    let mut message = error.to_string();
+    if let BootError::System { source, .. } = &error {
+        message = format!("{message}: {source}");
+    }
+    ApiError::new(code, message)
+}
+
+fn launch_status(run: &Run, chosen: &Chosen) -> VmStatus {
+    VmStatus {
+        generation: VMM_GENERATION,
+        version: env!("CARGO_PKG_VERSION").into(),
+        sandbox_id: run.sandbox_id(),
+        boot_id: run.boot_id(),
+        pid: std::process::id(),
+        engine: chosen.engine,
+        engine_reason: chosen.reason.clone(),
+        state: VmState::Booting,
+        agent_generation: None,
+        main_end: None,
+        main_started: false,
+        phases: run.phase_report(),
+        jail: JailReport::default(),
+    }
+}
+
+fn record(spec: &VmSpec, run: &Run, verdict: &Verdict) -> EndRecord {
+    let at_ns = realtime_ns();
+    let boot_error = verdict.boot_failure.as_ref().map(|failure| BootEvidence {
+        boot_id: spec.boot_id,
+        at_ns,
+        stage: failure.stage.clone(),
+        error: failure.error.clone(),
+        console_tail: run.console().tail(EVIDENCE_BYTES),
+    });
+    EndRecord {
+        boot_id: spec.boot_id,
+        cause: verdict.cause,
+        main_end: run.facts().main_end,
+        message: verdict.message.clone(),
+        at_ns,
+        boot_error,
+    }
+}
+
+/// A launch that could not even leave a record behind.
+fn refuse(launcher: Option<Launcher>, error: ApiError) -> u8 {
+    if let Some(mut launcher) = launcher {
+        launcher.connection.send(&Message::Reply { id: launcher.request_id, result: Err(error) });
+    }
+    end::exit_code(EndCause::BootFailed)
+}

@@ -1,0 +1,304 @@
+//! One run of a VM as all threads of the process see it: where it is, what was said, why it will end.
+//!
+//! Written by the agent link (hello, ready, main workload, goodbye), the control thread (intents, deadlines) and `main` (the engine's
+//! end); read by all of them. Every change that the daemon must hear of becomes an [`Event`] in a bounded queue, which the control
+//! thread empties. Nothing in here waits.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use msb_protocol::error::ApiError;
+use msb_protocol::id::{BootId, SandboxId};
+use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::vmm::{Event, Phase as PhaseReport, VmState};
+
+use crate::devices::virtio::notifier::Notifier;
+use crate::engine::Stopper;
+use crate::launch::phases::Phases;
+use crate::logs::console::ConsoleLog;
+
+/// Events kept while no daemon listens; older ones are dropped, a re-adopting daemon asks for the status.
+const EVENTS_MAX: usize = 256;
+/// Phase that engines mark when the guest stopped running, before devices are taken down.
+pub const GUEST_ENDED: &str = "guest_ended";
+/// Time a guest whose agent vanished has to end by itself (its init resets the machine) before it is stopped.
+pub const AGENT_LOST_GRACE: Duration = Duration::from_secs(5);
+
+/// Why a boot failed, before it is known how the engine ends.
+#[derive(Clone, Debug)]
+pub struct BootFailure {
+    /// `config`, `engine`, `kernel`, `agent`, `mount`, `setup`, `other`.
+    pub stage: String,
+    /// The error as users see it.
+    pub error: ApiError,
+}
+
+/// What is known of the run.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Where it is.
+    pub state: VmState,
+    /// The agent's generation, once it said hello.
+    pub agent_generation: Option<u32>,
+    /// Whether the main workload was started.
+    pub main_started: bool,
+    /// How it ended.
+    pub main_end: Option<ProcessEnd>,
+    /// The agent said goodbye: the reset that follows is a clean end.
+    pub goodbye: bool,
+    /// The agent's link ended before a goodbye, while the guest still ran.
+    pub agent_lost_at: Option<Instant>,
+    /// The cause of a stop the daemon has begun.
+    pub expected: Option<EndCause>,
+    /// The cause of a kill that was carried out here.
+    pub killed: Option<EndCause>,
+    /// The boot has failed.
+    pub boot_failure: Option<BootFailure>,
+}
+
+struct Shared {
+    boot_id: BootId,
+    sandbox_id: SandboxId,
+    started: Instant,
+    facts: Mutex<Facts>,
+    events: Mutex<VecDeque<Event>>,
+    wake: Notifier,
+    phases: Phases,
+    console: ConsoleLog,
+    stopper: OnceLock<Arc<dyn Stopper>>,
+}
+
+/// The shared state of a run; clones are the same run.
+#[derive(Clone)]
+pub struct Run(Arc<Shared>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Run {
+    /// A run that begins at `started`.
+    pub fn new(
+        sandbox_id: SandboxId,
+        boot_id: BootId,
+        started: Instant,
+        console: ConsoleLog,
+    ) -> std::io::Result<Self> {
+        let phases = Phases::new(started, None);
+        console.mark_first_byte(phases.clone());
+        Ok(Self(Arc::new(Shared {
+            boot_id,
+            sandbox_id,
+            started,
+            facts: Mutex::new(Facts {
+                state: VmState::Booting,
+                agent_generation: None,
+                main_started: false,
+                main_end: None,
+                goodbye: false,
+                agent_lost_at: None,
+                expected: None,
+                killed: None,
+                boot_failure: None,
+            }),
+            events: Mutex::new(VecDeque::new()),
+            wake: Notifier::new()?,
+            phases,
+            console,
+            stopper: OnceLock::new(),
+        })))
+    }
+
+    /// This run's identity.
+    pub fn boot_id(&self) -> BootId {
+        self.0.boot_id
+    }
+
+    /// The sandbox.
+    pub fn sandbox_id(&self) -> SandboxId {
+        self.0.sandbox_id
+    }
+
+    /// When it began.
+    pub fn started(&self) -> Instant {
+        self.0.started
+    }
+
+    /// Its phases.
+    pub fn phases(&self) -> &Phases {
+        &self.0.phases
+    }
+
+    /// Its console.
+    pub fn console(&self) -> &ConsoleLog {
+        &self.0.console
+    }
+
+    /// A copy of what is known.
+    pub fn facts(&self) -> Facts {
+        lock(&self.0.facts).clone()
+    }
+
+    /// Sets how the machine is stopped; once.
+    pub fn set_stopper(&self, stopper: Arc<dyn Stopper>) {
+        let _ = self.0.stopper.set(stopper);
+    }
+
+    /// Stops the machine, if it exists yet.
+    pub fn stop(&self) {
+        if let Some(stopper) = self.0.stopper.get() {
+            stopper.stop();
+        }
+    }
+
+    /// Readable while events wait.
+    pub fn wake(&self) -> &Notifier {
+        &self.0.wake
+    }
+
+    /// Takes the events that wait.
+    pub fn take_events(&self) -> VecDeque<Event> {
+        std::mem::take(&mut *lock(&self.0.events))
+    }
+
+    /// Tells the daemon something.
+    pub fn announce(&self, event: Event) {
+        let mut events = lock(&self.0.events);
+        if events.len() >= EVENTS_MAX {
+            events.pop_front();
+        }
+        events.push_back(event);
+        drop(events);
+        let _ = self.0.wake.notify();
+    }
+
+    /// The agent said hello.
+    pub fn agent_hello(&self, generation: u32) {
+        {
+            let mut facts = lock(&self.0.facts);
+            facts.agent_generation = Some(generation);
+            facts.state = VmState::SettingUp;
+        }
+        self.announce(Event::AgentHello { boot_id: self.boot_id(), generation });
+    }
+
+    /// The guest is set up.
+    pub fn agent_ready(&self) {
+        lock(&self.0.facts).state = VmState::Ready;
+        self.announce(Event::AgentReady { boot_id: self.boot_id(), phases: self.phase_report() });
+    }
+
+    /// The main workload runs.
+    pub fn main_started(&self, pid: u32) {
+        lock(&self.0.facts).main_started = true;
+        self.announce(Event::MainStarted { boot_id: self.boot_id(), pid });
+    }
+
+    /// The main workload ended.
+    pub fn main_exited(&self, end: ProcessEnd) {
+        lock(&self.0.facts).main_end = Some(end);
+        self.announce(Event::MainExited { boot_id: self.boot_id(), end });
+    }
+
+    /// The agent has flushed everything.
+    pub fn goodbye(&self) {
+        let mut facts = lock(&self.0.facts);
+        facts.goodbye = true;
+        facts.state = VmState::Ending;
+    }
+
+    /// The agent's link ended. Means something only while the guest runs and has not said goodbye.
+    pub fn agent_lost(&self) {
+        if self.phases().has(GUEST_ENDED) {
+            return;
+        }
+        let mut facts = lock(&self.0.facts);
+        if !facts.goodbye && facts.agent_lost_at.is_none() {
+            facts.agent_lost_at = Some(Instant::now());
+            drop(facts);
+            // The control thread recomputes its deadlines.
+            let _ = self.0.wake.notify();
+        }
+    }
+
+    /// The daemon has begun a stop for this reason.
+    pub fn expect_end(&self, cause: EndCause) {
+        lock(&self.0.facts).expected = Some(cause);
+    }
+
+    /// Ends the machine now for this reason.
+    pub fn kill(&self, cause: EndCause) {
+        lock(&self.0.facts).killed.get_or_insert(cause);
+        self.stop();
+    }
+
+    /// Records that the boot failed; the first failure counts.
+    pub fn fail_boot(&self, stage: &str, error: ApiError) {
+        let failure = BootFailure { stage: stage.to_owned(), error };
+        lock(&self.0.facts).boot_failure.get_or_insert(failure);
+    }
+
+    /// Phases so far as durations between marks.
+    pub fn phase_report(&self) -> Vec<PhaseReport> {
+        let mut marks = self.phases().all();
+        marks.sort_by_key(|mark| mark.at_us);
+        let mut before = 0;
+        marks
+            .into_iter()
+            .map(|mark| {
+                let duration_us = mark.at_us - before;
+                before = mark.at_us;
+                PhaseReport { name: mark.name, duration_us }
+            })
+            .collect()
+    }
+}
+
+/// The wall clock in nanoseconds since 1970.
+pub fn realtime_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run() -> Run {
+        Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run")
+    }
+
+    #[test]
+    fn a_lost_agent_counts_only_while_the_guest_runs() {
+        let lost = run();
+        lost.agent_lost();
+        assert!(lost.facts().agent_lost_at.is_some());
+        let polite = run();
+        polite.goodbye();
+        polite.agent_lost();
+        assert!(polite.facts().agent_lost_at.is_none());
+        let over = run();
+        over.phases().mark(GUEST_ENDED);
+        over.agent_lost();
+        assert!(over.facts().agent_lost_at.is_none());
+    }
+
+    #[test]
+    fn events_are_bounded_and_wake_the_listener() {
+        let run = run();
+        for _ in 0..EVENTS_MAX * 2 {
+            run.main_started(1);
+        }
+        assert!(run.wake().drain());
+        assert_eq!(run.take_events().len(), EVENTS_MAX);
+    }
+
+    #[test]
+    fn phases_are_reported_as_durations() {
+        let run = run();
+        run.phases().mark_at("second", 500);
+        run.phases().mark_at("first", 200);
+        let report: Vec<_> = run.phase_report().into_iter().map(|phase| (phase.name, phase.duration_us)).collect();
+        assert_eq!(report, [("first".to_owned(), 200), ("second".to_owned(), 300)]);
+    }
+}
