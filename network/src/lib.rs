@@ -8,3 +8,4 @@
 pub mod dns;
 pub mod policy;
 pub mod random;
+pub mod stack;

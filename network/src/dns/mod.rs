@@ -232,7 +232,7 @@ impl Resolver {
         self.pending.len()
     }
 
-    /// A query of the guest to `asked`, which need not be us.
+    /// A query of the guest to `asked`, which need not be us. Whether an answer is there or will come.
     pub fn query(
         &mut self,
         now: Duration,
@@ -241,15 +241,16 @@ impl Resolver {
         bytes: &[u8],
         policy: &Policy,
         pins: &mut Pins,
-    ) {
+    ) -> bool {
         let question = match parse_query(bytes) {
             Ok(question) => question,
             Err(answer) => {
+                let answers = answer.is_some();
                 if let Some(bytes) = answer {
                     self.outputs.push_back(Output::Answer { client, bytes });
                     self.decided("", "", Outcome::Refused, None, None);
                 }
-                return;
+                return answers;
             }
         };
         let capacity = client.capacity();
@@ -264,14 +265,14 @@ impl Resolver {
             if decision.action == Action::Deny {
                 self.decided_on(&question, Outcome::ServerDenied, Some(decision.decider), Some(asked));
                 self.answer(client, question.denied(ExtendedError::Prohibited, capacity));
-                return;
+                return true;
             }
         }
         let Some(name) = question.name.clone() else {
             // The root and names with odd bytes: no rule can name them and no host has them.
             self.decided_on(&question, Outcome::Refused, None, None);
             self.answer(client, question.error(ResponseCode::Refused, Some(ExtendedError::NotSupported), capacity));
-            return;
+            return true;
         };
         if self.own_zone.as_ref().is_some_and(|zone| name.is_within(zone)) {
             self.decided_on(&question, Outcome::Own, None, None);
@@ -281,24 +282,24 @@ impl Resolver {
                 question.denied(ExtendedError::NotSupported, capacity)
             };
             self.answer(client, bytes);
-            return;
+            return true;
         }
         let decision = policy.decide_name(&name, client.transport);
         if decision.action == Action::Deny {
             self.decided_on(&question, Outcome::Denied, Some(decision.decider), None);
             self.answer(client, question.denied(ExtendedError::Blocked, capacity));
-            return;
+            return true;
         }
         if let Some(message) = self.cache.get(now, &question) {
             pin(now, &name, &message, pins);
             self.decided_on(&question, Outcome::Cached, None, None);
             self.answer(client, question.relay(&message, capacity));
-            return;
+            return true;
         }
         if self.servers.is_empty() || self.pending.len() >= PENDING_COUNT_MAX {
             self.decided_on(&question, Outcome::Failed, None, None);
             self.answer(client, question.error(ResponseCode::ServFail, Some(ExtendedError::NetworkError), capacity));
-            return;
+            return true;
         }
         let query = QueryId(self.next_query);
         self.next_query += 1;
@@ -316,6 +317,7 @@ impl Resolver {
         };
         self.pending.insert(query, pending);
         self.ask(now, query, server, Transport::Udp);
+        true
     }
 
     /// The first server that is not silent, after `after` if given; with all of them silent, simply the next.
