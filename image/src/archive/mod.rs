@@ -22,7 +22,7 @@ use crate::error::ImageError;
 use crate::layer::Dropped;
 use crate::limits::Limits;
 use crate::reference::ImageReference;
-use crate::store::Store;
+use crate::store::{Holds, NewImage, Store};
 
 pub use input::LoadSource;
 pub use save::SaveFormat;
@@ -192,6 +192,9 @@ impl Store {
         let mut session = session::Session::new(self, options)?;
         session.read(input::Input::open(source)?, progress)?;
         let images = session.resolve()?;
+        // Images of one archive share parts: a prune between two of them must not take what the second relies on.
+        let mut holds = Holds::new(self);
+        images.iter().flat_map(NewImage::parts).for_each(|part| holds.reserve(part));
         let mut loaded = Vec::with_capacity(images.len());
         for image in images {
             let was_present = self.publish(&image, session.scratch(), &options.limits)?;

@@ -133,6 +133,12 @@ impl Holds {
         Self { store: store.clone(), parts: Vec::new() }
     }
 
+    /// Holds `part` whether the store has it yet or not.
+    pub(crate) fn reserve(&mut self, part: Part) {
+        *self.store.state().holds.entry(part).or_default() += 1;
+        self.parts.push(part);
+    }
+
     /// Holds `part` if the store has it.
     pub(crate) fn take(&mut self, part: Part) -> bool {
         let mut state = self.store.state();

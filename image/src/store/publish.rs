@@ -17,6 +17,7 @@ use crate::error::{ImageError, io_error};
 use crate::layer::{Dropped, Hashing, LayerTree, import_layer};
 use crate::limits::Limits;
 use crate::reference::ImageReference;
+use crate::store::paths::chain_digest;
 use crate::store::record::RECORD_FORMAT;
 use crate::store::{ImageRecord, LayerRecord, Part, Store, TagRecord, now_ms};
 
@@ -45,8 +46,19 @@ pub(crate) struct NewImage {
     pub(crate) blobs: Vec<(Digest, PathBuf)>,
 }
 
+impl NewImage {
+    /// Every part that the image will need.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+        let chain = chain_digest(self.layers.iter().map(|layer| layer.record.diff_id));
+        let layers =
+            self.layers.iter().flat_map(|layer| [Part::Blob(layer.record.blob), Part::Layer(layer.record.diff_id)]);
+        [Part::Blob(self.digest), Part::Blob(self.config), Part::Root(chain)].into_iter().chain(layers)
+    }
+}
+
 impl Store {
     /// Merges the layers and makes the image live; `scratch` is a temporary directory of the caller on the same file system.
+    /// The caller holds all of [`NewImage::parts`].
     ///
     /// Returns whether the store already had an image of this digest.
     pub(crate) fn publish(&self, image: &NewImage, scratch: &Path, limits: &Limits) -> Result<bool, ImageError> {
@@ -74,7 +86,7 @@ impl Store {
         };
         let chain = record.chain();
         let root = self.paths().root(chain);
-        // An image whose root exists was merged before; the hold of its parts is the caller's.
+        // A root that exists was merged before, for an image of the same layers.
         let new_root = if root.exists() { None } else { Some(self.merge_new(image, chain, scratch, limits)?) };
 
         let mut state = self.state();
