@@ -324,3 +324,40 @@ fn shorten(text: &str) -> String {
     let end: String = text.chars().skip(count - KEPT).collect();
     format!("{begin}\n[… {} characters …]\n{end}", count - 2 * KEPT)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(line: &str) -> Invocation {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(line);
+        Invocation::new(command)
+    }
+
+    #[test]
+    fn output_input_and_code_are_told_apart() {
+        let finished = shell("cat; echo err >&2; exit 7").input("in").run().exits(7).prints("in").complains("err");
+        assert_eq!(finished.code(), Some(7));
+    }
+
+    #[test]
+    fn a_program_that_takes_too_long_is_killed_and_named() {
+        let result = std::panic::catch_unwind(|| shell("exec sleep 60").patience(Duration::from_millis(200)).run());
+        let message = *result.err().expect("a panic").downcast::<String>().expect("a message");
+        assert!(message.contains("sleep 60") && message.contains("still ran"), "{message}");
+    }
+
+    #[test]
+    fn something_that_holds_the_output_open_is_noticed() {
+        assert!(std::panic::catch_unwind(|| shell("sleep 5 & exit 0").run()).is_err());
+    }
+
+    #[test]
+    fn waiting_for_text_sees_it_while_the_program_runs() {
+        let mut running = shell("echo ready; read line").start();
+        running.wait_for("ready");
+        running.signal(rustix::process::Signal::KILL);
+        assert_eq!(running.finish().code(), None);
+    }
+}

@@ -7,13 +7,9 @@ use serde_json::Value;
 fn lists_and_details_are_json_with_times_that_carry_an_offset() {
     let home = Home::with_busybox("json");
     home.succeeds(&["create", "--name", "box", "--label", "team=ml", "busybox"]);
-    for words in [
-        ["ls"].as_slice(),
-        &["ps", "-a"],
-        &["inspect", "box"],
-        &["image", "ls"],
-        &["image", "inspect", "busybox"],
-    ] {
+    for words in
+        [["ls"].as_slice(), &["ps", "-a"], &["inspect", "box"], &["image", "ls"], &["image", "inspect", "busybox"]]
+    {
         let value = home.json(words);
         let mut times = Vec::new();
         collect_times(&value, &mut times);
