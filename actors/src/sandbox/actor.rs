@@ -390,6 +390,7 @@ impl SandboxActor {
         self.record.vmm = None;
         self.vm = None;
         self.beats = None;
+        self.surroundings.heartbeats.clear(self.directories.heartbeat.clone());
     }
 
     fn note_failed_start(&mut self) {

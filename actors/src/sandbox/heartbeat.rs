@@ -125,7 +125,7 @@ impl Heartbeat {
 /// Writes heartbeat files.
 #[derive(Clone, Debug)]
 pub struct HeartbeatWriter {
-    queue: SyncSender<(PathBuf, Heartbeat)>,
+    queue: SyncSender<(PathBuf, Option<Heartbeat>)>,
 }
 
 impl HeartbeatWriter {
@@ -141,16 +141,30 @@ impl HeartbeatWriter {
 
     /// Writes soon, or not at all if the disk is far behind.
     pub fn write(&self, path: PathBuf, heartbeat: Heartbeat) {
-        if self.queue.try_send((path, heartbeat)).is_err() {
+        if self.queue.try_send((path, Some(heartbeat))).is_err() {
             tracing::trace!("a heartbeat file was left out");
+        }
+    }
+
+    /// Removes a file after everything that was written before: the run is over, and no late beat may outlive it.
+    pub fn clear(&self, path: PathBuf) {
+        if self.queue.try_send((path, None)).is_err() {
+            tracing::trace!("a heartbeat file stays until the next boot");
         }
     }
 }
 
-fn write_all(waiting: &Receiver<(PathBuf, Heartbeat)>) {
+fn write_all(waiting: &Receiver<(PathBuf, Option<Heartbeat>)>) {
     let mut failing = false;
     for (path, heartbeat) in waiting {
-        match write_one(&path, &heartbeat) {
+        let done = match heartbeat {
+            Some(heartbeat) => write_one(&path, &heartbeat),
+            None => match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        };
+        match done {
             Ok(()) => failing = false,
             // Once for each time it begins: a full disk would say it every second.
             Err(error) if !failing => {

@@ -1,0 +1,104 @@
+//! Routes of sandboxes that answer once.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{ConnectInfo, Path, Query, State};
+use msb_protocol::control::{CreateRequest, SandboxDetail, SandboxList, StartRequest, StopRequest};
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::id::SandboxName;
+use msb_protocol::labels::LabelTerm;
+
+use super::ApiState;
+use super::failure::{Failure, body, query};
+use crate::peer::Peer;
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+/// Most terms of one filter.
+const TERMS_MAX: usize = 64;
+
+pub(crate) fn name(text: &str) -> Result<SandboxName, Failure> {
+    Ok(SandboxName::parse(text)?)
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes", request_body = CreateRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
+pub(crate) async fn create(State(state): State<ApiState>, ConnectInfo(peer): ConnectInfo<Peer>, bytes: Bytes) -> Answer<SandboxDetail> {
+    let request: CreateRequest = body(&bytes, None)?;
+    let creator = if request.spec.detached { None } else { peer.creator() };
+    Ok(Json(state.daemon.create(request, creator).await?))
+}
+
+#[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
+pub(crate) async fn list(State(state): State<ApiState>, pairs: Result<Query<Vec<(String, String)>>, QueryRejection>) -> Answer<SandboxList> {
+    let pairs = query(pairs)?;
+    if pairs.len() > TERMS_MAX {
+        return Err(Failure(ApiError::new(ErrorCode::LimitExceeded, format!("a filter has at most {TERMS_MAX} terms"))));
+    }
+    let mut terms = Vec::new();
+    for (key, value) in pairs {
+        if key != "label" {
+            return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, format!("unknown query parameter {key:?}"))));
+        }
+        terms.push(LabelTerm::parse(&value)?);
+    }
+    Ok(Json(SandboxList { sandboxes: state.daemon.list(&terms).await? }))
+}
+
+#[utoipa::path(get, path = "/v1/sandboxes/{name}", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn inspect(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.inspect(&name(&sandbox)?).await?))
+}
+
+/// How to remove.
+#[derive(serde::Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RemoveQuery {
+    /// Even when it runs.
+    #[serde(default)]
+    force: bool,
+}
+
+#[utoipa::path(delete, path = "/v1/sandboxes/{name}", params(("name" = String, Path), RemoveQuery), responses((status = 200), (status = "4XX", body = ApiError)))]
+pub(crate) async fn remove(State(state): State<ApiState>, Path(sandbox): Path<String>, how: Result<Query<RemoveQuery>, QueryRejection>) -> Answer<serde_json::Value> {
+    state.daemon.remove(&name(&sandbox)?, query(how)?.force).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/start", params(("name" = String, Path)), request_body = StartRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
+pub(crate) async fn start(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+    let request = body(&bytes, Some(StartRequest::default()))?;
+    Ok(Json(state.daemon.start(&name(&sandbox)?, request.hold_main).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/stop", params(("name" = String, Path)), request_body = StopRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn stop(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+    let request = body(&bytes, Some(StopRequest::default()))?;
+    Ok(Json(state.daemon.stop(&name(&sandbox)?, request.grace_ms, request.force).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/restart", params(("name" = String, Path)), request_body = StopRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
+pub(crate) async fn restart(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+    let request = body(&bytes, Some(StopRequest::default()))?;
+    let sandbox = name(&sandbox)?;
+    if request.force {
+        // A kill and then a start: the same road as two requests, without a moment in which it rests for somebody else to see.
+        state.daemon.stop(&sandbox, None, true).await?;
+    }
+    Ok(Json(state.daemon.restart(&sandbox, request.grace_ms).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/detach", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn detach(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.detach(&name(&sandbox)?).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/touch", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn touch(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.touch(&name(&sandbox)?).await?))
+}
+
+#[utoipa::path(get, path = "/v1/sandboxes/{name}/wait", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail, description = "once it rests"), (status = "4XX", body = ApiError)))]
+pub(crate) async fn wait(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.wait(&name(&sandbox)?).await?))
+}
