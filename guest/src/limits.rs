@@ -14,6 +14,8 @@ pub struct Limit {
     pub soft: u64,
     /// Hard limit; `u64::MAX` is none.
     pub hard: u64,
+    /// Nobody asked for it: where it may not be set (a test machine without privileges), the inherited one stays.
+    pub is_default: bool,
 }
 
 /// Names without `RLIMIT_` and their numbers on x86-64.
@@ -38,9 +40,9 @@ const NAMES: [(&str, u32); 16] = [
 
 /// What holds when nobody says otherwise: as docker's containers have it.
 const DEFAULTS: [Limit; 3] = [
-    Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 1 << 20 },
-    Limit { resource: libc::RLIMIT_CORE, soft: u64::MAX, hard: u64::MAX },
-    Limit { resource: libc::RLIMIT_NPROC, soft: u64::MAX, hard: u64::MAX },
+    Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 1 << 20, is_default: true },
+    Limit { resource: libc::RLIMIT_CORE, soft: u64::MAX, hard: u64::MAX, is_default: true },
+    Limit { resource: libc::RLIMIT_NPROC, soft: u64::MAX, hard: u64::MAX, is_default: true },
 ];
 
 /// The limits of a process: the defaults, over them each list in turn.
@@ -59,7 +61,7 @@ pub fn merge(lists: &[&[ResourceLimit]]) -> Result<Vec<Limit>, GuestError> {
             return Err(GuestError::new(ErrorCode::InvalidConfig, message));
         }
         limits.retain(|limit| limit.resource != *resource);
-        limits.push(Limit { resource: *resource, soft: wanted.soft, hard: wanted.hard });
+        limits.push(Limit { resource: *resource, soft: wanted.soft, hard: wanted.hard, is_default: false });
     }
     Ok(limits)
 }
@@ -76,7 +78,7 @@ mod tests {
     fn later_lists_win_and_defaults_hold_otherwise() {
         let limits = merge(&[&[limit("nofile", 10, 20), limit("cpu", 1, 1)], &[limit("nofile", 11, 21)]]).unwrap();
         let of = |resource| limits.iter().filter(|limit| limit.resource == resource).collect::<Vec<_>>();
-        assert_eq!(of(libc::RLIMIT_NOFILE), [&Limit { resource: libc::RLIMIT_NOFILE, soft: 11, hard: 21 }]);
+        assert_eq!(of(libc::RLIMIT_NOFILE), [&Limit { resource: libc::RLIMIT_NOFILE, soft: 11, hard: 21, is_default: false }]);
         assert_eq!(of(libc::RLIMIT_CPU).len(), 1);
         assert_eq!(of(libc::RLIMIT_CORE)[0].soft, u64::MAX);
     }

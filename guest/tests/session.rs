@@ -15,7 +15,7 @@ use msb_guest::session::{Guest, Sessions};
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
     Assembler, Data, EnvVar, ExecConfig, Exited, GuestBody, GuestConfig, HostBody, MainConfig, Open, OpenAttach, OpenControl, OpenKind,
-    OpenMain, OutputStream, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal, StdinEof, TerminalSize, encode_host,
+    OpenMain, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal, StdinEof, TerminalSize, encode_host,
 };
 
 const BOOT_ID: &[u8] = b"0123456789abcdef";
@@ -150,7 +150,10 @@ impl Caller {
                 GuestBody::Output(output) if output.stream == OutputStream::Stdout as i32 => heard.stdout.extend(output.data),
                 GuestBody::Output(output) => heard.stderr.extend(output.data),
                 GuestBody::Exited(end) => heard.end = Some(end),
-                GuestBody::Refused(failure) => heard.refused = Some(failure.code),
+                GuestBody::Refused(failure) => {
+                    heard.stderr.extend(failure.message.as_bytes());
+                    heard.refused = Some(failure.code);
+                }
                 GuestBody::StdinCredit(credit) => self.credit += credit.bytes as usize,
                 _ => assert!(heard.end.is_none(), "the end is the last word"),
             }
@@ -226,7 +229,7 @@ fn what_cannot_be_started_is_refused_with_its_code() {
         (command(&[]), "invalid_config"),
     ] {
         let heard = run(config.clone());
-        assert_eq!(heard.refused.as_deref(), Some(code), "{config:?}");
+        assert_eq!(heard.refused.as_deref(), Some(code), "{config:?}: {}", String::from_utf8_lossy(&heard.stderr));
         assert_eq!(heard.end, None);
     }
 }
@@ -235,8 +238,9 @@ fn what_cannot_be_started_is_refused_with_its_code() {
 fn environment_directory_and_user_are_as_asked() {
     let big = "x".repeat(100 << 10);
     let env = vec![EnvVar { name: "A".into(), value: "1 2".into() }, EnvVar { name: "BIG".into(), value: big }];
-    let config = ExecConfig { env, workdir: "/tmp".into(), user: "1234:77".into(), ..shell("echo $A ${#BIG}; pwd; id -u; id -g; id -G; echo ${HOME-none}; ulimit -Sn; ulimit -Hc") };
-    assert_eq!(String::from_utf8(run(config).stdout).unwrap(), "1 2 102400\n/tmp\n1234\n77\n77\nnone\n1024\nunlimited\n");
+    let rlimits = vec![ResourceLimit { resource: "nofile".into(), soft: 100, hard: 200 }];
+    let config = ExecConfig { env, rlimits, workdir: "/tmp".into(), user: "1234:77".into(), ..shell("echo $A ${#BIG}; pwd; id -u; id -g; id -G; echo ${HOME-none}; ulimit -Sn; ulimit -Hn") };
+    assert_eq!(String::from_utf8(run(config).stdout).unwrap(), "1 2 102400\n/tmp\n1234\n77\n77\nnone\n100\n200\n");
 }
 
 #[test]

@@ -81,13 +81,11 @@ pub(crate) fn serve(agent: &Agent, mut stream: FrameStream, opened: Opened) {
             stream.send(GuestBody::MainExited(end));
             told_end = true;
         }
-        let outcome = stream.flush().and_then(|()| {
-            wait(agent, &stream, next_beat);
-            hear(agent, &mut stream, &mut scratch)
-        });
-        if outcome.is_err() {
+        // Heard before the wait: what came together with the opening is announced by no event.
+        if hear(agent, &mut stream, &mut scratch).and_then(|()| stream.flush()).is_err() {
             break;
         }
+        wait(agent, &stream, next_beat);
     }
     agent.controls.leave(number);
 }

@@ -198,7 +198,7 @@ impl<'a> Pump<'a> {
         self
     }
 
-    /// Adds a client.
+    /// Adds a client. What it sent together with its opening is heard at once: no event will announce it again.
     pub fn admit(&mut self, mut client: Client) {
         if self.clients.len() >= CLIENTS_MAX {
             return;
@@ -206,6 +206,7 @@ impl<'a> Pump<'a> {
         self.clients_seen += 1;
         client.number = self.clients_seen;
         self.clients.push(client);
+        self.obey_all(self.clients.len() - 1, Ok(()));
     }
 
     /// Runs until the process has ended and its output is delivered. The clients are told by [`Self::farewell`].
@@ -426,10 +427,14 @@ impl<'a> Pump<'a> {
         if !events.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
             return;
         }
-        let mut outcome = match self.clients.get_mut(index) {
-            Some(client) => client.stream.receive(&mut self.scratch),
-            None => return,
-        };
+        if let Some(client) = self.clients.get_mut(index) {
+            let outcome = client.stream.receive(&mut self.scratch);
+            self.obey_all(index, outcome);
+        }
+    }
+
+    /// Obeys every message of a client that has arrived whole; the client is lost if one cannot be understood.
+    fn obey_all(&mut self, index: usize, mut outcome: Result<(), StreamError>) {
         while outcome.is_ok() {
             let message = match self.clients.get_mut(index).map(|client| client.stream.next_message()) {
                 Some(Ok(Some(message))) => message,

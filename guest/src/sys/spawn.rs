@@ -214,7 +214,10 @@ fn prepare_child(plan: &Spawn<'_>) -> Result<(), SpawnError> {
         for limit in plan.limits {
             let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };
             let old: *mut libc::rlimit64 = ptr::null_mut();
-            check(Step::Limits, libc::syscall(libc::SYS_prlimit64, 0, limit.resource, ptr::from_ref(&value), old))?;
+            let outcome = check(Step::Limits, libc::syscall(libc::SYS_prlimit64, 0, limit.resource, ptr::from_ref(&value), old));
+            if !limit.is_default {
+                outcome?;
+            }
         }
         check(Step::Workdir, c_long(libc::chdir(plan.workdir.as_ptr())))?;
         if plan.without_boot_capability {
