@@ -19,10 +19,12 @@ use msb_protocol::vmm::{
 };
 
 use crate::control::{Connection, Control, ControlOptions};
+use crate::devices::virtio::event_loop::LoopHandle;
 use crate::end::{self, EVIDENCE_BYTES, Verdict};
 use crate::engine::kvm::KvmEngine;
 use crate::engine::qemu::QemuEngine;
 use crate::engine::{BootError, Engine, EngineEnd};
+use crate::jail::{self, FilePlan, JailPlan};
 use crate::launch::engine_choice::{self, Chosen};
 use crate::launch::machine;
 use crate::link::thread::{self as link_thread, LinkOptions};
@@ -57,8 +59,8 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     tracing::info!(boot_id = %spec.boot_id, sandbox = %spec.name, cpus = spec.cpus, memory_mib = spec.memory_mib, "launch");
 
     let outcome = boot_and_run(spec, &run, &mut launcher);
-    let (end, control) = match outcome {
-        Ok((end, control)) => (end, Some(control)),
+    let (end, control, engine) = match outcome {
+        Ok(Outcome { end, control, engine }) => (end, Some(control), Some(engine)),
         Err(error) => {
             let stage = match error.code {
                 ErrorCode::InvalidKernel => "kernel",
@@ -66,7 +68,7 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
                 _ => "config",
             };
             run.fail_boot(stage, error);
-            (EngineEnd::Stopped, None)
+            (EngineEnd::Stopped, None, None)
         }
     };
     let facts = run.facts();
@@ -95,11 +97,12 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
         }
         (None, None) => {}
     }
+    drop(engine);
     end::exit_code(verdict.cause)
 }
 
 /// Everything between a checked spec and the machine's end. An error means that no machine ran.
-fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Result<(EngineEnd, Control), ApiError> {
+fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Result<Outcome, ApiError> {
     let refused = |launcher: &mut Option<Launcher>, error: ApiError| {
         if let Some(launcher) = launcher {
             let message = Message::Reply { id: launcher.request_id, result: Err(error.clone()) };
@@ -142,8 +145,19 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     let link = link_thread::start(link).map_err(ApiError::internal);
     let end = match link.and_then(|link| engine.boot(prepared.machine).map_err(boot_error).map(|()| link)) {
         Ok(link) => {
-            control.set_machine_pids(engine.child_pids());
-            let end = engine.run();
+            let child_pids = engine.child_pids();
+            let end = match close_jail(spec, &prepared.loops, &child_pids) {
+                Ok(report) => {
+                    control.set_jail(report);
+                    control.set_machine_pids(child_pids);
+                    engine.run()
+                }
+                Err(error) => {
+                    // With the machine its vsock device goes, which the link below waits for.
+                    engine = Box::new(KvmEngine::new());
+                    EngineEnd::Failed { detail: format!("the jail could not be closed: {error}") }
+                }
+            };
             // The vsock device is gone by now and with it the other end of the link: its last output is in the log when this returns.
             if link.join().is_err() {
                 tracing::error!("agent link thread panicked");
@@ -156,7 +170,28 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
             EngineEnd::Stopped
         }
     };
-    Ok((end, control))
+    Ok(Outcome { end, control, engine })
+}
+
+/// What is left of a machine that has run.
+struct Outcome {
+    end: EngineEnd,
+    control: Control,
+    /// Dropped last: closing a VM takes KVM tens of milliseconds, and whoever waits for the end should not.
+    engine: Box<dyn Engine>,
+}
+
+/// Confines this process before the guest's first instruction: its own directories, its own figures in /proc, nothing else.
+fn close_jail(spec: &VmSpec, loops: &[LoopHandle], child_pids: &[u32]) -> Result<JailReport, String> {
+    let mut read = vec![PathBuf::from("/proc/self")];
+    read.extend(child_pids.iter().map(|pid| PathBuf::from(format!("/proc/{pid}"))));
+    let files = FilePlan { read, write: vec![spec.run_dir.clone(), spec.log_dir.clone()], ..FilePlan::default() };
+    let plan = JailPlan { files, has_child: !child_pids.is_empty() };
+    let report = jail::close(&plan).map_err(|error| error.to_string())?;
+    for handle in loops {
+        handle.enter_jail().map_err(|error| error.to_string())?;
+    }
+    Ok(report)
 }
 
 fn make_engine(engine: EngineChoice, qemu: Option<PathBuf>) -> Box<dyn Engine> {

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::connection::Connection;
 use super::sample;
 use crate::end::silent_agent;
+use crate::jail::{self, ThreadClass};
 use crate::launch::machine::Meters;
 use crate::run::{AGENT_LOST_GRACE, Run};
 
@@ -90,6 +91,8 @@ impl Control {
     /// Tells what confines the process, once it does.
     pub fn set_jail(&self, jail: JailReport) {
         self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).jail = jail;
+        // The thread confines itself when it wakes.
+        let _ = self.run.wake().notify();
     }
 
     /// Tells which other processes belong to the machine.
@@ -124,6 +127,7 @@ impl Server {
         loop {
             let timeout = self.check_deadlines(Instant::now());
             self.wait(timeout);
+            jail::enter_or_abort(ThreadClass::Service);
             self.run.wake().drain();
             self.accept();
             self.serve_connections();

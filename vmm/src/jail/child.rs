@@ -1,54 +1,36 @@
-//! The confinement of a child program (QEMU): Landlock and no_new_privs between fork and exec, so that not one of its instructions runs
-//! outside.
+//! The confinement of QEMU: Landlock around its program, its libraries and the two files it loads, entered by the process that is about
+//! to become it, so that not one of its instructions runs outside.
 //!
-//! Used by `engine/qemu` when it builds its command. System calls are QEMU's own affair (`-sandbox on,…`), which knows them.
-#![expect(unsafe_code, reason = "runs two system calls between fork and exec")]
+//! Called by `engine/qemu/child` between the start of that process and the exec. QEMU's system calls are its own affair
+//! (`-sandbox on,…`), which knows them; what is here is what it may open by path, and that it may not use TCP.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 
-use super::files::{FilePlan, Ruleset};
 use super::JailError;
+use super::files::{FilePlan, Ruleset};
 
-/// System call number of `landlock_restrict_self`, the same on all architectures.
-const LANDLOCK_RESTRICT_SELF: libc::c_long = 446;
+/// Where programs and their libraries live.
+const PROGRAMS: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/nix/store"];
+/// What a C library and QEMU read on their way to `main`.
+const START_UP: [&str; 7] = [
+    "/etc/ld.so.cache",
+    "/etc/ld.so.preload",
+    "/dev/urandom",
+    "/dev/null",
+    "/proc/self",
+    "/proc/cpuinfo",
+    "/sys/devices/system",
+];
 
-/// A prepared confinement.
-pub struct Confinement {
-    ruleset: Option<OwnedFd>,
-    abi: Option<i32>,
-}
-
-impl Confinement {
-    /// Prepares the rules of `plan`.
-    pub fn new(plan: &FilePlan) -> Result<Self, JailError> {
-        let (ruleset, abi) = Ruleset::build(plan, false)?;
-        Ok(Self { ruleset: ruleset.into_descriptor(), abi })
-    }
-
-    /// The Landlock ABI that enforces it; none on hosts without.
-    pub fn landlock_abi(&self) -> Option<i32> {
-        self.abi
-    }
-
-    /// Makes `command` enter it before its program starts.
-    pub fn apply_to(self, command: &mut Command) {
-        let enter = move || {
-            // SAFETY: both calls take numbers only, allocate nothing and touch no lock: allowed between fork and exec. The
-            // descriptor is owned by this closure, which lives until after the spawn.
-            let result = unsafe {
-                if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 {
-                    -1
-                } else if let Some(ruleset) = &self.ruleset {
-                    libc::syscall(LANDLOCK_RESTRICT_SELF, ruleset.as_raw_fd(), 0)
-                } else {
-                    0
-                }
-            };
-            if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-        };
-        // SAFETY: see above.
-        unsafe { command.pre_exec(enter) };
-    }
+/// Confines the calling process, which has one thread, for `program` and these files. Tells the Landlock ABI that enforces it; none on a
+/// host without, where nothing happens.
+pub fn confine(program: &Path, files: Vec<PathBuf>) -> Result<Option<i32>, JailError> {
+    let mut read: Vec<PathBuf> = START_UP.iter().map(PathBuf::from).collect();
+    read.extend(files);
+    let mut execute: Vec<PathBuf> = PROGRAMS.iter().map(PathBuf::from).collect();
+    // One that was built by hand lies elsewhere, with its firmware beside it.
+    execute.extend(program.parent().map(Path::to_path_buf));
+    let (ruleset, abi) = Ruleset::build(&FilePlan { read, execute, ..FilePlan::default() }, false)?;
+    ruleset.restrict_thread()?;
+    Ok(abi)
 }

@@ -82,11 +82,6 @@ impl Ruleset {
         }
         Ok(())
     }
-
-    /// The ruleset's descriptor, for a child that applies it to itself between fork and exec.
-    pub(super) fn into_descriptor(self) -> Option<std::os::fd::OwnedFd> {
-        self.0.and_then(Into::into)
-    }
 }
 
 /// Allows `access` at `path`. A path that is not there needs no rule.

@@ -1,15 +1,15 @@
 //! What confines the VM process: closed once, before the first guest instruction, and narrower on every thread than on the process.
 //!
 //! ```text
-//!  main:    close_inherited ─► … open everything, spawn QEMU (child::Confinement) … ─► close(plan) ─► Engine::run
+//!  main:    close_inherited ─► … open everything, spawn QEMU (child::confine) … ─► close(plan) ─► Engine::run
 //!                                                                                        │
 //!  process:   no core dumps, not dumpable, no_new_privs, union seccomp filter on every thread (TSYNC), descriptors above as opened
 //!  thread:    enter(class): Landlock (this sandbox's own files), the class's own seccomp filter
 //! ```
 //!
-//! * Device, network and vCPU threads are started before `close` and call [`enter`] after it (vCPUs are parked for that, event loops are
-//!   sent a job): a thread started later inherits its parent's filter, which can be narrowed and never widened, so only more of the
-//!   parent's class, or of a smaller one, can be started after `close`.
+//! * Threads are started before `close` and call [`enter`] after it: vCPUs are parked for that, event loops are sent a job, the others
+//!   ask each time they have something to do (it costs a look at a thread-local). A thread started later inherits its parent's filter,
+//!   which can be narrowed and never widened.
 //! * [`enter`] before `close` does nothing: unit tests and `--probe` run without a jail.
 //! * A refused call fails with EPERM. It does not kill: a VMM that meets one unlisted call in a new libc should fail that call, not
 //!   every guest; an attacker gains a second try, but no call.
@@ -22,6 +22,7 @@ pub mod files;
 pub mod process;
 pub mod system_calls;
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 use msb_protocol::vmm::JailReport;
@@ -86,6 +87,11 @@ struct Closed {
 
 static CLOSED: OnceLock<Closed> = OnceLock::new();
 
+thread_local! {
+    /// Whether this thread has entered: filters pile up, so it does so once.
+    static ENTERED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Closes the jail around the process and enters it with the calling thread as [`ThreadClass::Service`].
 pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
     let mut report = JailReport::default();
@@ -94,7 +100,7 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
         Some(abi) => report.in_force.push(format!("landlock abi {abi}")),
         None => report.missing.push("landlock: this kernel has it switched off or lacks it".into()),
     }
-    let filters = system_calls::Filters::compile(plan.has_child)?;
+    let filters = system_calls::Filters::compile(plan.has_child, plan.files.network)?;
     process::forbid_core_dumps()?;
     report.in_force.push("no core dumps".into());
     process::forbid_new_privileges()?;
@@ -107,6 +113,13 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
     report.in_force.push("seccomp allow-list on every thread".into());
     enter(ThreadClass::Service)?;
     report.in_force.push("seccomp allow-list per thread class".into());
+    if plan.has_child {
+        report.in_force.push("qemu: its own seccomp sandbox".into());
+        match abi {
+            Some(abi) => report.in_force.push(format!("qemu: landlock abi {abi}")),
+            None => report.missing.push("qemu: landlock".into()),
+        }
+    }
     if std::env::vars_os().next().is_none() {
         report.in_force.push("empty environment".into());
     } else {
@@ -115,11 +128,24 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
     Ok(report)
 }
 
-/// Confines the calling thread for good to what `class` needs. Does nothing while the jail is open.
+/// Confines the calling thread for good to what `class` needs. Does nothing while the jail is open, nor a second time.
 pub fn enter(class: ThreadClass) -> Result<(), JailError> {
     let Some(closed) = CLOSED.get() else { return Ok(()) };
+    if ENTERED.get() {
+        return Ok(());
+    }
     closed.files.restrict_thread()?;
-    closed.filters.apply(class)
+    closed.filters.apply(class)?;
+    ENTERED.set(true);
+    Ok(())
+}
+
+/// [`enter`], for a thread that has nobody to tell: a thread that cannot be confined ends the process, which is what a jail is for.
+pub fn enter_or_abort(class: ThreadClass) {
+    if let Err(error) = enter(class) {
+        tracing::error!(%error, ?class, "a thread cannot be confined");
+        std::process::abort();
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The allow-list of system calls: one table, each line with who may and why.
 //!
 //! Numbers and conditions are fixed when compiling; the filters are BPF made once in [`Filters::compile`]. Each thread carries three: the
-//! union of all classes (put on every thread at once when the jail closes), its class's own, and one that answers `clone3` with ENOSYS
+//! union of the classes there are (put on every thread at once when the jail closes), its class's own, and one that answers `clone3` with ENOSYS
 //! so that libc falls back to `clone`, whose flags a filter can read.
 
 use std::collections::BTreeMap;
@@ -193,7 +193,7 @@ fn error(error: impl std::fmt::Display) -> JailError {
 
 impl Filters {
     /// Compiles the table. Takes well under a millisecond.
-    pub(super) fn compile(has_child: bool) -> Result<Self, JailError> {
+    pub(super) fn compile(has_child: bool, has_network: bool) -> Result<Self, JailError> {
         let classes = ThreadClass::ALL
             .into_iter()
             .map(|class| Ok((class, compile(class as u8, has_child)?)))
@@ -201,7 +201,8 @@ impl Filters {
         let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         // Both actions are errnos or allow: the kernel takes the stricter of all filters, and of equals the newest.
         let old_clone = program(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
-        Ok(Self { union: compile(ALL, has_child)?, classes, old_clone })
+        let union = if has_network { ALL } else { ALL & !NETWORK };
+        Ok(Self { union: compile(union, has_child)?, classes, old_clone })
     }
 
     /// Puts the union filter on every thread of the process, the calling one included.

@@ -39,6 +39,8 @@ pub struct Prepared {
     pub link: UnixStream,
     /// What `Sample` reads.
     pub meters: Meters,
+    /// The threads of the devices' workers, to be sent into the jail.
+    pub loops: Vec<LoopHandle>,
 }
 
 /// The devices' counters and what else a sample needs.
@@ -177,12 +179,14 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
     let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
     // A thread per disk: its system calls wait for the host's disk. vsock and rng never wait and share one.
     let streams = start_loop("streams")?;
+    let (root_loop, upper_loop) = (start_loop("blk-root")?, start_loop("blk-upper")?);
+    let loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
     let full_timeout = Duration::from_millis(spec.disk_full_timeout_ms);
     let announcer = run.clone();
     let root = Block::new(
         Box::new(lower),
         BlockOptions { serial: LOWER_SERIAL.into(), full_timeout, on_disk_full: None },
-        start_loop("blk-root")?,
+        root_loop,
     );
     let upper = Block::new(
         Box::new(upper),
@@ -193,7 +197,7 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
                 announcer.announce(Event::HostDiskFull { boot_id: announcer.boot_id(), full });
             })),
         },
-        start_loop("blk-upper")?,
+        upper_loop,
     );
     let vsock_options = VsockOptions {
         guest_cid: u64::from(GUEST_CID),
@@ -220,5 +224,5 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
         work_directory: PathBuf::from(&spec.run_dir),
         phases: run.phases().clone(),
     };
-    Ok(Prepared { machine, link, meters })
+    Ok(Prepared { machine, link, meters, loops })
 }

@@ -16,6 +16,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::session::{Action, LinkSession, LinkState};
+use crate::jail::{self, ThreadClass};
 use crate::logs::limit::RateLimit;
 use crate::logs::workload::WorkloadLog;
 use crate::run::{Run, realtime_ns};
@@ -94,6 +95,7 @@ impl Link {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(count) => {
+                    jail::enter_or_abort(ThreadClass::Service);
                     decoder.push(&buffer[..count]);
                     while let Some(body) = decoder.next_body().map_err(io::Error::other)? {
                         if let Some(message) = assembler.guest(body).map_err(io::Error::other)?

@@ -6,13 +6,15 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use rustix::process::getppid;
+
+use crate::jail;
 
 /// The first word that makes `msb-vmm` this program.
 pub const CHILD_WORD: &str = "--qemu-child";
@@ -31,6 +33,12 @@ pub fn become_qemu(mut words: impl Iterator<Item = OsString>) -> io::Error {
     let (Some(parent), Some(program)) = (parent, words.next()) else { return usage() };
     if let Err(error) = confine(parent) {
         return error;
+    }
+    let words: Vec<OsString> = words.collect();
+    // Kernel and initramfs are named by descriptor; Landlock judges the file behind it.
+    let files = words.iter().filter(|word| word.as_encoded_bytes().starts_with(b"/proc/self/fd/")).map(PathBuf::from);
+    if let Err(error) = jail::child::confine(Path::new(&program), files.collect()) {
+        return io::Error::other(error);
     }
     let name = Path::new(&program).file_name().unwrap_or(OsStr::new("qemu")).to_owned();
     Command::new(program).arg0(name).args(words).env_clear().exec()

@@ -6,6 +6,7 @@ use std::process::ChildStderr;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::jail::{self, ThreadClass};
 use crate::engine::ConsoleSink;
 use crate::logs::console::clean;
 use crate::logs::limit::RateLimit;
@@ -26,6 +27,7 @@ pub(super) fn copy_console(mut socket: UnixStream, mut console: ConsoleSink) -> 
             match socket.read(&mut buffer) {
                 Ok(0) => return,
                 Ok(count) => {
+                    jail::enter_or_abort(ThreadClass::Service);
                     let _ = console.write_all(&buffer[..count]);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -50,6 +52,7 @@ impl Complaints {
                 match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
                     Ok(0) | Err(_) => return lines,
                     Ok(_) => {
+                        jail::enter_or_abort(ThreadClass::Device);
                         let text = clean(&line).trim().to_owned();
                         if text.is_empty() {
                             continue;

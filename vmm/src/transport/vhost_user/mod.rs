@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 
 use vhost::vhost_user::BackendReqHandler;
 
+use crate::jail::{self, ThreadClass};
 use crate::devices::virtio::device::VirtioDevice;
 use handler::Handler;
 
@@ -61,7 +62,7 @@ pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<Se
     let thread = std::thread::Builder::new().name(format!("vu-{name}")).stack_size(STACK_BYTES).spawn(move || {
         loop {
             match requests.handle_request() {
-                Ok(()) => {}
+                Ok(()) => jail::enter_or_abort(ThreadClass::Device),
                 Err(vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage) => return,
                 Err(vhost::vhost_user::Error::SocketBroken(_) | vhost::vhost_user::Error::SocketError(_)) => return,
                 Err(error) => {
