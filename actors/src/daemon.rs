@@ -236,6 +236,8 @@ impl Daemon {
     pub async fn detach(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
         let sandbox = self.find(name).await?;
         self.ask(&sandbox, Ask::Detach).await?;
+        // Seen means durable.
+        Self::until(sandbox, |view| (view.detail.spec.detached || view.gone).then_some(Ok(()))).await?;
         self.inspect(name).await
     }
 
