@@ -16,13 +16,13 @@ use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
-pub const MS: Duration = Duration::from_millis(1);
+pub(crate) const MS: Duration = Duration::from_millis(1);
 /// Bytes that a peer's socket holds before it says `WouldBlock`.
-pub const PEER_BUFFER: usize = 256 << 10;
+pub(crate) const PEER_BUFFER: usize = 256 << 10;
 
 /// What a peer does.
 #[derive(Clone, Debug)]
-pub enum Peer {
+pub(crate) enum Peer {
     /// Gives back what it gets, and ends when the stack ended.
     Echo,
     /// Refuses.
@@ -31,8 +31,6 @@ pub enum Peer {
     Silent,
     /// Has no route.
     NoRoute,
-    /// Takes everything.
-    Sink,
     /// Sends so many bytes, then ends.
     Source(usize),
     /// Says nothing and takes nothing.
@@ -43,35 +41,35 @@ pub enum Peer {
 
 /// A socket of the host, seen from its peer.
 #[derive(Debug)]
-pub struct SimSocket {
-    pub to: SocketAddr,
-    pub peer: Peer,
-    pub to_stack: VecDeque<u8>,
-    pub datagrams: VecDeque<Vec<u8>>,
-    pub from_stack: VecDeque<u8>,
-    pub taken: usize,
-    pub ended: bool,
-    pub broken: bool,
-    pub shut: bool,
-    pub connected_at: Option<Duration>,
+pub(crate) struct SimSocket {
+    pub(crate) to: SocketAddr,
+    pub(crate) peer: Peer,
+    pub(crate) to_stack: VecDeque<u8>,
+    pub(crate) datagrams: VecDeque<Vec<u8>>,
+    pub(crate) from_stack: VecDeque<u8>,
+    pub(crate) taken: usize,
+    pub(crate) ended: bool,
+    pub(crate) broken: bool,
+    pub(crate) shut: bool,
+    pub(crate) connected_at: Option<Duration>,
     told: bool,
     sent: usize,
 }
 
 /// The host.
 #[derive(Default)]
-pub struct SimHost {
-    pub now: Duration,
-    pub peers: HashMap<SocketAddr, Peer>,
-    pub default_peer: Option<Peer>,
-    pub connect_delay: Duration,
-    pub sockets: BTreeMap<SocketId, SimSocket>,
-    pub closed: BTreeMap<SocketId, (Close, usize)>,
-    pub attempts: Vec<SocketAddr>,
-    pub visitors: VecDeque<(SocketAddr, Peer)>,
-    pub visits: VecDeque<(Vec<u8>, SocketAddr)>,
-    pub visit_answers: Vec<(Vec<u8>, SocketAddr)>,
-    events: Vec<Event>,
+pub(crate) struct SimHost {
+    pub(crate) now: Duration,
+    pub(crate) peers: HashMap<SocketAddr, Peer>,
+    pub(crate) default_peer: Option<Peer>,
+    pub(crate) connect_delay: Duration,
+    pub(crate) sockets: BTreeMap<SocketId, SimSocket>,
+    pub(crate) closed: BTreeMap<SocketId, (Close, usize)>,
+    pub(crate) attempts: Vec<SocketAddr>,
+    pub(crate) visitors: VecDeque<(SocketAddr, Peer)>,
+    pub(crate) visits: VecDeque<(Vec<u8>, SocketAddr)>,
+    pub(crate) visit_answers: Vec<(Vec<u8>, SocketAddr)>,
+    pub(crate) events: Vec<Event>,
 }
 
 impl SimHost {
@@ -98,7 +96,7 @@ impl SimHost {
     }
 
     /// Lets the peers act.
-    pub fn advance(&mut self, now: Duration) {
+    pub(crate) fn advance(&mut self, now: Duration) {
         self.now = now;
         if !self.visitors.is_empty() || !self.visits.is_empty() {
             self.events.push(Event { source: Source::Listener(0), readable: true, writable: false });
@@ -119,11 +117,6 @@ impl SimHost {
                     socket.to_stack.extend(socket.from_stack.drain(..room));
                     socket.taken += room;
                     socket.ended = socket.shut && socket.from_stack.is_empty();
-                }
-                Peer::Sink => {
-                    socket.taken += socket.from_stack.len();
-                    socket.from_stack.clear();
-                    socket.ended = socket.shut;
                 }
                 Peer::Source(len) => {
                     socket.from_stack.clear();
@@ -147,7 +140,7 @@ impl SimHost {
     }
 
     /// The one socket that is connected to `to`.
-    pub fn socket_to(&mut self, to: &str) -> (SocketId, &mut SimSocket) {
+    pub(crate) fn socket_to(&mut self, to: &str) -> (SocketId, &mut SimSocket) {
         let to: SocketAddr = to.parse().unwrap();
         let (id, socket) = self.sockets.iter_mut().find(|(_, socket)| socket.to == to).expect("a socket to there");
         (*id, socket)
@@ -269,26 +262,26 @@ impl Host for SimHost {
 
 /// What the link does to frames.
 #[derive(Clone, Copy, Debug)]
-pub struct Faults {
-    pub loss_percent: u64,
-    pub duplicate_percent: u64,
-    pub delay: Duration,
+pub(crate) struct Faults {
+    pub(crate) loss_percent: u64,
+    pub(crate) duplicate_percent: u64,
+    pub(crate) delay: Duration,
     /// Each frame gets a further delay of up to this, so that frames overtake each other.
-    pub jitter: Duration,
+    pub(crate) jitter: Duration,
 }
 
-pub const CLEAN: Faults =
+pub(crate) const CLEAN: Faults =
     Faults { loss_percent: 0, duplicate_percent: 0, delay: Duration::from_micros(10), jitter: Duration::ZERO };
 
 /// One direction of the link.
-pub struct Wire {
+pub(crate) struct Wire {
     frames: BTreeMap<(Duration, u64), Vec<u8>>,
     counter: u64,
     faults: Faults,
     random: Random,
-    pub now: Duration,
-    pub room: bool,
-    pub seen: Vec<Vec<u8>>,
+    pub(crate) now: Duration,
+    pub(crate) room: bool,
+    pub(crate) seen: Vec<Vec<u8>>,
 }
 
 impl Wire {
@@ -297,7 +290,7 @@ impl Wire {
         Self { frames: BTreeMap::new(), counter: 0, faults, random, now: Duration::ZERO, room: true, seen: Vec::new() }
     }
 
-    pub fn push(&mut self, frame: &[u8]) {
+    pub(crate) fn push(&mut self, frame: &[u8]) {
         let percent = |random: &mut Random, of: u64| random.next_u64() % 100 < of;
         if self.seen.len() < 4096 {
             self.seen.push(frame[..frame.len().min(128)].to_vec());
@@ -385,13 +378,13 @@ impl Device for GuestLink {
 }
 
 /// The world.
-pub struct World {
-    pub now: Duration,
-    pub stack: Stack<SimHost>,
-    pub up: Wire,
-    pub down: Wire,
-    pub addresses: NetworkAddresses,
-    pub sockets: SocketSet<'static>,
+pub(crate) struct World {
+    pub(crate) now: Duration,
+    pub(crate) stack: Stack<SimHost>,
+    pub(crate) up: Wire,
+    pub(crate) down: Wire,
+    pub(crate) addresses: NetworkAddresses,
+    pub(crate) sockets: SocketSet<'static>,
     guest: Interface,
     link: GuestLink,
     next_port: u16,
@@ -403,11 +396,11 @@ fn instant(now: Duration) -> Instant {
 }
 
 impl World {
-    pub fn new(spec: NetworkSpec, host: SimHost) -> Self {
+    pub(crate) fn new(spec: NetworkSpec, host: SimHost) -> Self {
         Self::with(spec, host, CLEAN, 1, 256 << 10)
     }
 
-    pub fn with(spec: NetworkSpec, host: SimHost, faults: Faults, seed: u64, guest_buffer: usize) -> Self {
+    pub(crate) fn with(spec: NetworkSpec, host: SimHost, faults: Faults, seed: u64, guest_buffer: usize) -> Self {
         let addresses = spec.addresses();
         let network = VmNetwork {
             spec,
@@ -441,7 +434,7 @@ impl World {
     }
 
     /// A frame of the guest around an IP packet.
-    pub fn framed(&self, packet: &[u8]) -> Vec<u8> {
+    pub(crate) fn framed(&self, packet: &[u8]) -> Vec<u8> {
         let mut frame = Vec::with_capacity(14 + packet.len());
         frame.extend(self.addresses.gateway_mac.0);
         frame.extend(self.addresses.guest_mac.0);
@@ -458,7 +451,7 @@ impl World {
     }
 
     /// The guest connects.
-    pub fn connect(&mut self, to: &str) -> SocketHandle {
+    pub(crate) fn connect(&mut self, to: &str) -> SocketHandle {
         let handle = self.new_socket();
         self.next_port += 1;
         let to: SocketAddr = to.parse().unwrap();
@@ -468,29 +461,29 @@ impl World {
     }
 
     /// The guest listens.
-    pub fn listen(&mut self, port: u16) -> SocketHandle {
+    pub(crate) fn listen(&mut self, port: u16) -> SocketHandle {
         let handle = self.new_socket();
         self.sockets.get_mut::<tcp::Socket<'_>>(handle).listen(port).unwrap();
         handle
     }
 
-    pub fn socket(&mut self, handle: SocketHandle) -> &mut tcp::Socket<'static> {
+    pub(crate) fn socket(&mut self, handle: SocketHandle) -> &mut tcp::Socket<'static> {
         self.sockets.get_mut(handle)
     }
 
-    pub fn state(&mut self, handle: SocketHandle) -> tcp::State {
+    pub(crate) fn state(&mut self, handle: SocketHandle) -> tcp::State {
         self.socket(handle).state()
     }
 
     /// A frame of the guest, past the link's faults.
-    pub fn send_frame(&mut self, frame: &[u8]) {
+    pub(crate) fn send_frame(&mut self, frame: &[u8]) {
         self.down.now = self.now;
         self.stack.ingress(self.now, frame, &mut self.down);
         self.stack.poll(self.now, &mut self.down);
     }
 
     /// Everything that happens now.
-    pub fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for _ in 0..64 {
             self.up.now = self.now;
             self.down.now = self.now;
@@ -510,6 +503,7 @@ impl World {
             self.stack.host().advance(self.now);
             self.stack.poll(self.now, &mut self.down);
             self.stack.host().advance(self.now);
+            let quiet = quiet && self.stack.host().events.is_empty();
             if quiet
                 && self.down.deadline().is_none_or(|at| at > self.now)
                 && self.stack.deadline().is_none_or(|at| at > self.now)
@@ -520,7 +514,7 @@ impl World {
     }
 
     /// Runs until `done` says so or the time is up; whether it was done.
-    pub fn run(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) -> bool {
+    pub(crate) fn run(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) -> bool {
         let end = self.now + limit;
         loop {
             self.settle();
@@ -531,7 +525,9 @@ impl World {
             let guest = guest.map(|at| Duration::from_micros(at.total_micros() as u64));
             let stack = self.stack.deadline();
             let host = self.stack.host().deadline();
-            let next = [guest, stack, host, self.up.deadline(), self.down.deadline()].into_iter().flatten().min();
+            // The guest makes room again and tells so by a kick, which here is a look every tenth of a millisecond.
+            let kick = self.stack.wants_room().then_some(self.now + Duration::from_micros(100));
+            let next = [guest, stack, host, kick, self.up.deadline(), self.down.deadline()].into_iter().flatten().min();
             // A step is at least a microsecond: what is due now had its turn.
             let next = next.unwrap_or(end).max(self.now + Duration::from_micros(1));
             if next > end {
@@ -544,16 +540,16 @@ impl World {
     }
 
     /// Runs for so long.
-    pub fn pass(&mut self, time: Duration) {
+    pub(crate) fn pass(&mut self, time: Duration) {
         self.run(time, |_| false);
     }
 
-    pub fn records(&mut self) -> Vec<Record> {
+    pub(crate) fn records(&mut self) -> Vec<Record> {
         std::iter::from_fn(|| self.stack.take_record()).collect()
     }
 
     /// The frames to the guest since the last call, cut at 128 bytes.
-    pub fn seen(&mut self) -> Vec<Vec<u8>> {
+    pub(crate) fn seen(&mut self) -> Vec<Vec<u8>> {
         std::mem::take(&mut self.down.seen)
     }
 }
