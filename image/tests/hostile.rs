@@ -298,7 +298,8 @@ fn an_index_may_nest_but_not_without_end() {
 fn limits_hold_at_the_limit_and_one_step_past() {
     let many =
         |count: usize| (0..count).fold(Layer::new(), |layer, index| layer.file(&format!("f{index}"), b"x")).finish();
-    let cases: [(&str, Vec<u8>, Vec<u8>, fn(&mut Limits)); 6] = [
+    type Case = (&'static str, Vec<u8>, Vec<u8>, fn(&mut Limits));
+    let cases: [Case; 6] = [
         ("entries of a layer", many(10), many(11), |limits| limits.layer_entries = 10),
         ("size of a layer", vec![0; 20480], vec![0; 20992], |limits| limits.layer_bytes = 20480),
         ("size of a blob", vec![0; 20480], vec![0; 20992], |limits| limits.blob_bytes = 20480),
@@ -383,7 +384,7 @@ fn a_cut_at_every_block_is_an_error_and_leaves_nothing() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_flipped_bit_is_an_error_or_changes_nothing_that_matters(position in any::<prop::sample::Index>(), bit in 0u8..8, format in 0usize..3) {

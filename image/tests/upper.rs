@@ -1,5 +1,7 @@
 //! The writable disk: small when fresh, a sound ext4, growable online.
 
+#![allow(clippy::print_stdout, reason = "a test says what it measured or could not do")]
+
 mod support;
 
 use std::os::unix::fs::MetadataExt;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 
 use crate::compression::{Compression, Decoder, SNIFF_BYTES, sniff};
 use crate::error::ImageError;
@@ -58,6 +59,17 @@ impl<'a> Input<'a> {
             .map_err(|name| ImageError::Archive(format!("it is compressed with {name}; use gzip, zstd or none")))?;
         let decoder = Decoder::new(stream, compression).map_err(ImageError::Source)?;
         Ok(Self::Stream(Box::new(decoder)))
+    }
+}
+
+impl Input<'_> {
+    /// A second look at the same archive, for a source that can give one; the first is not disturbed.
+    pub(super) fn preview(&self) -> Option<Input<'static>> {
+        let Self::Seekable { file, position, length } = self else { return None };
+        let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        let mut preview = Input::Seekable { file: own, position: 0, length: *length };
+        preview.skip(*position).ok()?;
+        Some(preview)
     }
 }
 

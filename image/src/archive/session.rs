@@ -62,6 +62,8 @@ pub(super) struct Session<'a> {
     scratch: tempfile::TempDir,
     holds: Holds,
     names: HashMap<Vec<u8>, Name>,
+    /// What a look ahead learned about files whose names promise no digest.
+    hints: HashMap<Vec<u8>, Digest>,
     pub(super) blobs: HashMap<Digest, FoundBlob>,
     files_made: u64,
     bytes_seen: u64,
@@ -75,6 +77,7 @@ impl<'a> Session<'a> {
             scratch: store.temporary()?,
             holds: Holds::new(store),
             names: HashMap::new(),
+            hints: HashMap::new(),
             blobs: HashMap::new(),
             files_made: 0,
             bytes_seen: 0,
@@ -87,6 +90,9 @@ impl<'a> Session<'a> {
 
     /// Takes the whole archive in.
     pub(super) fn read(&mut self, input: Input<'_>, progress: &mut dyn FnMut(LoadEvent)) -> Result<(), ImageError> {
+        if let Some(preview) = input.preview() {
+            self.hints = look_ahead(preview, &self.options.limits).unwrap_or_default();
+        }
         let mut reader = TarReader::new(input);
         let mut entries = 0;
         while let Some(entry) = reader.next().map_err(outer_error)? {
@@ -142,7 +148,7 @@ impl<'a> Session<'a> {
         }
         let label = shown(name);
         let promised = promised_digest(name);
-        if let Some(digest) = promised
+        if let Some(digest) = promised.or_else(|| self.hints.get(name).copied())
             && self.reuse(digest, bytes)
         {
             self.bytes_seen += bytes;
@@ -340,12 +346,15 @@ fn unpack(
     })
 }
 
+/// Pieces to the worker, and empty ones back from it.
+type WorkerEnd = (SyncSender<Vec<u8>>, Receiver<Vec<u8>>);
+
 /// The reading side's half of a blob.
 struct Intake<'p> {
     file: File,
     path: &'p Path,
     hasher: Hasher,
-    worker: Option<(SyncSender<Vec<u8>>, Receiver<Vec<u8>>)>,
+    worker: Option<WorkerEnd>,
 }
 
 impl Intake<'_> {
@@ -426,6 +435,48 @@ fn layer_compression(head: &[u8]) -> Option<Compression> {
         Ok(compression) => Some(compression),
         Err(_) => None,
     }
+}
+
+/// Learns from the documents of an old docker archive which layer each `ID/layer.tar` is, by passing over everything else.
+///
+/// Only a hint: it decides whether the store's own copy is taken in place of the file, and the configuration's diff_ids are compared with
+/// what was taken in any case. So anything that is not as expected just means no hint.
+fn look_ahead(input: Input<'_>, limits: &crate::limits::Limits) -> Option<HashMap<Vec<u8>, Digest>> {
+    /// Larger documents than these are not worth a look ahead.
+    const DOCUMENT_BYTES: u64 = 1 << 20;
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Image {
+        config: String,
+        layers: Vec<String>,
+    }
+    let mut reader = TarReader::new(input);
+    let mut documents: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
+    let mut kept = 0;
+    let mut entries = 0;
+    while let Some(entry) = reader.next().ok()? {
+        entries += 1;
+        if entries > limits.archive_entries {
+            return None;
+        }
+        let is_document = entry.path.ends_with(b".json") || promised_digest(&entry.path).is_some();
+        if entry.kind == EntryKind::Regular && is_document && entry.size <= DOCUMENT_BYTES {
+            kept += entry.size;
+            if kept > limits.metadata_bytes {
+                return None;
+            }
+            let mut bytes = vec![0; usize::try_from(entry.size).ok()?];
+            reader.read_exact_data(&mut bytes).ok()?;
+            documents.insert(archive_name(&entry.path).ok()?, bytes);
+        }
+    }
+    let images: Vec<Image> = serde_json::from_slice(documents.get(&b"manifest.json"[..])?).ok()?;
+    let mut hints = HashMap::new();
+    for image in images {
+        let config = crate::config::ImageConfig::parse(documents.get(image.config.as_bytes())?).ok()?;
+        hints.extend(image.layers.into_iter().map(String::into_bytes).zip(config.diff_ids));
+    }
+    Some(hints)
 }
 
 /// The digest that a file's name promises: `blobs/sha256/HEX`, `HEX.tar`, `HEX.json`.

@@ -261,12 +261,10 @@ impl Store {
 
     fn present_parts(&self) -> Result<Vec<Part>, ImageError> {
         let mut parts = Vec::new();
-        let kinds: [(std::path::PathBuf, fn(Digest) -> Part); 3] = [
-            (self.paths().blobs(), Part::Blob),
-            (self.paths().layers(), Part::Layer),
-            (self.paths().roots(), Part::Root),
-        ];
-        for (directory, kind) in kinds {
+        let kind_of: [fn(Digest) -> Part; 3] = [Part::Blob, Part::Layer, Part::Root];
+        for (directory, kind) in
+            [self.paths().blobs(), self.paths().layers(), self.paths().roots()].into_iter().zip(kind_of)
+        {
             for entry in fs::read_dir(&directory).map_err(|error| io_error("read", &directory, error))? {
                 let entry = entry.map_err(|error| io_error("read", &directory, error))?;
                 // A foreign name is nobody's part; check() reports it.

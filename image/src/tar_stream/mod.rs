@@ -413,10 +413,7 @@ fn parse_number(field: &[u8]) -> Option<i64> {
         let mut value: i64 = if first & 0x40 != 0 { -1 } else { 0 };
         for (index, byte) in field.iter().enumerate() {
             let byte = if index == 0 { if value < 0 { byte | 0x80 } else { byte & 0x7f } } else { *byte };
-            if value > i64::MAX >> 8 || value < i64::MIN >> 8 {
-                return None;
-            }
-            value = (value << 8) | i64::from(byte);
+            value = value.checked_mul(256)?.checked_add(i64::from(byte))?;
         }
         return Some(value);
     }

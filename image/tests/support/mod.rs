@@ -2,6 +2,7 @@
 //!
 //! Each test file uses a part of it.
 #![allow(dead_code, reason = "every test binary compiles the whole module and uses some of it")]
+#![allow(clippy::print_stdout, reason = "a skipped test says why")]
 #![allow(unreachable_pub, reason = "shared by several test crates")]
 
 pub mod archive;
