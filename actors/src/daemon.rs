@@ -7,7 +7,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use actix::{Actor, Addr, MailboxError};
-use msb_protocol::control::{ActorRow, ActorTree, CreateRequest, ImageDetail, ImageSummary, LoadEvent, SandboxDetail, SandboxSummary, StoreReport};
+use msb_protocol::control::{
+    ActorRow, ActorTree, CreateRequest, ImageDetail, ImageSummary, LoadEvent, SandboxDetail, SandboxSummary,
+    StoreReport,
+};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
 use msb_protocol::id::SandboxName;
@@ -101,7 +104,8 @@ impl Daemon {
         let creator = if request.spec.detached {
             None
         } else {
-            let missing = || ApiError::new(ErrorCode::CreatorUnwatchable, "the creating process cannot be watched from here");
+            let missing =
+                || ApiError::new(ErrorCode::CreatorUnwatchable, "the creating process cannot be watched from here");
             Some(creator.map(|creator| (creator.identity, creator.pidfd)).ok_or_else(missing)?)
         };
         if let (Some(grace_ms), Some(name)) = (request.replace_grace_ms, request.spec.name.clone()) {
@@ -212,7 +216,12 @@ impl Daemon {
     ///
     /// # Errors
     /// `sandbox_not_found`, `sandbox_busy`.
-    pub async fn stop(&self, name: &SandboxName, grace_ms: Option<u64>, force: bool) -> Result<SandboxDetail, ApiError> {
+    pub async fn stop(
+        &self,
+        name: &SandboxName,
+        grace_ms: Option<u64>,
+        force: bool,
+    ) -> Result<SandboxDetail, ApiError> {
         let sandbox = self.find(name).await?;
         let event = if force { Event::Kill } else { Event::Stop { grace_ms, then: Then::Settle } };
         self.ask(&sandbox, Ask::Event(event)).await?;
@@ -268,7 +277,12 @@ impl Daemon {
     ///
     /// # Errors
     /// `sandbox_not_running`, or what the agent refuses with.
-    pub async fn open(&self, name: &SandboxName, kind: OpenKind, activity: ActivityKind) -> Result<(Session, ActivityGuard), ApiError> {
+    pub async fn open(
+        &self,
+        name: &SandboxName,
+        kind: OpenKind,
+        activity: ActivityKind,
+    ) -> Result<(Session, ActivityGuard), ApiError> {
         let mut sandbox = self.find(name).await?;
         let state = sandbox.view.borrow().state();
         match state {
@@ -285,7 +299,8 @@ impl Daemon {
                 Self::until_ready(sandbox.clone(), ready, failed).await?;
             }
             // A main stream may come when a short workload's sandbox is already on its way down: the agent knows better.
-            SandboxState::Draining | SandboxState::Stopping if matches!(kind, OpenKind::Main(_) | OpenKind::Attach(_)) => {}
+            SandboxState::Draining | SandboxState::Stopping
+                if matches!(kind, OpenKind::Main(_) | OpenKind::Attach(_)) => {}
             resting => return Err(not_running(name, resting)),
         }
         let boot_id = sandbox.view.borrow().detail.boot_id;
@@ -297,11 +312,15 @@ impl Daemon {
     }
 
     async fn ask(&self, sandbox: &SandboxRef, ask: Ask) -> Result<(), ApiError> {
-        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", sandbox.name));
+        let busy = || {
+            ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", sandbox.name))
+        };
         let address = sandbox.address.as_ref().ok_or_else(busy)?;
         match address.send(ask).await {
             Ok(outcome) => outcome,
-            Err(MailboxError::Closed) if sandbox.view.borrow().gone => Err(ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {}", sandbox.name))),
+            Err(MailboxError::Closed) if sandbox.view.borrow().gone => {
+                Err(ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {}", sandbox.name)))
+            }
             Err(_) => Err(busy()),
         }
     }
@@ -312,14 +331,20 @@ impl Daemon {
                 return Some(Ok(view.detail.clone()));
             }
             if view.starts_failed > failed && (view.gone || view.rests()) {
-                return Some(Err(view.failure.clone().unwrap_or_else(|| ApiError::new(ErrorCode::BootFailed, "the sandbox did not start"))));
+                return Some(Err(view
+                    .failure
+                    .clone()
+                    .unwrap_or_else(|| ApiError::new(ErrorCode::BootFailed, "the sandbox did not start"))));
             }
             view.gone.then(|| Err(ApiError::new(ErrorCode::Cancelled, "the sandbox was removed meanwhile")))
         })
         .await
     }
 
-    async fn until<T>(mut sandbox: SandboxRef, mut done: impl FnMut(&View) -> Option<Result<T, ApiError>>) -> Result<T, ApiError> {
+    async fn until<T>(
+        mut sandbox: SandboxRef,
+        mut done: impl FnMut(&View) -> Option<Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
         loop {
             if let Some(outcome) = done(&sandbox.view.borrow_and_update().clone()) {
                 return outcome;
@@ -327,7 +352,8 @@ impl Daemon {
             if sandbox.view.changed().await.is_err() {
                 // The supervisor let go of it: it is removed, or the daemon ends.
                 let last = sandbox.view.borrow().clone();
-                return done(&last).unwrap_or_else(|| Err(ApiError::new(ErrorCode::Cancelled, "the service is ending")));
+                return done(&last)
+                    .unwrap_or_else(|| Err(ApiError::new(ErrorCode::Cancelled, "the service is ending")));
             }
         }
     }
@@ -373,7 +399,12 @@ impl Daemon {
     ///
     /// # Errors
     /// What is wrong with the archive or the disk.
-    pub async fn load_image(&self, archive: Box<dyn Read + Send>, tag: Option<String>, progress: mpsc::Sender<LoadEvent>) -> Result<Vec<ImageSummary>, ApiError> {
+    pub async fn load_image(
+        &self,
+        archive: Box<dyn Read + Send>,
+        tag: Option<String>,
+        progress: mpsc::Sender<LoadEvent>,
+    ) -> Result<Vec<ImageSummary>, ApiError> {
         self.images().send(LoadImage { archive, tag, progress }).await.map_err(mailbox)?
     }
 
@@ -404,7 +435,15 @@ impl Daemon {
         let metrics = metrics.send(Inspect).await.map_err(mailbox)?;
         for (name, report) in [("images", images), ("metrics", metrics)] {
             let (handled, state) = (report.handled, report.state);
-            actors.push(ActorRow { name: name.into(), parent: "supervisor".into(), handled, mailbox: 0, restarts: 0, last_cause: None, state });
+            actors.push(ActorRow {
+                name: name.into(),
+                parent: "supervisor".into(),
+                handled,
+                mailbox: 0,
+                restarts: 0,
+                last_cause: None,
+                state,
+            });
         }
         Ok(ActorTree { actors })
     }

@@ -50,7 +50,9 @@ impl ProcessIdentity {
 /// The host's boot id; empty where /proc does not tell.
 pub fn host_boot_id() -> &'static str {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
-    BOOT_ID.get_or_init(|| std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned())
+    BOOT_ID.get_or_init(|| {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    })
 }
 
 /// Field 22 of a stat line. The command in parentheses may hold anything, so fields are counted from its last parenthesis.
@@ -69,7 +71,10 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
 
 /// Ends when the process of a pidfd has ended.
 pub async fn ended(pidfd: OwnedFd) {
-    #[expect(deprecated, reason = "an OwnedFd always names the same open file, and its replacement is an unsafe fn, which this crate forbids")]
+    #[expect(
+        deprecated,
+        reason = "an OwnedFd always names the same open file, and its replacement is an unsafe fn, which this crate forbids"
+    )]
     let watched = AsyncFd::with_interest(pidfd, Interest::READABLE);
     if let Ok(watched) = watched {
         // An error here means that the runtime ends; the process is then no longer anybody's business.

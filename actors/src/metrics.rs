@@ -109,6 +109,9 @@ impl Handler<Latest> for MetricsActor {
 impl Handler<Inspect> for MetricsActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
-        MessageResult(ActorReport { handled: self.handled, state: format!("samples of {} sandboxes", self.rings.len()) })
+        MessageResult(ActorReport {
+            handled: self.handled,
+            state: format!("samples of {} sandboxes", self.rings.len()),
+        })
     }
 }

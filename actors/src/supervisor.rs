@@ -156,7 +156,13 @@ impl SupervisorActor {
     }
 
     fn reference(&self, name: &SandboxName, child: &Child) -> SandboxRef {
-        SandboxRef { name: name.clone(), id: child.id, address: child.address.clone(), activity: child.activity.clone(), view: child.view.subscribe() }
+        SandboxRef {
+            name: name.clone(),
+            id: child.id,
+            address: child.address.clone(),
+            activity: child.activity.clone(),
+            view: child.view.subscribe(),
+        }
     }
 
     /// A child that is not gone.
@@ -198,18 +204,39 @@ impl SupervisorActor {
     }
 
     /// The factory: an incarnation of a child from its record.
-    fn give_birth(&mut self, name: &SandboxName, record: SandboxRecord, creator: Option<OwnedFd>, first: Option<Event>) {
+    fn give_birth(
+        &mut self,
+        name: &SandboxName,
+        record: SandboxRecord,
+        creator: Option<OwnedFd>,
+        first: Option<Event>,
+    ) {
         let (surroundings, deaths) = (self.surroundings.clone(), self.deaths.clone());
         let Some(child) = self.children.get_mut(name) else { return };
         child.incarnation += 1;
-        let guard = DeathGuard { deaths, name: name.clone(), id: child.id, incarnation: child.incarnation, expected: false };
-        let birth = Birth { record, surroundings, activity: child.activity.clone(), view: child.view.clone(), guard, creator, first };
+        let guard =
+            DeathGuard { deaths, name: name.clone(), id: child.id, incarnation: child.incarnation, expected: false };
+        let birth = Birth {
+            record,
+            surroundings,
+            activity: child.activity.clone(),
+            view: child.view.clone(),
+            guard,
+            creator,
+            first,
+        };
         child.address = Some(SandboxActor::new(birth).start());
     }
 
     fn bury(&mut self, death: Death, ctx: &mut Context<Self>) {
         let now_ms = self.surroundings.clock.now_ms();
-        let Some(child) = self.children.get_mut(&death.name).filter(|child| child.id == death.id && child.incarnation == death.incarnation) else { return };
+        let Some(child) = self
+            .children
+            .get_mut(&death.name)
+            .filter(|child| child.id == death.id && child.incarnation == death.incarnation)
+        else {
+            return;
+        };
         let Some(cause) = death.cause else {
             self.children.remove(&death.name);
             return;
@@ -265,7 +292,9 @@ impl Actor for SupervisorActor {
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX_LEN);
         if let Some(dead) = self.dead.take() {
-            ctx.add_stream(futures_util::stream::unfold(dead, |mut dead| async move { dead.recv().await.map(|death| (death, dead)) }));
+            ctx.add_stream(futures_util::stream::unfold(dead, |mut dead| async move {
+                dead.recv().await.map(|death| (death, dead))
+            }));
         }
         for record in std::mem::take(&mut self.found) {
             self.adopt_child(record, None, None);
@@ -296,13 +325,19 @@ impl Handler<Create> for SupervisorActor {
     fn handle(&mut self, Create { request, creator }: Create, _: &mut Self::Context) -> Self::Result {
         self.handled += 1;
         if self.children.len() >= SANDBOXES_MAX {
-            return Err(ApiError::new(ErrorCode::LimitExceeded, format!("there are {SANDBOXES_MAX} sandboxes already")));
+            return Err(ApiError::new(
+                ErrorCode::LimitExceeded,
+                format!("there are {SANDBOXES_MAX} sandboxes already"),
+            ));
         }
         let id = SandboxId::generate();
         let mut spec = request.spec;
         let name = match spec.name.clone() {
             Some(name) => name,
-            None => (0..).map(|try_number| invented_name(id, try_number)).find(|name| self.child(name).is_none()).unwrap_or_else(|| invented_name(id, 0)),
+            None => (0..)
+                .map(|try_number| invented_name(id, try_number))
+                .find(|name| self.child(name).is_none())
+                .unwrap_or_else(|| invented_name(id, 0)),
         };
         if self.child(&name).is_some() {
             return Err(ApiError::new(ErrorCode::SandboxAlreadyExists, format!("sandbox {name} exists already")));
@@ -343,7 +378,9 @@ impl Handler<Find> for SupervisorActor {
 
     fn handle(&mut self, Find(name): Find, ctx: &mut Self::Context) -> Self::Result {
         self.handled += 1;
-        let child = self.child(&name).ok_or_else(|| ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {name}")))?;
+        let child = self
+            .child(&name)
+            .ok_or_else(|| ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {name}")))?;
         let (reference, id, gave_up) = (self.reference(&name, child), child.id, child.gave_up);
         if gave_up {
             if let Some(child) = self.children.get_mut(&name) {
@@ -366,7 +403,12 @@ impl Handler<All> for SupervisorActor {
 
     fn handle(&mut self, _: All, _: &mut Self::Context) -> Self::Result {
         self.handled += 1;
-        let mut all: Vec<SandboxRef> = self.children.iter().filter(|(_, child)| !child.view.borrow().gone).map(|(name, child)| self.reference(name, child)).collect();
+        let mut all: Vec<SandboxRef> = self
+            .children
+            .iter()
+            .filter(|(_, child)| !child.view.borrow().gone)
+            .map(|(name, child)| self.reference(name, child))
+            .collect();
         // Identities are ordered by time of creation.
         all.sort_by_key(|sandbox| std::cmp::Reverse(sandbox.id));
         MessageResult(all)
@@ -456,8 +498,14 @@ impl Handler<Inspect> for SupervisorActor {
 
 /// A name for a sandbox that was given none: two words and four digits of its identity.
 fn invented_name(id: SandboxId, try_number: u32) -> SandboxName {
-    const FIRST: [&str; 16] = ["amber", "brisk", "calm", "deft", "early", "fresh", "glad", "hazel", "ivory", "keen", "lucid", "mild", "neat", "plain", "quiet", "swift"];
-    const SECOND: [&str; 16] = ["birch", "brook", "cedar", "cliff", "dune", "fern", "field", "grove", "heath", "lake", "maple", "marsh", "pine", "reef", "ridge", "stone"];
+    const FIRST: [&str; 16] = [
+        "amber", "brisk", "calm", "deft", "early", "fresh", "glad", "hazel", "ivory", "keen", "lucid", "mild", "neat",
+        "plain", "quiet", "swift",
+    ];
+    const SECOND: [&str; 16] = [
+        "birch", "brook", "cedar", "cliff", "dune", "fern", "field", "grove", "heath", "lake", "maple", "marsh",
+        "pine", "reef", "ridge", "stone",
+    ];
     // The last bytes of a version 7 UUID are random.
     let bytes = id.0.as_bytes();
     let words = (FIRST[usize::from(bytes[10] & 15)], SECOND[usize::from(bytes[11] & 15)]);

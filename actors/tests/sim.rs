@@ -139,7 +139,10 @@ fn a_workload_that_ends_before_anybody_looks_was_still_a_success() {
             world.create(SandboxSpec { command: words(command), ..detached(command) }).await;
             let detail = world.daemon.wait(&name(command)).await.unwrap();
             let end = detail.summary.last_end.unwrap();
-            assert_eq!((detail.summary.status, end.cause, end.process), (SandboxState::Stopped, EndCause::Completed, Some(ProcessEnd::exited(code))));
+            assert_eq!(
+                (detail.summary.status, end.cause, end.process),
+                (SandboxState::Stopped, EndCause::Completed, Some(ProcessEnd::exited(code)))
+            );
         }
         let ephemeral = SandboxSpec { command: words("true"), ephemeral: true, ..detached("gone") };
         world.create(ephemeral).await;
@@ -151,14 +154,28 @@ fn a_workload_that_ends_before_anybody_looks_was_still_a_success() {
 #[test]
 fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
     simulate(|world| async move {
-        let create = |spec: SandboxSpec| world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, None);
-        assert_eq!(create(SandboxSpec { image: "nginx".into(), ..detached("a") }).await.unwrap_err().code, ErrorCode::ImageNotFound);
+        let create = |spec: SandboxSpec| {
+            world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, None)
+        };
+        assert_eq!(
+            create(SandboxSpec { image: "nginx".into(), ..detached("a") }).await.unwrap_err().code,
+            ErrorCode::ImageNotFound
+        );
         world.launcher.fault(|faults| faults.launch = true);
         assert_eq!(create(detached("a")).await.unwrap_err().code, ErrorCode::EngineUnavailable);
         world.launcher.fault(|faults| *faults = Default::default());
-        assert_eq!(create(SandboxSpec { tty: true, ..detached("a") }).await.unwrap_err().code, ErrorCode::NotImplemented);
-        assert_eq!(create(SandboxSpec { detached: false, ..detached("a") }).await.unwrap_err().code, ErrorCode::CreatorUnwatchable);
-        assert_eq!(create(SandboxSpec { entrypoint: Some(Vec::new()), ..detached("a") }).await.unwrap_err().code, ErrorCode::InvalidConfig);
+        assert_eq!(
+            create(SandboxSpec { tty: true, ..detached("a") }).await.unwrap_err().code,
+            ErrorCode::NotImplemented
+        );
+        assert_eq!(
+            create(SandboxSpec { detached: false, ..detached("a") }).await.unwrap_err().code,
+            ErrorCode::CreatorUnwatchable
+        );
+        assert_eq!(
+            create(SandboxSpec { entrypoint: Some(Vec::new()), ..detached("a") }).await.unwrap_err().code,
+            ErrorCode::InvalidConfig
+        );
         assert!(world.daemon.list(&[]).await.unwrap().is_empty());
         assert_eq!(std::fs::read_dir(world.directory.path().join("sandboxes")).map_or(0, Iterator::count), 0);
         world.create(detached("a")).await;
@@ -236,7 +253,10 @@ fn beats_keep_it_alive_and_are_written_with_their_boot() {
         world.daemon.stop(&name("web"), None, false).await.unwrap();
         std::fs::write(&path, r#"{"boot_id":"stale","sequence":99999}"#).unwrap();
         world.launcher.fault(|faults| (faults.silent_boot, faults.boot_ms) = (true, 10_000));
-        let starting = { let daemon = world.daemon.clone(); tokio::task::spawn_local(async move { daemon.start(&name("web"), false).await }) };
+        let starting = {
+            let daemon = world.daemon.clone();
+            tokio::task::spawn_local(async move { daemon.start(&name("web"), false).await })
+        };
         world.until("web", SandboxState::Starting).await;
         while world.launcher.launched() < 2 {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -250,7 +270,11 @@ fn beats_keep_it_alive_and_are_written_with_their_boot() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert!(!path.exists());
-        assert_eq!(world.state("web").await, Some(SandboxState::Starting), "nothing of the old boot counts during a boot of 10 s");
+        assert_eq!(
+            world.state("web").await,
+            Some(SandboxState::Starting),
+            "nothing of the old boot counts during a boot of 10 s"
+        );
         world.launcher.ready("web");
         starting.await.unwrap().unwrap();
     });
@@ -278,7 +302,9 @@ fn idle_with_restart_runs_under_three_successive_boot_ids() {
 #[test]
 fn idleness_puts_to_sleep_activity_prevents_it_and_exec_wakes() {
     simulate(|world| async move {
-        world.create(SandboxSpec { idle_timeout_ms: Some(5_000), restart: RestartPolicy::Always, ..detached("web") }).await;
+        world
+            .create(SandboxSpec { idle_timeout_ms: Some(5_000), restart: RestartPolicy::Always, ..detached("web") })
+            .await;
         let exec = |argv: &str| OpenKind::Exec(ExecConfig { argv: words(argv).unwrap(), ..ExecConfig::default() });
         let session = world.daemon.open(&name("web"), exec("cat"), ActivityKind::Exec).await.unwrap();
         world.turn(20_000).await;
@@ -306,7 +332,9 @@ fn idleness_puts_to_sleep_activity_prevents_it_and_exec_wakes() {
 #[test]
 fn a_maximum_duration_ends_with_a_flush() {
     simulate(|world| async move {
-        world.create(SandboxSpec { max_duration_ms: Some(60_000), restart: RestartPolicy::Always, ..detached("web") }).await;
+        world
+            .create(SandboxSpec { max_duration_ms: Some(60_000), restart: RestartPolicy::Always, ..detached("web") })
+            .await;
         world.turn(59_000).await;
         assert_eq!(world.state("web").await, Some(SandboxState::Running));
         world.turn(2_000).await;
@@ -321,7 +349,10 @@ fn a_vm_that_ignores_everything_but_the_last_kill_is_gone_in_the_end() {
     simulate(|world| async move {
         world.launcher.fault(|faults| (faults.deaf, faults.stubborn_kills) = (true, 1));
         world.create(detached("web")).await;
-        let stopping = { let daemon = world.daemon.clone(); tokio::task::spawn_local(async move { daemon.stop(&name("web"), Some(2_000), false).await }) };
+        let stopping = {
+            let daemon = world.daemon.clone();
+            tokio::task::spawn_local(async move { daemon.stop(&name("web"), Some(2_000), false).await })
+        };
         world.until("web", SandboxState::Draining).await;
         world.turn(2_250).await;
         world.until("web", SandboxState::Stopping).await;
@@ -337,8 +368,14 @@ fn a_creators_death_stops_what_is_attached_and_removes_what_is_ephemeral() {
     simulate(|world| async move {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let attached = |text: &str| SandboxSpec { detached: false, ..detached(text) };
-        for spec in [attached("named"), SandboxSpec { ephemeral: true, ..attached("ephemeral") }, attached("detached-later")] {
-            world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child))).await.unwrap();
+        for spec in
+            [attached("named"), SandboxSpec { ephemeral: true, ..attached("ephemeral") }, attached("detached-later")]
+        {
+            world
+                .daemon
+                .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+                .await
+                .unwrap();
         }
         world.daemon.detach(&name("detached-later")).await.unwrap();
         child.kill().unwrap();
@@ -358,7 +395,11 @@ fn a_creator_that_dies_while_the_daemon_is_away_is_noticed_by_the_next_one() {
     simulate(|world| async move {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let spec = SandboxSpec { detached: false, ..detached("named") };
-        world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child))).await.unwrap();
+        world
+            .daemon
+            .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+            .await
+            .unwrap();
         let world = world.restart_daemon().await;
         world.until("named", SandboxState::Running).await;
         let world = world.restart_daemon().await;
@@ -376,7 +417,11 @@ fn five_hundred_creators_dying_at_once() {
         for number in 0..500 {
             let child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
             let spec = SandboxSpec { detached: false, ephemeral: true, ..detached(&format!("s{number}")) };
-            world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child))).await.unwrap();
+            world
+                .daemon
+                .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+                .await
+                .unwrap();
             children.push(child);
         }
         assert_eq!(world.launcher.alive(), 500);
@@ -410,7 +455,9 @@ fn a_daemon_killed_in_each_phase_finds_the_truth_and_nothing_half_made_survives(
         world.launcher.fault(|faults| faults.silent_boot = true);
         let daemon = world.daemon.clone();
         let booting = tokio::task::spawn_local(async move {
-            daemon.create(CreateRequest { spec: detached("booting"), hold_main: false, replace_grace_ms: None }, None).await
+            daemon
+                .create(CreateRequest { spec: detached("booting"), hold_main: false, replace_grace_ms: None }, None)
+                .await
         });
         world.until("booting", SandboxState::Starting).await;
         while world.launcher.spec_of("booting").is_none() {
@@ -499,7 +546,7 @@ fn an_actor_that_keeps_dying_is_given_up_until_somebody_asks() {
                 && let Some(address) = world.daemon.find(&name("web")).await.unwrap().address
             {
                 // The death is the point, not the answer.
-                drop(address.send(PanicNow).await);
+                let _ = address.send(PanicNow).await;
             }
             // Slow enough for nothing, fast enough that all deaths fall into one window of counting.
             if world.clock.now_ms() < 50_000 {
@@ -559,12 +606,76 @@ fn a_thousand_idle_restarts_use_a_thousand_boots_and_no_two_vms() {
 #[test]
 fn a_wall_clock_that_jumps_a_day_changes_nothing() {
     simulate(|world| async move {
-        world.create(SandboxSpec { idle_timeout_ms: Some(60_000), max_duration_ms: Some(120_000), ..detached("web") }).await;
+        world
+            .create(SandboxSpec { idle_timeout_ms: Some(60_000), max_duration_ms: Some(120_000), ..detached("web") })
+            .await;
         for jump in [86_400_000, -2 * 86_400_000] {
             world.clock.jump_wall(jump);
             world.turn(5_000).await;
             assert_eq!(world.state("web").await, Some(SandboxState::Running));
         }
         assert_eq!(world.launcher.launched(), 1);
+    });
+}
+
+/// `MSB_SIM_SANDBOXES=10000` runs the full load; a few hundred prove the same rules in seconds.
+#[test]
+fn a_fleet_created_crashed_and_idled_at_random_agrees_with_its_journal() {
+    simulate(|world| async move {
+        let count: usize = std::env::var("MSB_SIM_SANDBOXES").ok().and_then(|text| text.parse().ok()).unwrap_or(300);
+        world.launcher.fault(|faults| faults.no_beats = true);
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = move |below: u64| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed % below
+        };
+        for number in 0..count {
+            let idle = (random(2) == 0).then_some(3_000 + random(60_000));
+            let on_idle = if random(2) == 0 { OnIdle::Restart } else { OnIdle::Stop };
+            let spec = SandboxSpec { idle_timeout_ms: idle, on_idle, ..detached(&format!("s{number}")) };
+            world.create(spec).await;
+        }
+        for _ in 0..60 {
+            for _ in 0..count / 20 {
+                let name_text = format!("s{}", random(count as u64));
+                match random(4) {
+                    0 => world.launcher.crash(&name_text, EndCause::VmmCrash),
+                    1 => world.launcher.exit_main(&name_text, ProcessEnd::exited(1)),
+                    2 => {
+                        // Refused while another operation is under way, and that is fine.
+                        let _ = world.daemon.start(&name(&name_text), false).await;
+                    }
+                    _ => {
+                        let _ = world.daemon.stop(&name(&name_text), Some(100), false).await;
+                    }
+                }
+            }
+            // Less than the limit of silence: the fakes do not beat in this test.
+            world.clock.turn(900);
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        for _ in 0..count {
+            // Everything under way comes to its end.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let shown = world.daemon.list(&[]).await.unwrap();
+        assert_eq!(shown.len(), count, "nothing is lost and nothing doubled");
+        let world = world.restart_daemon().await;
+        for _ in 0..200 {
+            world.clock.turn(100);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let again = world.daemon.list(&[]).await.unwrap();
+        assert_eq!(again.len(), count);
+        let up = again.iter().filter(|summary| summary.status.is_live()).count();
+        assert!(
+            world.launcher.alive() <= up + count / 100 + 1,
+            "{} VMs for {up} live sandboxes",
+            world.launcher.alive()
+        );
+        let ids: BTreeSet<_> = again.iter().map(|summary| summary.id).collect();
+        assert_eq!(ids, shown.iter().map(|summary| summary.id).collect());
     });
 }

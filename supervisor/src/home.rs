@@ -26,7 +26,11 @@ pub fn private_directory(path: &Path) -> Result<(), ApiError> {
     }
     let metadata = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?;
     // A link is followed by everything that comes later, so what it points to is what counts, except in /tmp where anybody may lay one.
-    let metadata = if metadata.is_symlink() && !path.starts_with("/tmp") { std::fs::metadata(path).map_err(|error| refuse(error.to_string()))? } else { metadata };
+    let metadata = if metadata.is_symlink() && !path.starts_with("/tmp") {
+        std::fs::metadata(path).map_err(|error| refuse(error.to_string()))?
+    } else {
+        metadata
+    };
     if !metadata.is_dir() {
         return Err(refuse("is not a directory".into()));
     }
@@ -35,14 +39,17 @@ pub fn private_directory(path: &Path) -> Result<(), ApiError> {
         return Err(refuse(format!("belongs to user {}, not to {own}", metadata.uid())));
     }
     if metadata.mode() & 0o077 != 0 {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(|error| refuse(format!("is open to others and cannot be closed: {error}")))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
+            .map_err(|error| refuse(format!("is open to others and cannot be closed: {error}")))?;
     }
     let probe = path.join(format!(".writable-{}", std::process::id()));
     let written = File::create(&probe).and_then(|mut file| file.write_all(b"x"));
     let removed = std::fs::remove_file(&probe);
     match written.and(removed) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::StorageFull => Err(ApiError::new(ErrorCode::DiskFull, format!("{}: {error}", path.display()))),
+        Err(error) if error.kind() == ErrorKind::StorageFull => {
+            Err(ApiError::new(ErrorCode::DiskFull, format!("{}: {error}", path.display())))
+        }
         Err(error) => Err(refuse(format!("is not writable: {error}"))),
     }
 }
@@ -54,7 +61,14 @@ pub fn private_directory(path: &Path) -> Result<(), ApiError> {
 pub fn lock(home: &HomeLayout) -> Result<HomeLock, ApiError> {
     let path = home.lock();
     let refuse = |error: std::io::Error| ApiError::new(ErrorCode::HomeUnusable, format!("{}: {error}", path.display()));
-    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(refuse)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(refuse)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
@@ -62,7 +76,11 @@ pub fn lock(home: &HomeLayout) -> Result<HomeLock, ApiError> {
             // The text is for people; the lock itself is what counts.
             let _ = (&mut file).take(32).read_to_string(&mut pid);
             let pid = pid.trim();
-            let message = format!("another msbd serves {}{}", home.home.display(), if pid.is_empty() { String::new() } else { format!(" (pid {pid})") });
+            let message = format!(
+                "another msbd serves {}{}",
+                home.home.display(),
+                if pid.is_empty() { String::new() } else { format!(" (pid {pid})") }
+            );
             return Err(ApiError::new(ErrorCode::DaemonRunning, message));
         }
         Err(std::fs::TryLockError::Error(error)) => return Err(refuse(error)),

@@ -33,7 +33,9 @@ impl HostProbe {
     }
 
     async fn run(&self) -> Result<ProbeReport, ApiError> {
-        let failed = |why: String| ApiError::new(ErrorCode::EngineUnavailable, format!("{} --probe: {why}", self.program.display()));
+        let failed = |why: String| {
+            ApiError::new(ErrorCode::EngineUnavailable, format!("{} --probe: {why}", self.program.display()))
+        };
         let mut command = tokio::process::Command::new(&self.program);
         command.arg("--probe").args(&self.qemu).env_clear().stdin(std::process::Stdio::null()).kill_on_drop(true);
         let output = match tokio::time::timeout(PROBE_TIMEOUT, command.output()).await {

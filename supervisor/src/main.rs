@@ -62,7 +62,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), ApiError> {
     let settings = Settings::load()?;
-    let filter = tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     home::private_directory(&settings.home.home)?;
     let _lock = home::lock(&settings.home)?;
@@ -94,7 +95,8 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?;
-    let heartbeats = HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
+    let heartbeats =
+        HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
     let surroundings = Arc::new(Surroundings {
         home: settings.home.clone(),
         runtime_dir: settings.runtime_dir.clone(),
@@ -117,7 +119,8 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         tracing::debug!(%error, "nobody waits for a notification");
     }
     let failed = |error: std::io::Error| ApiError::internal(format!("signals cannot be watched: {error}"));
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()).map_err(failed)?, signal(SignalKind::interrupt()).map_err(failed)?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate()).map_err(failed)?, signal(SignalKind::interrupt()).map_err(failed)?);
     let aborter = serving.abort_handle();
     tokio::select! {
         _ = terminate.recv() => tracing::info!("told to end by a signal; sandboxes go on"),

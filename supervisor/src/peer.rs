@@ -25,10 +25,14 @@ impl Peer {
     #[must_use]
     pub fn of(stream: &UnixStream) -> Self {
         // A peer whose credentials cannot be read is nobody: no uid is this one.
-        let (uid, pid) = stream.peer_cred().map_or((u32::MAX, 0), |peer| (peer.uid(), peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0)));
+        let (uid, pid) = stream.peer_cred().map_or((u32::MAX, 0), |peer| {
+            (peer.uid(), peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))
+        });
         // SO_PEERPIDFD (Linux 6.5) names the process that connected even if it is gone and its pid was given away; without it the
         // start time is looked at twice.
-        let pidfd = getsockopt(stream, sockopt::PeerPidfd).ok().or_else(|| (pid != 0).then(|| ProcessIdentity::of(pid).ok()?.open()).flatten());
+        let pidfd = getsockopt(stream, sockopt::PeerPidfd)
+            .ok()
+            .or_else(|| (pid != 0).then(|| ProcessIdentity::of(pid).ok()?.open()).flatten());
         Self { uid, pid, pidfd: pidfd.map(Arc::new) }
     }
 
@@ -40,7 +44,11 @@ impl Peer {
         }
         let pidfd = self.pidfd.as_ref()?.try_clone().ok()?;
         // A creator that has died meanwhile has an identity that nobody has: the watch on its pidfd ends at once.
-        let identity = ProcessIdentity::of(self.pid).unwrap_or(ProcessIdentity { pid: self.pid, start_ticks: 0, host_boot_id: String::new() });
+        let identity = ProcessIdentity::of(self.pid).unwrap_or(ProcessIdentity {
+            pid: self.pid,
+            start_ticks: 0,
+            host_boot_id: String::new(),
+        });
         Some(Creator { identity, pidfd })
     }
 }

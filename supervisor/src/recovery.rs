@@ -13,12 +13,19 @@ pub async fn sweep(runtime_dir: &Path, known: &[SandboxId], launcher: &dyn Launc
     let Ok(entries) = std::fs::read_dir(runtime_dir.join("vm")) else { return };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| !kept.contains(path)) {
         // No run has this id, so whatever answers there is ended.
-        let request = AdoptRequest { boot_id: BootId(uuid::Uuid::nil()), identity: None, run_dir: path.clone(), log_dir: path.clone() };
+        let request = AdoptRequest {
+            boot_id: BootId(uuid::Uuid::nil()),
+            identity: None,
+            run_dir: path.clone(),
+            log_dir: path.clone(),
+        };
         let (events, _listener) = tokio::sync::mpsc::channel(EVENTS_LEN);
         drop(launcher.adopt(request, events).await);
         match std::fs::remove_dir_all(&path) {
             Ok(()) => tracing::warn!(path = %path.display(), "a run directory of no sandbox was removed"),
-            Err(error) => tracing::warn!(path = %path.display(), %error, "a run directory of no sandbox could not be removed"),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "a run directory of no sandbox could not be removed")
+            }
         }
     }
 }

@@ -30,7 +30,12 @@ pub fn listen(socket: &Path) -> Result<StdUnixListener, ApiError> {
         private_directory(directory)?;
     }
     match StdUnixStream::connect(socket) {
-        Ok(_) => return Err(ApiError::new(ErrorCode::DaemonRunning, format!("another msbd answers at {}", socket.display()))),
+        Ok(_) => {
+            return Err(ApiError::new(
+                ErrorCode::DaemonRunning,
+                format!("another msbd answers at {}", socket.display()),
+            ));
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         // A socket that nobody answers was left by a daemon that was killed.
         Err(_) => std::fs::remove_file(socket).map_err(|error| refuse(error.to_string()))?,
@@ -39,7 +44,8 @@ pub fn listen(socket: &Path) -> Result<StdUnixListener, ApiError> {
     let temporary = socket.with_extension(format!("{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
     let listener = StdUnixListener::bind(&temporary).map_err(|error| refuse(error.to_string()))?;
-    std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600)).map_err(|error| refuse(error.to_string()))?;
+    std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
+        .map_err(|error| refuse(error.to_string()))?;
     std::fs::rename(&temporary, socket).map_err(|error| refuse(error.to_string()))?;
     Ok(listener)
 }

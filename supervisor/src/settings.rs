@@ -36,9 +36,11 @@ impl Settings {
     /// # Errors
     /// `config_file` naming file and line.
     pub fn load() -> Result<Self, ApiError> {
-        let surroundings = Surroundings { msb_host: None, ..Surroundings::from_environment(rustix::process::getuid().as_raw()) };
+        let surroundings =
+            Surroundings { msb_host: None, ..Surroundings::from_environment(rustix::process::getuid().as_raw()) };
         let variable = |name: &str| std::env::var(name).ok();
-        let executable = std::env::current_exe().map_err(|error| ApiError::internal(format!("msbd does not find itself: {error}")))?;
+        let executable = std::env::current_exe()
+            .map_err(|error| ApiError::internal(format!("msbd does not find itself: {error}")))?;
         let programs = executable.parent().unwrap_or(Path::new("/")).to_owned();
         let path = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let home = HomeLayout::new(absolute(surroundings.home_dir())?);
@@ -78,7 +80,9 @@ impl Settings {
         HostSettings {
             kernel: self.kernel(),
             initramfs: self.share_dir.join("initramfs.cpio"),
-            cmdline_extra: std::env::var("MSB_CMDLINE_EXTRA").map(|words| words.split_whitespace().map(String::from).collect()).unwrap_or_default(),
+            cmdline_extra: std::env::var("MSB_CMDLINE_EXTRA")
+                .map(|words| words.split_whitespace().map(String::from).collect())
+                .unwrap_or_default(),
             qemu: self.config.text("qemu").map(PathBuf::from),
             engine: match self.config.text("engine") {
                 Some("kvm") => EngineChoice::Kvm,
@@ -94,11 +98,13 @@ impl Settings {
 }
 
 fn absolute(path: PathBuf) -> Result<PathBuf, ApiError> {
-    std::path::absolute(&path).map_err(|error| ApiError::new(ErrorCode::HomeUnusable, format!("{}: {error}", path.display())))
+    std::path::absolute(&path)
+        .map_err(|error| ApiError::new(ErrorCode::HomeUnusable, format!("{}: {error}", path.display())))
 }
 
 fn read_config(path: &Path) -> Result<Option<String>, ApiError> {
-    let refused = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::ConfigFile, format!("{}: {why}", path.display()));
+    let refused =
+        |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::ConfigFile, format!("{}: {why}", path.display()));
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(refused(&error)),

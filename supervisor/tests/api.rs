@@ -25,7 +25,9 @@ struct World {
 }
 
 fn serve<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
-    let system = actix::System::with_tokio_rt(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap());
+    let system = actix::System::with_tokio_rt(|| {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+    });
     system.block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let clock = Arc::new(SystemClock::default());
@@ -34,14 +36,19 @@ fn serve<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
         let listener = server::listen(&directory.path().join("msbd.sock")).unwrap();
         let state = ApiState::new(daemon, HostProbe::new("/nonexistent/msb-vmm".into(), None), directory.path().into());
         let serving = tokio::spawn(server::serve(listener, api::router(state)));
-        tokio::time::timeout(Duration::from_secs(60), test(World { directory, launcher })).await.expect("the test hangs");
+        tokio::time::timeout(Duration::from_secs(60), test(World { directory, launcher }))
+            .await
+            .expect("the test hangs");
         serving.abort();
     });
 }
 
 async fn raw(socket: &Path, method: &str, path: &str, body: &[u8]) -> (u16, String) {
     let mut stream = UnixStream::connect(socket).await.unwrap();
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: msbd\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: msbd\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     stream.write_all(head.as_bytes()).await.unwrap();
     // A service that refuses early closes before it has read everything.
     let _ = stream.write_all(body).await;
@@ -112,7 +119,11 @@ async fn drain(stream: &mut tokio_tungstenite::WebSocketStream<UnixStream>) -> (
 fn the_life_of_a_sandbox_over_http() {
     serve(|world| async move {
         let (status, detail) = world.create("box", json!({"labels": {"team": "ml"}})).await;
-        assert_eq!((status, &detail["status"], &detail["network"]), (200, &json!("running"), &json!("loopback only")), "{detail}");
+        assert_eq!(
+            (status, &detail["status"], &detail["network"]),
+            (200, &json!("running"), &json!("loopback only")),
+            "{detail}"
+        );
         let (status, error) = world.create("box", json!({})).await;
         assert_eq!((status, &error["code"]), (409, &json!("sandbox_already_exists")));
         let (_, list) = world.call("GET", "/v1/sandboxes?label=team%3Dml&label=team", Value::Null).await;
@@ -132,9 +143,12 @@ fn the_life_of_a_sandbox_over_http() {
         assert_eq!((status, &error["code"]), (404, &json!("sandbox_not_found")));
         assert_eq!(world.launcher.alive(), 0);
         let (_, events) = world.call("GET", "/v1/events", Value::Null).await;
-        let events: Vec<Value> = events.as_str().unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let events: Vec<Value> =
+            events.as_str().unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!((&events[0]["event"], &events.last().unwrap()["event"]), (&json!("created"), &json!("removed")));
-        assert!(events.windows(2).all(|pair| pair[1]["sequence"].as_u64() == pair[0]["sequence"].as_u64().map(|n| n + 1)));
+        assert!(
+            events.windows(2).all(|pair| pair[1]["sequence"].as_u64() == pair[0]["sequence"].as_u64().map(|n| n + 1))
+        );
     });
 }
 
@@ -143,10 +157,34 @@ fn what_cannot_be_understood_is_refused_with_a_code() {
     serve(|world| async move {
         for (method, path, body, status, code) in [
             ("POST", "/v1/sandboxes", json!({"spec": {"image": "busybox", "cpu": 1}}), 400, ErrorCode::InvalidRequest),
-            ("POST", "/v1/sandboxes", json!({"spec": {"image": "busybox", "cpus": 0, "detached": true}}), 400, ErrorCode::InvalidConfig),
-            ("POST", "/v1/sandboxes", json!({"spec": {"image": "nginx", "detached": true}}), 404, ErrorCode::ImageNotFound),
-            ("POST", "/v1/sandboxes", json!({"spec": {"image": "busybox", "detached": true, "tty": true}}), 501, ErrorCode::NotImplemented),
-            ("POST", "/v1/sandboxes", json!({"spec": {"image": "busybox", "detached": true, "labels": {"service.x": ""}}}), 400, ErrorCode::InvalidLabel),
+            (
+                "POST",
+                "/v1/sandboxes",
+                json!({"spec": {"image": "busybox", "cpus": 0, "detached": true}}),
+                400,
+                ErrorCode::InvalidConfig,
+            ),
+            (
+                "POST",
+                "/v1/sandboxes",
+                json!({"spec": {"image": "nginx", "detached": true}}),
+                404,
+                ErrorCode::ImageNotFound,
+            ),
+            (
+                "POST",
+                "/v1/sandboxes",
+                json!({"spec": {"image": "busybox", "detached": true, "tty": true}}),
+                501,
+                ErrorCode::NotImplemented,
+            ),
+            (
+                "POST",
+                "/v1/sandboxes",
+                json!({"spec": {"image": "busybox", "detached": true, "labels": {"service.x": ""}}}),
+                400,
+                ErrorCode::InvalidLabel,
+            ),
             ("GET", "/v1/sandboxes/..%2Fx", Value::Null, 400, ErrorCode::InvalidName),
             ("GET", "/v1/sandboxes?lable=x", Value::Null, 400, ErrorCode::InvalidRequest),
             ("GET", "/v1/sandboxes/nobody/logs?source=x", Value::Null, 400, ErrorCode::InvalidRequest),
@@ -187,7 +225,9 @@ fn commands_stream_in_and_out_and_tell_their_ends() {
             }
             match stream.next().await.unwrap().unwrap() {
                 Message::Binary(data) => back += data.len() as u64 - 1,
-                Message::Text(text) => credit += serde_json::from_str::<Value>(&text).unwrap()["bytes"].as_u64().unwrap_or(0),
+                Message::Text(text) => {
+                    credit += serde_json::from_str::<Value>(&text).unwrap()["bytes"].as_u64().unwrap_or(0)
+                }
                 _ => {}
             }
         }
@@ -268,7 +308,10 @@ fn a_held_workload_starts_with_its_stream_and_its_end_is_the_sandboxs() {
         assert_eq!(status, 200);
         assert!(!world.launcher.spec_of("run").unwrap().guest.main.unwrap().autostart);
         let mut stream = world.stream("/v1/sandboxes/run/main").await;
-        stream.send(text(json!({"type": "attach", "stdin": false, "terminal": null, "timeout_ms": null}))).await.unwrap();
+        stream
+            .send(text(json!({"type": "attach", "stdin": false, "terminal": null, "timeout_ms": null})))
+            .await
+            .unwrap();
         let (out, _, messages) = drain(&mut stream).await;
         assert_eq!((out.as_slice(), &messages.last().unwrap()["end"]["code"]), (&b"main\n"[..], &json!(0)));
         let (_, waited) = world.call("GET", "/v1/sandboxes/run/wait", Value::Null).await;
@@ -282,7 +325,11 @@ fn logs_are_followed_to_the_end_of_the_run_and_events_to_the_clients_end() {
         world.create("box", json!({"workload": "main", "command": ["serve"]})).await;
         let log = world.directory.path().join("sandboxes/box/logs/workload.jsonl");
         let boot_id = world.launcher.boots()[0];
-        let line = |data: &str| json!({"time": "2026-01-01T00:00:00Z", "boot_id": boot_id.to_string(), "source": "stdout", "data": data}).to_string() + "\n";
+        let line = |data: &str| {
+            json!({"time": "2026-01-01T00:00:00Z", "boot_id": boot_id.to_string(), "source": "stdout", "data": data})
+                .to_string()
+                + "\n"
+        };
         std::fs::write(&log, line("one\n")).unwrap();
         let following = {
             let socket = world.socket();
@@ -292,7 +339,8 @@ fn logs_are_followed_to_the_end_of_the_run_and_events_to_the_clients_end() {
         std::fs::write(&log, line("one\n") + &line("two\n")).unwrap();
         world.launcher.exit_main("box", ProcessEnd::exited(0));
         let (status, text) = following.await.unwrap();
-        let data: Vec<Value> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["data"].clone()).collect();
+        let data: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["data"].clone()).collect();
         assert_eq!((status, data), (200, vec![json!("one\n"), json!("two\n")]));
 
         let mut stream = UnixStream::connect(world.socket()).await.unwrap();
@@ -315,7 +363,10 @@ fn archives_are_streamed_in_and_their_progress_out() {
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!((status, &lines.last().unwrap()["type"]), (200, &json!("done")));
         let (_, text) = raw(&world.socket(), "POST", "/v1/images/load", b"").await;
-        assert_eq!(serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()["error"]["code"], "invalid_archive");
+        assert_eq!(
+            serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()["error"]["code"],
+            "invalid_archive"
+        );
         world.create("box", json!({})).await;
         let (status, error) = world.call("DELETE", "/v1/image?reference=busybox", Value::Null).await;
         assert_eq!((status, &error["code"]), (409, &json!("image_in_use")));
@@ -328,11 +379,15 @@ fn archives_are_streamed_in_and_their_progress_out() {
 fn the_service_describes_itself() {
     serve(|world| async move {
         let (_, version) = world.call("GET", "/v1/version", Value::Null).await;
-        assert_eq!((version["api_version"].as_u64(), version["pid"].as_u64()), (Some(1), Some(u64::from(std::process::id()))));
+        assert_eq!(
+            (version["api_version"].as_u64(), version["pid"].as_u64()),
+            (Some(1), Some(u64::from(std::process::id())))
+        );
         let (_, document) = world.call("GET", "/openapi.json", Value::Null).await;
         assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
         let (_, tree) = world.call("GET", "/v1/debug/actors", Value::Null).await;
-        let names: Vec<&str> = tree["actors"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
+        let names: Vec<&str> =
+            tree["actors"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
         assert_eq!(names, ["supervisor", "images", "metrics"]);
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(std::fs::metadata(world.socket()).unwrap().permissions().mode() & 0o777, 0o600);

@@ -70,7 +70,12 @@ pub trait ImageStore: Send + Sync + 'static {
     ///
     /// # Errors
     /// `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`.
-    fn load(&self, archive: &mut dyn Read, tag: Option<&str>, progress: &mut dyn FnMut(LoadEvent)) -> Result<Vec<ImageSummary>, ApiError>;
+    fn load(
+        &self,
+        archive: &mut dyn Read,
+        tag: Option<&str>,
+        progress: &mut dyn FnMut(LoadEvent),
+    ) -> Result<Vec<ImageSummary>, ApiError>;
     /// Checks everything.
     ///
     /// # Errors
@@ -91,14 +96,19 @@ impl ImageActor {
         Self { store, in_flight: HashMap::new(), handled: 0 }
     }
 
-    fn blocking<T: Send + 'static>(&mut self, work: impl FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send + 'static) -> ResponseFuture<Result<T, ApiError>> {
+    fn blocking<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send + 'static,
+    ) -> ResponseFuture<Result<T, ApiError>> {
         self.handled += 1;
         let store = self.store.clone();
         Box::pin(async move { on_pool(move || work(&*store)).await })
     }
 }
 
-async fn on_pool<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
+async fn on_pool<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome,
         Err(error) => Err(ApiError::internal(format!("work on images ended early: {error}"))),
@@ -250,6 +260,9 @@ impl Handler<CheckStore> for ImageActor {
 impl Handler<Inspect> for ImageActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
-        MessageResult(ActorReport { handled: self.handled, state: format!("{} images being prepared", self.in_flight.len()) })
+        MessageResult(ActorReport {
+            handled: self.handled,
+            state: format!("{} images being prepared", self.in_flight.len()),
+        })
     }
 }

@@ -39,7 +39,10 @@ impl ContentStore {
             unpacked_bytes: details.layers.iter().map(|layer| layer.unpacked_bytes).sum(),
             layers: u32::try_from(summary.layers).unwrap_or(u32::MAX),
             created_at: summary.created.as_ref().and_then(|text| text.parse().ok()),
-            loaded_at: i64::try_from(summary.loaded_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok()).unwrap_or_default(),
+            loaded_at: i64::try_from(summary.loaded_ms)
+                .ok()
+                .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+                .unwrap_or_default(),
             pinned: summary.pinned,
         })
     }
@@ -113,13 +116,20 @@ impl ImageStore for ContentStore {
         Ok(())
     }
 
-    fn load(&self, archive: &mut dyn Read, tag: Option<&str>, progress: &mut dyn FnMut(LoadEvent)) -> Result<Vec<ImageSummary>, ApiError> {
+    fn load(
+        &self,
+        archive: &mut dyn Read,
+        tag: Option<&str>,
+        progress: &mut dyn FnMut(LoadEvent),
+    ) -> Result<Vec<ImageSummary>, ApiError> {
         let tags = tag.map(str::parse::<TagRule>).transpose()?.into_iter().collect();
         let options = LoadOptions { tags, ..LoadOptions::default() };
         let loaded = self.store.load(LoadSource::Stream(Box::new(archive)), &options, &mut |event| {
             progress(match event {
                 msb_image::LoadEvent::Progress { bytes } => LoadEvent::Progress { bytes },
-                msb_image::LoadEvent::Layer { diff_id, known } => LoadEvent::Layer { diff_id: diff_id.to_string(), known },
+                msb_image::LoadEvent::Layer { diff_id, known } => {
+                    LoadEvent::Layer { diff_id: diff_id.to_string(), known }
+                }
                 msb_image::LoadEvent::Warning { message } => LoadEvent::Warning { message },
             });
         })?;

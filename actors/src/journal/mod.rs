@@ -73,7 +73,11 @@ pub enum JournalError {
 impl From<JournalError> for ApiError {
     fn from(error: JournalError) -> Self {
         let code = match &error {
-            JournalError::Io { source, .. } if source.raw_os_error() == Some(rustix::io::Errno::NOSPC.raw_os_error()) => ErrorCode::DiskFull,
+            JournalError::Io { source, .. }
+                if source.raw_os_error() == Some(rustix::io::Errno::NOSPC.raw_os_error()) =>
+            {
+                ErrorCode::DiskFull
+            }
             _ => ErrorCode::HomeUnusable,
         };
         Self::new(code, error.to_string())
@@ -126,7 +130,11 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn open_with(path: &Path, clock: Arc<dyn Clock>, migrations: &'static [Migration]) -> Result<(Self, Found), JournalError> {
+    pub fn open_with(
+        path: &Path,
+        clock: Arc<dyn Clock>,
+        migrations: &'static [Migration],
+    ) -> Result<(Self, Found), JournalError> {
         let (live, _) = broadcast::channel(LIVE_EVENTS_LEN);
         let (mut writer, found) = writer::Writer::open(path, clock, migrations, live.clone())?;
         let (commands, mut queue) = mpsc::channel(QUEUE_LEN);

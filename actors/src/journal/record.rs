@@ -101,7 +101,8 @@ pub(super) fn seal(value: &impl Serialize) -> Result<Vec<u8>, String> {
 /// # Errors
 /// What is wrong with it, for people.
 pub(super) fn unseal<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    let envelope: Envelope = postcard::from_bytes(bytes).map_err(|error| format!("its envelope is damaged: {error}"))?;
+    let envelope: Envelope =
+        postcard::from_bytes(bytes).map_err(|error| format!("its envelope is damaged: {error}"))?;
     if checksum(&envelope.body) != envelope.checksum {
         return Err("its checksum is wrong".into());
     }

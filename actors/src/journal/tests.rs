@@ -21,7 +21,14 @@ fn record(name: &str) -> SandboxRecord {
         command: Vec::new(),
         created_at: Timestamp::UNIX_EPOCH,
         started_at: None,
-        machine: Stored { state: State::Stopped, restarts: 0, failures: 0, detached: true, removing: false, ever_spawned: true },
+        machine: Stored {
+            state: State::Stopped,
+            restarts: 0,
+            failures: 0,
+            detached: true,
+            removing: false,
+            ever_spawned: true,
+        },
         vmm: None,
         creator: None,
         last_end: None,
@@ -54,7 +61,9 @@ fn open(path: &Path) -> (Journal, Found) {
 fn open_with(path: &Path, migrations: &'static [Migration]) -> Result<(Journal, Found), JournalError> {
     for _ in 0..200 {
         match Journal::open_with(path, Arc::new(SystemClock::default()), migrations) {
-            Err(JournalError::Open { reason, .. }) if reason.contains("already open") => std::thread::sleep(std::time::Duration::from_millis(5)),
+            Err(JournalError::Open { reason, .. }) if reason.contains("already open") => {
+                std::thread::sleep(std::time::Duration::from_millis(5))
+            }
             other => return other,
         }
     }
@@ -77,12 +86,15 @@ async fn what_was_answered_is_there_after_a_restart_and_numbers_go_on() {
     drop(journal);
 
     let (journal, found) = open(&path);
-    assert_eq!(found.records, [kept.clone()]);
+    assert_eq!(found.records.as_slice(), std::slice::from_ref(&kept));
     let mut live = journal.live_events();
     journal.write(Change::Event(draft(&kept, "state"))).await.unwrap();
     assert_eq!(live.recv().await.unwrap().sequence, 4);
     let events = journal.events_after(1, 100).await;
-    assert_eq!(events.iter().map(|event| (event.sequence, event.event.as_str())).collect::<Vec<_>>(), [(2, "created"), (3, "removed"), (4, "state")]);
+    assert_eq!(
+        events.iter().map(|event| (event.sequence, event.event.as_str())).collect::<Vec<_>>(),
+        [(2, "created"), (3, "removed"), (4, "state")]
+    );
     assert_eq!(journal.events_after(1, 1).await.len(), 1);
 }
 
@@ -113,7 +125,10 @@ async fn a_file_that_is_no_journal_is_put_aside_and_not_lost() {
     std::fs::write(&path, vec![7u8; 8192]).unwrap();
     let (_journal, found) = open(&path);
     assert!(found.problems[0].contains("damaged"), "{:?}", found.problems);
-    let kept = std::fs::read_dir(home.path()).unwrap().filter_map(Result::ok).find(|entry| entry.file_name().to_string_lossy().contains("damaged-"));
+    let kept = std::fs::read_dir(home.path())
+        .unwrap()
+        .filter_map(Result::ok)
+        .find(|entry| entry.file_name().to_string_lossy().contains("damaged-"));
     assert_eq!(std::fs::read(kept.unwrap().path()).unwrap(), vec![7u8; 8192]);
 }
 
@@ -152,9 +167,13 @@ async fn the_ring_of_events_is_bounded() {
 async fn a_full_disk_is_told_and_the_journal_goes_on_when_there_is_room_again() {
     let mount = tempfile::tempdir().unwrap();
     let mounted = rustix::process::geteuid().is_root()
-        && nix::mount::mount(Some("none"), mount.path(), Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=4m")).is_ok();
+        && nix::mount::mount(Some("none"), mount.path(), Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=4m"))
+            .is_ok();
     if !mounted {
-        eprintln!("skipped: mounting a small tmpfs needs root");
+        #[expect(clippy::print_stderr, reason = "a skipped test says so in words")]
+        {
+            eprintln!("skipped: mounting a small tmpfs needs root");
+        }
         return;
     }
     let path = mount.path().join("msb.redb");

@@ -54,7 +54,10 @@ impl Writer {
                 // Nothing can be read from it, so nothing is lost by going on without it; the file stays for repair by hand.
                 let aside = path.with_extension(format!("damaged-{}", clock.wall().as_second()));
                 std::fs::rename(path, &aside).map_err(|source| JournalError::Io { path: path.into(), source })?;
-                found.problems.push(format!("the journal was damaged ({reason}) and is now {}; sandboxes recorded in it are unknown", aside.display()));
+                found.problems.push(format!(
+                    "the journal was damaged ({reason}) and is now {}; sandboxes recorded in it are unknown",
+                    aside.display()
+                ));
                 open_database(path).map_err(refused)?
             }
             Err(reason) => return Err(refused(reason)),
@@ -68,7 +71,10 @@ impl Writer {
             drop(database);
             let backup = path.with_extension(format!("schema-{schema}.bak"));
             std::fs::copy(path, &backup).map_err(|source| JournalError::Io { path: backup.clone(), source })?;
-            found.problems.push(format!("the journal was brought from schema {schema} to {known}; the old one is {}", backup.display()));
+            found.problems.push(format!(
+                "the journal was brought from schema {schema} to {known}; the old one is {}",
+                backup.display()
+            ));
             database = open_database(path).map_err(refused)?;
         }
         let sequence = prepare(&database, schema, migrations, &mut found).map_err(refused)?;
@@ -131,7 +137,8 @@ impl Writer {
         let mut told = Vec::new();
         let path = self.path.clone();
         let refused = |reason: String| {
-            let full = reason.contains("No space left") || reason.contains("os error 28") || reason.contains("quota exceeded");
+            let full =
+                reason.contains("No space left") || reason.contains("os error 28") || reason.contains("quota exceeded");
             let code = if full { ErrorCode::DiskFull } else { ErrorCode::Internal };
             ApiError::new(code, format!("the journal {} could not be written: {reason}", path.display()))
         };
@@ -254,7 +261,9 @@ fn prepare(database: &Database, schema: u64, migrations: &[Migration], found: &m
         }
         for (key, bytes, reason) in damaged {
             let id = uuid::Uuid::from_u128(key);
-            found.problems.push(format!("the record of sandbox {id} is damaged ({reason}); it was put into quarantine"));
+            found
+                .problems
+                .push(format!("the record of sandbox {id} is damaged ({reason}); it was put into quarantine"));
             quarantine.insert(key, bytes.as_slice())?;
             sandboxes.remove(key)?;
         }

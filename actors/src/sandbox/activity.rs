@@ -50,7 +50,12 @@ impl Activity {
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
         let now = clock.now_ms();
-        Arc::new(Self { clock, active: AtomicU32::new(0), last_ms: AtomicU64::new(now), last: watch::Sender::new(None) })
+        Arc::new(Self {
+            clock,
+            active: AtomicU32::new(0),
+            last_ms: AtomicU64::new(now),
+            last: watch::Sender::new(None),
+        })
     }
 
     /// Something happened at once.

@@ -218,7 +218,11 @@ impl SandboxActor {
                     sandbox: self.record.name.clone(),
                     sandbox_id: self.record.id,
                     boot_id: self.machine.run().or(before).map(|run| run.boot_id),
-                    event: if matches!(event, Event::Start { .. }) && before.is_none() && self.record.started_at.is_none() && self.record.last_end.is_none() {
+                    event: if matches!(event, Event::Start { .. })
+                        && before.is_none()
+                        && self.record.started_at.is_none()
+                        && self.record.last_end.is_none()
+                    {
                         "created".into()
                     } else {
                         "state".into()
@@ -226,7 +230,13 @@ impl SandboxActor {
                     state: self.machine.shown(),
                     cause: *cause,
                     actor: self.actor_of(event, by.as_str()),
-                    message: self.record.last_end.as_ref().filter(|_| cause.is_some()).map(|end| end.message.clone()).unwrap_or_default(),
+                    message: self
+                        .record
+                        .last_end
+                        .as_ref()
+                        .filter(|_| cause.is_some())
+                        .map(|end| end.message.clone())
+                        .unwrap_or_default(),
                 };
                 Some(Change::Put(Box::new(self.record.clone()), Some(draft)))
             }
@@ -266,21 +276,22 @@ impl SandboxActor {
             Some(change) => {
                 self.stepping = true;
                 let journal = self.surroundings.journal.clone();
-                let durable = async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
-                    this.stepping = false;
-                    match outcome {
-                        // Nothing may be made that the journal does not know of.
-                        Err(error) if step.effects.contains(&Effect::LeaseImage) => {
-                            this.failure = Some(error);
-                            this.tell(Event::PhaseFailed, ctx);
-                            return;
+                let durable =
+                    async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
+                        this.stepping = false;
+                        match outcome {
+                            // Nothing may be made that the journal does not know of.
+                            Err(error) if step.effects.contains(&Effect::LeaseImage) => {
+                                this.failure = Some(error);
+                                this.tell(Event::PhaseFailed, ctx);
+                                return;
+                            }
+                            Err(error) => this.journal_refused(&error, ctx),
+                            Ok(()) => {}
                         }
-                        Err(error) => this.journal_refused(&error, ctx),
-                        Ok(()) => {}
-                    }
-                    this.perform(step.effects, ctx);
-                    this.advance(ctx);
-                });
+                        this.perform(step.effects, ctx);
+                        this.advance(ctx);
+                    });
                 ctx.wait(durable);
             }
         }
@@ -336,7 +347,10 @@ impl SandboxActor {
         let now = self.now_ms();
         let mut due = self.machine.deadline_ms(last);
         // While something is active idleness has no deadline; its end is noticed by looking.
-        if last.is_none() && self.record.spec.idle_timeout_ms.is_some() && matches!(self.machine.state(), State::Running { .. }) {
+        if last.is_none()
+            && self.record.spec.idle_timeout_ms.is_some()
+            && matches!(self.machine.state(), State::Running { .. })
+        {
             due = Some(due.unwrap_or(u64::MAX).min(now.saturating_add(IDLE_LOOK_MS)));
         }
         let Some(due) = due else { return };
@@ -398,10 +412,14 @@ impl SandboxActor {
         if let Some(error) = self.gone.as_ref().and_then(|gone| gone.boot_error.as_ref()) {
             self.failure = Some(boot_failure(error));
         } else if let Some(gone) = &self.gone {
-            let error = ApiError::new(ErrorCode::BootFailed, format!("the virtual machine did not come up: {}", clean(&gone.message)));
+            let error = ApiError::new(
+                ErrorCode::BootFailed,
+                format!("the virtual machine did not come up: {}", clean(&gone.message)),
+            );
             self.failure.get_or_insert(error);
         } else {
-            self.failure.get_or_insert_with(|| ApiError::new(ErrorCode::Cancelled, "the start was cancelled by a stop"));
+            self.failure
+                .get_or_insert_with(|| ApiError::new(ErrorCode::Cancelled, "the start was cancelled by a stop"));
         }
     }
 
@@ -428,13 +446,25 @@ impl SandboxActor {
     fn lease(&mut self, ctx: &mut Context<Self>) {
         self.failure = None;
         // A sandbox keeps the image it was made from, whatever its reference means by now.
-        let wanted = if self.record.image_digest.is_empty() { self.record.spec.image.clone() } else { self.record.image_digest.clone() };
+        let wanted = if self.record.image_digest.is_empty() {
+            self.record.spec.image.clone()
+        } else {
+            self.record.image_digest.clone()
+        };
         let images = self.surroundings.images.clone();
-        self.later(ctx, async move { News::Leased(images.send(Prepare(wanted)).await.unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))) });
+        self.later(ctx, async move {
+            News::Leased(
+                images
+                    .send(Prepare(wanted))
+                    .await
+                    .unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}")))),
+            )
+        });
     }
 
     fn make_disks(&mut self, ctx: &mut Context<Self>) {
-        let (directories, images, size_mib) = (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
+        let (directories, images, size_mib) =
+            (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         self.later(ctx, async move {
             let prepared = {
                 let directories = directories.clone();
@@ -444,7 +474,10 @@ impl SandboxActor {
                 Ok(Ok(true)) => Ok(()),
                 Ok(Ok(false)) => {
                     let path = directories.upper;
-                    images.send(MakeUpper { path, size_mib }).await.unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))
+                    images
+                        .send(MakeUpper { path, size_mib })
+                        .await
+                        .unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))
                 }
                 Ok(Err(error)) => Err(error),
                 Err(error) => Err(ApiError::internal(format!("making directories: {error}"))),
@@ -458,7 +491,14 @@ impl SandboxActor {
             return self.hear(News::Spawned(Err(ApiError::internal("a start without an image"))), ctx);
         };
         let who = (self.record.id, &self.record.name);
-        let spec = plan::vm_spec(who, &self.record.spec, run, (&image.config, image.lower.clone()), &self.surroundings.host, &self.directories);
+        let spec = plan::vm_spec(
+            who,
+            &self.record.spec,
+            run,
+            (&image.config, image.lower.clone()),
+            &self.surroundings.host,
+            &self.directories,
+        );
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(spec) => {
@@ -485,7 +525,9 @@ impl SandboxActor {
     /// A channel for the events of one run; those of another are dropped where they arrive.
     fn listen(&self, boot_id: BootId, ctx: &mut Context<Self>) -> EventSink {
         let (sink, events) = mpsc::channel(EVENTS_LEN);
-        let events = futures_util::stream::unfold(events, move |mut events| async move { events.recv().await.map(|event| ((boot_id, event), events)) });
+        let events = futures_util::stream::unfold(events, move |mut events| async move {
+            events.recv().await.map(|event| ((boot_id, event), events))
+        });
         ctx.add_stream(events);
         sink
     }
@@ -503,7 +545,9 @@ impl SandboxActor {
         let directories = self.directories.clone();
         self.later(ctx, async move {
             let removed = tokio::task::spawn_blocking(move || directories.remove()).await;
-            News::FilesRemoved(removed.unwrap_or_else(|error| Err(ApiError::internal(format!("removing files: {error}")))))
+            News::FilesRemoved(
+                removed.unwrap_or_else(|error| Err(ApiError::internal(format!("removing files: {error}")))),
+            )
         });
     }
 
@@ -530,20 +574,26 @@ impl SandboxActor {
                 self.record.vmm = Some(vm.identity.clone());
                 self.vm = Some(vm);
                 self.note_status(&status);
-                let ready = !matches!(status.state, msb_protocol::vmm::VmState::Booting | msb_protocol::vmm::VmState::SettingUp);
+                let ready = !matches!(
+                    status.state,
+                    msb_protocol::vmm::VmState::Booting | msb_protocol::vmm::VmState::SettingUp
+                );
                 self.tell(Event::Adopted { ready }, ctx);
                 self.watch_creator(ctx);
                 return;
             }
             News::Adopted(Adoption::Gone(gone)) => {
-                let event = Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
+                let event =
+                    Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
                 self.gone = Some(gone);
                 self.tell(event, ctx);
                 self.watch_creator(ctx);
                 return;
             }
             News::FilesRemoved(outcome) => return self.files_removed(outcome, ctx),
-            News::Leased(Err(error)) | News::Disks(Err(error)) | News::Spawned(Err(error)) => (Event::PhaseFailed, Some(error)),
+            News::Leased(Err(error)) | News::Disks(Err(error)) | News::Spawned(Err(error)) => {
+                (Event::PhaseFailed, Some(error))
+            }
         };
         if failure.is_some() {
             self.failure = failure;
@@ -586,7 +636,8 @@ impl SandboxActor {
         let mut view = View::clone(&self.view.borrow());
         view.gone = true;
         view.recovering = false;
-        (view.failure, view.starts_failed, view.runs_ready) = (self.failure.clone(), self.starts_failed, self.runs_ready);
+        (view.failure, view.starts_failed, view.runs_ready) =
+            (self.failure.clone(), self.starts_failed, self.runs_ready);
         view.detail = view::detail(&self.record, &self.machine, &self.directories, None);
         self.view.send_replace(Arc::new(view));
         ctx.stop();
@@ -624,7 +675,8 @@ impl SandboxActor {
 fn boot_failure(evidence: &BootError) -> ApiError {
     let mut error = evidence.error.clone();
     error.details.push(format!("stage: {}", evidence.stage));
-    if !evidence.console_tail.is_empty() && !error.details.iter().any(|detail| detail.contains(&evidence.console_tail)) {
+    if !evidence.console_tail.is_empty() && !error.details.iter().any(|detail| detail.contains(&evidence.console_tail))
+    {
         let tail: Vec<&str> = evidence.console_tail.lines().rev().take(20).collect();
         error.details.push(tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
     }
@@ -724,7 +776,8 @@ impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
                 self.advance(ctx);
             }
             VmEvent::Gone(gone) => {
-                let event = Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
+                let event =
+                    Event::VmEnded { cause: gone.cause, success: gone.main_end.is_some_and(|end| end.success()) };
                 self.gone = Some(*gone);
                 self.tell(event, ctx);
             }
@@ -744,7 +797,13 @@ impl SandboxActor {
         }
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
-        self.surroundings.metrics.sample(BeatSample { id: self.record.id, name: self.record.name.clone(), boot_id, at_ms: now_ms, beat });
+        self.surroundings.metrics.sample(BeatSample {
+            id: self.record.id,
+            name: self.record.name.clone(),
+            boot_id,
+            at_ms: now_ms,
+            beat,
+        });
         if self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }

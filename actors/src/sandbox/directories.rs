@@ -87,7 +87,8 @@ impl Directories {
         // Boot ids are ordered by time, so the oldest sorts first.
         let path = self.boot_errors.join(format!("{}-{name}.json", error.boot_id));
         std::fs::write(&path, serde_json::to_vec_pretty(error)?)?;
-        let mut kept: Vec<PathBuf> = std::fs::read_dir(&self.boot_errors)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        let mut kept: Vec<PathBuf> =
+            std::fs::read_dir(&self.boot_errors)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
         kept.sort();
         for old in kept.iter().take(kept.len().saturating_sub(BOOT_ERRORS_KEPT)) {
             std::fs::remove_file(old)?;
@@ -119,13 +120,20 @@ mod tests {
     #[test]
     fn a_boot_finds_nothing_of_an_earlier_one_and_a_removal_leaves_nothing() {
         let home = tempfile::tempdir().unwrap();
-        let directories = Directories::new(&HomeLayout::new(home.path()), &home.path().join("rt"), &"web".parse().unwrap(), SandboxId::generate());
+        let directories = Directories::new(
+            &HomeLayout::new(home.path()),
+            &home.path().join("rt"),
+            &"web".parse().unwrap(),
+            SandboxId::generate(),
+        );
         directories.prepare().unwrap();
         std::fs::write(directories.run.join(END_FILE), "{}").unwrap();
         std::fs::write(&directories.heartbeat, "{}").unwrap();
         std::fs::write(&directories.upper, "disk").unwrap();
         directories.prepare().unwrap();
-        assert!(!directories.run.join(END_FILE).exists() && !directories.heartbeat.exists() && directories.upper.exists());
+        assert!(
+            !directories.run.join(END_FILE).exists() && !directories.heartbeat.exists() && directories.upper.exists()
+        );
         directories.remove().unwrap();
         directories.remove().unwrap();
         assert!(!directories.root.exists() && !directories.run.exists());
@@ -138,10 +146,19 @@ mod tests {
         let directories = Directories::new(&HomeLayout::new(home.path()), home.path(), &name, SandboxId::generate());
         let ids: Vec<BootId> = (0..25).map(|number| BootId(uuid::Uuid::from_u128(number))).collect();
         for boot_id in &ids {
-            let error = BootError { boot_id: *boot_id, at_ns: 0, stage: "agent".into(), error: ApiError::internal("x"), console_tail: String::new() };
+            let error = BootError {
+                boot_id: *boot_id,
+                at_ns: 0,
+                stage: "agent".into(),
+                error: ApiError::internal("x"),
+                console_tail: String::new(),
+            };
             directories.keep_boot_error(&name, &error).unwrap();
         }
-        let mut kept: Vec<_> = std::fs::read_dir(&directories.boot_errors).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut kept: Vec<_> = std::fs::read_dir(&directories.boot_errors)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         kept.sort();
         assert_eq!(kept.len(), BOOT_ERRORS_KEPT);
         assert_eq!(kept[0], format!("{}-web.json", ids[5]));

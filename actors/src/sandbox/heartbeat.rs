@@ -236,6 +236,10 @@ mod tests {
         let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!((read["version"].as_u64(), read["sequence"].as_u64()), (Some(1), Some(2)));
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
-        write_one(&home.path().join("gone/heartbeat.json"), &Heartbeat::new(boot(7), &Beat::default(), Timestamp::UNIX_EPOCH)).unwrap();
+        write_one(
+            &home.path().join("gone/heartbeat.json"),
+            &Heartbeat::new(boot(7), &Beat::default(), Timestamp::UNIX_EPOCH),
+        )
+        .unwrap();
     }
 }

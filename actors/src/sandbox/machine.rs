@@ -279,7 +279,12 @@ impl Event {
             Self::Stop { .. } | Self::Kill | Self::Remove { .. } => By::User,
             Self::CreatorGone => By::Creator,
             Self::AgentReady | Self::MainExited | Self::VmEnded { .. } => By::Guest,
-            Self::Tick { .. } | Self::PhaseDone(_) | Self::PhaseFailed | Self::Unhealthy | Self::AgentSilent | Self::Adopted { .. } => By::Supervisor,
+            Self::Tick { .. }
+            | Self::PhaseDone(_)
+            | Self::PhaseFailed
+            | Self::Unhealthy
+            | Self::AgentSilent
+            | Self::Adopted { .. } => By::Supervisor,
         }
     }
 }
@@ -381,14 +386,18 @@ impl Machine {
     pub fn recover(policy: Policy, stored: &Stored, now_ms: u64) -> (Self, Vec<Effect>) {
         let recovering = |run, shown, ending| State::Recovering { run, shown, ending };
         let state = match stored.state {
-            State::Starting { run, abandon, .. } => recovering(run, SandboxState::Starting, abandon.map(|cause| (cause, Then::Settle))),
+            State::Starting { run, abandon, .. } => {
+                recovering(run, SandboxState::Starting, abandon.map(|cause| (cause, Then::Settle)))
+            }
             State::Running { run, .. } => recovering(run, SandboxState::Running, None),
             State::Draining { run, cause, then, .. } => recovering(run, SandboxState::Draining, Some((cause, then))),
             State::Stopping { run, cause, then, .. } => recovering(run, SandboxState::Stopping, Some((cause, then))),
             // The clock of another boot of the host says nothing here: the wait is over.
             State::Restarting { .. } => State::Restarting { at_ms: now_ms },
             // `always` comes back with the daemon even when somebody stopped it, as in docker.
-            State::Stopped if policy.restart == RestartPolicy::Always && !stored.removing => State::Restarting { at_ms: now_ms },
+            State::Stopped if policy.restart == RestartPolicy::Always && !stored.removing => {
+                State::Restarting { at_ms: now_ms }
+            }
             other => other,
         };
         let effects = match state {
@@ -488,7 +497,11 @@ impl Machine {
         match self.state {
             State::Running { ready_at_ms, .. } => {
                 let lifetime = self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit));
-                let idle = self.policy.idle_timeout_ms.zip(last_activity_ms).map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
+                let idle = self
+                    .policy
+                    .idle_timeout_ms
+                    .zip(last_activity_ms)
+                    .map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
                 [lifetime, idle].into_iter().flatten().min()
             }
             State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => Some(until_ms),
@@ -517,11 +530,16 @@ impl Machine {
     fn transition(&mut self, event: Event, at: Moment) -> Result<Vec<Effect>, Denial> {
         let word = self.shown().as_str();
         match (self.state, event) {
-            (State::Removed, Event::Start { .. } | Event::Stop { .. } | Event::Kill | Event::Remove { .. }) => Err(Denial::Gone),
+            (State::Removed, Event::Start { .. } | Event::Stop { .. } | Event::Kill | Event::Remove { .. }) => {
+                Err(Denial::Gone)
+            }
             (State::Removed, _) => Ok(Vec::new()),
 
             // Up.
-            (State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. }, Event::Start { by, hold_main }) => {
+            (
+                State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. },
+                Event::Start { by, hold_main },
+            ) => {
                 if by == By::User {
                     (self.restarts, self.failures) = (0, 0);
                 }
@@ -556,7 +574,9 @@ impl Machine {
                     Ok(self.undo(run, done, cause))
                 }
             }
-            (State::Starting { run, phase, abandon }, Event::PhaseFailed) => Ok(self.undo(run, phase, abandon.unwrap_or(EndCause::BootFailed))),
+            (State::Starting { run, phase, abandon }, Event::PhaseFailed) => {
+                Ok(self.undo(run, phase, abandon.unwrap_or(EndCause::BootFailed)))
+            }
             (State::Starting { run, phase: StartPhase::VmSpawned, .. }, Event::AgentReady) => {
                 self.state = State::Running { run, ready_at_ms: at.now_ms };
                 Ok(Vec::new())
@@ -568,13 +588,19 @@ impl Machine {
             }
 
             // Down, with a flush.
-            (State::Running { run, ready_at_ms }, Event::Stop { grace_ms, then }) => Ok(self.drain(run, ready_at_ms, EndCause::StopRequested, grace_ms, then, at)),
+            (State::Running { run, ready_at_ms }, Event::Stop { grace_ms, then }) => {
+                Ok(self.drain(run, ready_at_ms, EndCause::StopRequested, grace_ms, then, at))
+            }
             (State::Running { run, ready_at_ms }, Event::CreatorGone) if !self.detached => {
                 Ok(self.drain(run, ready_at_ms, EndCause::CreatorGone, None, Then::Settle, at))
             }
-            (State::Running { run, ready_at_ms }, Event::Unhealthy) => Ok(self.drain(run, ready_at_ms, EndCause::Unhealthy, None, Then::Settle, at)),
+            (State::Running { run, ready_at_ms }, Event::Unhealthy) => {
+                Ok(self.drain(run, ready_at_ms, EndCause::Unhealthy, None, Then::Settle, at))
+            }
             (State::Running { run, ready_at_ms }, Event::Tick { last_activity_ms }) => {
-                let over = |limit: Option<u64>, since: Option<u64>| limit.zip(since).is_some_and(|(limit, since)| at.now_ms >= since.saturating_add(limit));
+                let over = |limit: Option<u64>, since: Option<u64>| {
+                    limit.zip(since).is_some_and(|(limit, since)| at.now_ms >= since.saturating_add(limit))
+                };
                 if over(self.policy.max_duration_ms, Some(ready_at_ms)) {
                     Ok(self.drain(run, ready_at_ms, EndCause::MaxDuration, None, Then::Settle, at))
                 } else if over(self.policy.idle_timeout_ms, last_activity_ms.map(|last| last.max(ready_at_ms))) {
@@ -585,7 +611,8 @@ impl Machine {
             }
             (State::Running { run, ready_at_ms }, Event::MainExited) => {
                 let ran_ms = at.now_ms.saturating_sub(ready_at_ms);
-                self.state = stopping(run, EndCause::Completed, Then::Settle, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
+                self.state =
+                    stopping(run, EndCause::Completed, Then::Settle, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
                 Ok(Vec::new())
             }
             (State::Draining { run, cause, then, ran_ms, .. }, Event::MainExited) => {
@@ -612,20 +639,33 @@ impl Machine {
                 self.state = stopping(run, EndCause::StopRequested, then, until_ms, ran_ms);
                 Ok(Vec::new())
             }
-            (State::Restarting { .. } | State::Asleep, Event::Stop { then: Then::Settle, .. } | Event::Kill) => Ok(self.rest(State::Stopped)),
+            (State::Restarting { .. } | State::Asleep, Event::Stop { then: Then::Settle, .. } | Event::Kill) => {
+                Ok(self.rest(State::Stopped))
+            }
             (State::Restarting { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
             (State::Asleep, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
-            (State::Created | State::Stopped | State::Crashed | State::Asleep | State::Restarting { .. }, Event::Stop { then: Then::Start, .. }) => {
+            (
+                State::Created | State::Stopped | State::Crashed | State::Asleep | State::Restarting { .. },
+                Event::Stop { then: Then::Start, .. },
+            ) => {
                 (self.restarts, self.failures) = (0, 0);
                 Ok(self.begin(at, false, false))
             }
             (State::Created | State::Stopped | State::Crashed, Event::Stop { .. } | Event::Kill) => Ok(Vec::new()),
 
             // Down, at once. A guest that is not up has nothing to flush.
-            (State::Starting { run, phase, .. }, Event::Stop { .. } | Event::Kill) => Ok(self.abandon(run, phase, EndCause::StopRequested, at)),
-            (State::Starting { run, phase, .. }, Event::CreatorGone) if !self.detached => Ok(self.abandon(run, phase, EndCause::CreatorGone, at)),
-            (State::Running { run, ready_at_ms }, Event::Kill) => Ok(self.kill(run, EndCause::Killed, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at)),
-            (State::Draining { run, ran_ms, .. } | State::Stopping { run, ran_ms, .. }, Event::Kill) => Ok(self.kill(run, EndCause::Killed, Then::Settle, ran_ms, at)),
+            (State::Starting { run, phase, .. }, Event::Stop { .. } | Event::Kill) => {
+                Ok(self.abandon(run, phase, EndCause::StopRequested, at))
+            }
+            (State::Starting { run, phase, .. }, Event::CreatorGone) if !self.detached => {
+                Ok(self.abandon(run, phase, EndCause::CreatorGone, at))
+            }
+            (State::Running { run, ready_at_ms }, Event::Kill) => {
+                Ok(self.kill(run, EndCause::Killed, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
+            }
+            (State::Draining { run, ran_ms, .. } | State::Stopping { run, ran_ms, .. }, Event::Kill) => {
+                Ok(self.kill(run, EndCause::Killed, Then::Settle, ran_ms, at))
+            }
             (State::Running { run, ready_at_ms }, Event::AgentSilent) => {
                 Ok(self.kill(run, EndCause::AgentLost, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
@@ -635,7 +675,8 @@ impl Machine {
                 Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
             (
-                State::Draining { run, cause: wanted, then, ran_ms, .. } | State::Stopping { run, cause: wanted, then, ran_ms, .. },
+                State::Draining { run, cause: wanted, then, ran_ms, .. }
+                | State::Stopping { run, cause: wanted, then, ran_ms, .. },
                 Event::VmEnded { cause, success },
             ) => Ok(self.settle(run, Some(wanted), cause, success, then, ran_ms, at)),
 
@@ -667,10 +708,15 @@ impl Machine {
                 let (wanted, then) = ending.map_or((None, Then::Settle), |(cause, then)| (Some(cause), then));
                 Ok(self.settle(run, wanted, cause, success, then, 0, at))
             }
-            (State::Recovering { .. }, Event::Stop { .. } | Event::Kill | Event::Remove { force: true }) => Err(Denial::Busy(word)),
+            (State::Recovering { .. }, Event::Stop { .. } | Event::Kill | Event::Remove { force: true }) => {
+                Err(Denial::Busy(word))
+            }
 
             // Away.
-            (State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. }, Event::Remove { .. }) => {
+            (
+                State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. },
+                Event::Remove { .. },
+            ) => {
                 self.removing = true;
                 Ok(self.rest(State::Stopped))
             }
@@ -679,7 +725,10 @@ impl Machine {
                 self.removing = true;
                 Ok(self.abandon(run, phase, EndCause::Killed, at))
             }
-            (State::Running { run, .. } | State::Draining { run, .. } | State::Stopping { run, .. }, Event::Remove { force: true }) => {
+            (
+                State::Running { run, .. } | State::Draining { run, .. } | State::Stopping { run, .. },
+                Event::Remove { force: true },
+            ) => {
                 self.removing = true;
                 Ok(self.kill(run, EndCause::Killed, Then::Settle, 0, at))
             }
@@ -732,7 +781,15 @@ impl Machine {
         Vec::new()
     }
 
-    fn drain(&mut self, run: Run, ready_at_ms: u64, cause: EndCause, grace_ms: Option<u64>, then: Then, at: Moment) -> Vec<Effect> {
+    fn drain(
+        &mut self,
+        run: Run,
+        ready_at_ms: u64,
+        cause: EndCause,
+        grace_ms: Option<u64>,
+        then: Then,
+        at: Moment,
+    ) -> Vec<Effect> {
         let grace_ms = grace_ms.unwrap_or(self.policy.stop_grace_ms);
         let (until_ms, ran_ms) = (at.now_ms.saturating_add(grace_ms), at.now_ms.saturating_sub(ready_at_ms));
         self.state = State::Draining { run, cause, then, until_ms, ran_ms };
@@ -746,7 +803,16 @@ impl Machine {
 
     /// What follows an end. The only place that asks the policies.
     #[expect(clippy::too_many_arguments, reason = "each is one fact of the end, and all of them decide")]
-    fn settle(&mut self, run: Run, wanted: Option<EndCause>, seen: EndCause, success: bool, then: Then, ran_ms: u64, at: Moment) -> Vec<Effect> {
+    fn settle(
+        &mut self,
+        run: Run,
+        wanted: Option<EndCause>,
+        seen: EndCause,
+        success: bool,
+        then: Then,
+        ran_ms: u64,
+        at: Moment,
+    ) -> Vec<Effect> {
         // What was seen is told; what was wanted decides what follows.
         let told = match wanted {
             Some(wanted) if !seen.is_crash() && seen != EndCause::Killed => wanted,
@@ -771,7 +837,9 @@ impl Machine {
                 OnIdle::Stop => State::Asleep,
                 OnIdle::Restart => State::Restarting { at_ms: at.now_ms },
             },
-            EndCause::StopRequested | EndCause::Killed | EndCause::MaxDuration | EndCause::CreatorGone => State::Stopped,
+            EndCause::StopRequested | EndCause::Killed | EndCause::MaxDuration | EndCause::CreatorGone => {
+                State::Stopped
+            }
             EndCause::Completed => self.after_exit(success, at),
             EndCause::HostShutdown => match self.policy.restart {
                 RestartPolicy::Always | RestartPolicy::UnlessStopped => State::Restarting { at_ms: at.now_ms },

@@ -40,7 +40,10 @@ fn all_states() -> Vec<(&'static str, State)> {
         ("starting/disks_made, abandoned", starting(StartPhase::DisksMade, Some(EndCause::StopRequested))),
         ("starting/vm_spawned", starting(StartPhase::VmSpawned, None)),
         ("running", State::Running { run: run(), ready_at_ms: 0 }),
-        ("draining/idle", State::Draining { run: run(), cause: EndCause::Idle, then: Then::Settle, until_ms: 8_000, ran_ms: 0 }),
+        (
+            "draining/idle",
+            State::Draining { run: run(), cause: EndCause::Idle, then: Then::Settle, until_ms: 8_000, ran_ms: 0 },
+        ),
         ("stopping/stop_requested", stopping(run(), EndCause::StopRequested, Then::Settle, 8_000, 0)),
         ("stopping/completed", stopping(run(), EndCause::Completed, Then::Settle, 8_000, 0)),
         ("stopped", State::Stopped),
@@ -48,7 +51,14 @@ fn all_states() -> Vec<(&'static str, State)> {
         ("restarting", State::Restarting { at_ms: 10_000 }),
         ("crashed", State::Crashed),
         ("recovering/running", State::Recovering { run: run(), shown: SandboxState::Running, ending: None }),
-        ("recovering/stopping", State::Recovering { run: run(), shown: SandboxState::Stopping, ending: Some((EndCause::StopRequested, Then::Settle)) }),
+        (
+            "recovering/stopping",
+            State::Recovering {
+                run: run(),
+                shown: SandboxState::Stopping,
+                ending: Some((EndCause::StopRequested, Then::Settle)),
+            },
+        ),
         ("removed", State::Removed),
     ]
 }
@@ -106,10 +116,18 @@ fn show_effects(effects: &[Effect]) -> String {
 fn show_state(machine: &Machine) -> String {
     match machine.state {
         State::Starting { phase, abandon, .. } => {
-            format!("starting/{}{}", serde_json::to_value(phase).unwrap().as_str().unwrap(), if abandon.is_some() { ", abandoned" } else { "" })
+            format!(
+                "starting/{}{}",
+                serde_json::to_value(phase).unwrap().as_str().unwrap(),
+                if abandon.is_some() { ", abandoned" } else { "" }
+            )
         }
-        State::Draining { cause, then, .. } => format!("draining/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" }),
-        State::Stopping { cause, then, .. } => format!("stopping/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" }),
+        State::Draining { cause, then, .. } => {
+            format!("draining/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
+        }
+        State::Stopping { cause, then, .. } => {
+            format!("stopping/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
+        }
         State::Recovering { shown, .. } => format!("recovering/{}", shown.as_str()),
         State::Removed => "removed".into(),
         _ => machine.shown().as_str().into(),
@@ -257,7 +275,8 @@ fn a_crash_during_a_wanted_stop_is_told_and_not_restarted() {
 fn a_restart_is_a_stop_and_then_a_start_with_a_new_run() {
     let mut machine = running(policy(), true);
     machine.step(Event::Stop { grace_ms: Some(1), then: Then::Start }, at(1)).unwrap();
-    let effects = machine.step(ended(EndCause::StopRequested, true), Moment { now_ms: 2, next_boot_id: boot(3) }).unwrap();
+    let effects =
+        machine.step(ended(EndCause::StopRequested, true), Moment { now_ms: 2, next_boot_id: boot(3) }).unwrap();
     assert!(effects.contains(&Effect::LeaseImage));
     assert_eq!(machine.run().unwrap().boot_id, boot(3));
 }
@@ -285,7 +304,12 @@ fn a_first_start_that_fails_before_its_vm_leaves_nothing_and_a_later_one_keeps_t
 #[test]
 fn an_ephemeral_sandbox_vanishes_at_its_end_but_not_in_its_sleep() {
     let ephemeral = Policy { ephemeral: true, ..policy() };
-    for (cause, gone) in [(EndCause::Completed, true), (EndCause::VmmCrash, true), (EndCause::CreatorGone, true), (EndCause::Idle, false)] {
+    for (cause, gone) in [
+        (EndCause::Completed, true),
+        (EndCause::VmmCrash, true),
+        (EndCause::CreatorGone, true),
+        (EndCause::Idle, false),
+    ] {
         let mut machine = running(ephemeral.clone(), false);
         machine.step(ended(cause, true), at(1)).unwrap();
         assert_eq!(machine.state == State::Removed, gone, "{cause:?}");
@@ -311,22 +335,34 @@ fn a_recovered_record_looks_for_its_vm_and_goes_on_from_what_it_finds() {
     assert_eq!(machine.state, State::Removed);
     assert!(effects.ends_with(&[Effect::RemoveFiles]));
 
-    let (machine, _) = Machine::recover(Policy { restart: RestartPolicy::Always, ..policy() }, &Stored { state: State::Stopped, ..live.stored() }, 500);
+    let (machine, _) = Machine::recover(
+        Policy { restart: RestartPolicy::Always, ..policy() },
+        &Stored { state: State::Stopped, ..live.stored() },
+        500,
+    );
     assert_eq!(machine.shown(), SandboxState::Restarting);
 }
 
 fn event_strategy() -> impl Strategy<Value = Event> {
     let causes = prop::sample::select(vec![
-        EndCause::Completed, EndCause::StopRequested, EndCause::Killed, EndCause::GuestPanic, EndCause::BootFailed, EndCause::VmmCrash, EndCause::HostShutdown,
+        EndCause::Completed,
+        EndCause::StopRequested,
+        EndCause::Killed,
+        EndCause::GuestPanic,
+        EndCause::BootFailed,
+        EndCause::VmmCrash,
+        EndCause::HostShutdown,
     ]);
     prop_oneof![
-        any::<bool>().prop_map(|user| Event::Start { by: if user { By::User } else { By::Supervisor }, hold_main: false }),
+        any::<bool>()
+            .prop_map(|user| Event::Start { by: if user { By::User } else { By::Supervisor }, hold_main: false }),
         Just(Event::PhaseFailed),
         Just(Event::PhaseDone(StartPhase::VmSpawned)),
         Just(Event::AgentReady),
         Just(Event::MainExited),
         (causes, any::<bool>()).prop_map(|(cause, success)| Event::VmEnded { cause, success }),
-        any::<bool>().prop_map(|start| Event::Stop { grace_ms: None, then: if start { Then::Start } else { Then::Settle } }),
+        any::<bool>()
+            .prop_map(|start| Event::Stop { grace_ms: None, then: if start { Then::Start } else { Then::Settle } }),
         Just(Event::Kill),
         Just(Event::CreatorGone),
         Just(Event::Unhealthy),
@@ -364,9 +400,14 @@ impl World {
                 }
                 Effect::KillVm { .. } | Effect::Shutdown { .. } => assert!(self.vm, "nobody is there to be stopped"),
                 Effect::EndRun { boot_id, .. } => {
-                    assert!(self.begun.contains(boot_id) && self.over.insert(*boot_id), "a run ends that never began, or twice");
+                    assert!(
+                        self.begun.contains(boot_id) && self.over.insert(*boot_id),
+                        "a run ends that never began, or twice"
+                    );
                 }
-                Effect::RemoveFiles => assert!(!self.vm && self.phase_under_way.is_none(), "files go while something uses them"),
+                Effect::RemoveFiles => {
+                    assert!(!self.vm && self.phase_under_way.is_none(), "files go while something uses them")
+                }
                 Effect::Record { .. } | Effect::FailStart | Effect::Adopt => {}
             }
         }

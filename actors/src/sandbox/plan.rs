@@ -101,7 +101,12 @@ pub fn vm_spec(
 ///
 /// # Errors
 /// As [`vm_spec`].
-pub fn guest_config(name: &SandboxName, spec: &SandboxSpec, run: Run, image: &ImageConfigDetail) -> Result<GuestConfig, ApiError> {
+pub fn guest_config(
+    name: &SandboxName,
+    spec: &SandboxSpec,
+    run: Run,
+    image: &ImageConfigDetail,
+) -> Result<GuestConfig, ApiError> {
     // Names may be longer than a hostname (sethostname(2): 64 bytes).
     let hostname = spec.hostname.clone().unwrap_or_else(|| name.as_str().chars().take(63).collect());
     let main = match spec.workload {
@@ -109,7 +114,8 @@ pub fn guest_config(name: &SandboxName, spec: &SandboxSpec, run: Run, image: &Im
         Workload::Main => {
             let argv = command_line(spec, image);
             if argv.is_empty() {
-                return Err(ApiError::new(ErrorCode::InvalidConfig, format!("image {} names no command", spec.image)).with_hint("give one after the image"));
+                return Err(ApiError::new(ErrorCode::InvalidConfig, format!("image {} names no command", spec.image))
+                    .with_hint("give one after the image"));
             }
             let stop_signal = spec.stop_signal.as_deref().or(image.stop_signal.as_deref());
             // A signal that an image gets wrong is SIGTERM; one that the user gets wrong is an error.
@@ -117,7 +123,8 @@ pub fn guest_config(name: &SandboxName, spec: &SandboxSpec, run: Run, image: &Im
                 None => libc_sigterm(),
                 Some((_, Some(number))) => number,
                 Some((text, None)) if spec.stop_signal.is_some() => {
-                    return Err(ApiError::new(ErrorCode::InvalidConfig, format!("{text:?} is not a signal")).with_hint("name one, as SIGINT, or give its number"));
+                    return Err(ApiError::new(ErrorCode::InvalidConfig, format!("{text:?} is not a signal"))
+                        .with_hint("name one, as SIGINT, or give its number"));
                 }
                 Some((_, None)) => libc_sigterm(),
             };
@@ -147,7 +154,10 @@ pub fn guest_config(name: &SandboxName, spec: &SandboxSpec, run: Run, image: &Im
 pub fn environment(image: &[String], user: &BTreeMap<String, String>) -> Vec<EnvVar> {
     let mut merged: Vec<EnvVar> = Vec::with_capacity(image.len() + user.len() + 1);
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
-    let from_image = image.iter().filter_map(|pair| pair.split_once('=')).filter(|(name, value)| !name.is_empty() && !name.contains('\0') && !value.contains('\0'));
+    let from_image = image
+        .iter()
+        .filter_map(|pair| pair.split_once('='))
+        .filter(|(name, value)| !name.is_empty() && !name.contains('\0') && !value.contains('\0'));
     let from_user = user.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     for (name, value) in from_image.chain(from_user) {
         let variable = EnvVar { name: name.into(), value: value.into() };
@@ -171,17 +181,36 @@ pub fn environment(image: &[String], user: &BTreeMap<String, String>) -> Vec<Env
 /// `invalid_config` naming the limit.
 pub fn resource_limits(limits: &[Rlimit]) -> Result<Vec<ResourceLimit>, ApiError> {
     const NAMES: [&str; 16] = [
-        "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack",
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
     ];
     limits
         .iter()
         .map(|limit| {
             if !NAMES.contains(&limit.resource.as_str()) {
                 let message = format!("{:?} is not a resource limit", limit.resource);
-                return Err(ApiError::new(ErrorCode::InvalidConfig, message).with_hint(format!("use one of {}", NAMES.join(", "))));
+                return Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                    .with_hint(format!("use one of {}", NAMES.join(", "))));
             }
             if limit.soft > limit.hard {
-                return Err(ApiError::new(ErrorCode::InvalidConfig, format!("the soft limit of {} is above its hard limit", limit.resource)));
+                return Err(ApiError::new(
+                    ErrorCode::InvalidConfig,
+                    format!("the soft limit of {} is above its hard limit", limit.resource),
+                ));
             }
             Ok(ResourceLimit { resource: limit.resource.clone(), soft: limit.soft, hard: limit.hard })
         })
@@ -189,7 +218,12 @@ pub fn resource_limits(limits: &[Rlimit]) -> Result<Vec<ResourceLimit>, ApiError
 }
 
 fn volume_paths(image: &[String]) -> Vec<String> {
-    let mut paths: Vec<String> = image.iter().filter(|path| is_plain_path(path) && path.trim_matches('/') != "").take(VOLUMES_MAX).cloned().collect();
+    let mut paths: Vec<String> = image
+        .iter()
+        .filter(|path| is_plain_path(path) && !path.trim_matches('/').is_empty())
+        .take(VOLUMES_MAX)
+        .cloned()
+        .collect();
     paths.extend(VOLUMES_ALWAYS.map(String::from));
     paths.sort();
     paths.dedup();
@@ -209,8 +243,9 @@ fn libc_sigterm() -> i32 {
 #[must_use]
 pub fn signal_number(text: &str) -> Option<i32> {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP",
-        "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
+        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
+        "WINCH", "IO", "PWR", "SYS",
     ];
     const REALTIME_MIN: i32 = 34;
     const REALTIME_MAX: i32 = 64;
@@ -245,7 +280,13 @@ mod tests {
             working_dir: "/srv".into(),
             user: "app".into(),
             stop_signal: Some("SIGINT".into()),
-            volumes: vec!["/data".into(), "relative".into(), "/a/../../etc".into(), "/".into(), "/var/lib/docker".into()],
+            volumes: vec![
+                "/data".into(),
+                "relative".into(),
+                "/a/../../etc".into(),
+                "/".into(),
+                "/var/lib/docker".into(),
+            ],
             ..ImageConfigDetail::default()
         }
     }
@@ -305,13 +346,19 @@ mod tests {
             spec.stop_signal = Some("9".into());
         })
         .unwrap();
-        assert_eq!((own.user.as_str(), own.workdir.as_str(), own.hostname.as_str(), own.main.unwrap().stop_signal), ("0:0", "/", "h", 9));
+        assert_eq!(
+            (own.user.as_str(), own.workdir.as_str(), own.hostname.as_str(), own.main.unwrap().stop_signal),
+            ("0:0", "/", "h", 9)
+        );
         assert!(config(|spec| spec.workload = Workload::None).unwrap().main.is_none());
     }
 
     #[test]
     fn what_makes_no_sense_is_refused_when_the_user_wrote_it() {
-        assert_eq!(config(|spec| spec.stop_signal = Some("SIGNOPE".into())).unwrap_err().code, ErrorCode::InvalidConfig);
+        assert_eq!(
+            config(|spec| spec.stop_signal = Some("SIGNOPE".into())).unwrap_err().code,
+            ErrorCode::InvalidConfig
+        );
         let no_command = |spec: &mut SandboxSpec| spec.entrypoint = Some(Vec::new());
         assert!(config(no_command).unwrap_err().message.contains("names no command"));
         let limit = |resource: &str, soft, hard| resource_limits(&[Rlimit { resource: resource.into(), soft, hard }]);
@@ -322,7 +369,10 @@ mod tests {
         image.stop_signal = Some("nonsense".into());
         let mut spec = SandboxSpec::new("i");
         spec.workload = Workload::Main;
-        assert_eq!(guest_config(&"n".parse().unwrap(), &spec, run(false), &image).unwrap().main.unwrap().stop_signal, 15);
+        assert_eq!(
+            guest_config(&"n".parse().unwrap(), &spec, run(false), &image).unwrap().main.unwrap().stop_signal,
+            15
+        );
     }
 
     #[test]
@@ -336,8 +386,20 @@ mod tests {
     #[test]
     fn signals_have_names_and_numbers() {
         for (text, number) in [
-            ("SIGTERM", Some(15)), ("term", Some(15)), ("15", Some(15)), ("SIGSYS", Some(31)), ("RTMIN", Some(34)), ("SIGRTMIN+3", Some(37)),
-            ("RTMAX-1", Some(63)), ("64", Some(64)), ("65", None), ("0", None), ("-1", None), ("SIGRTMIN+31", None), ("", None), ("SIG", None),
+            ("SIGTERM", Some(15)),
+            ("term", Some(15)),
+            ("15", Some(15)),
+            ("SIGSYS", Some(31)),
+            ("RTMIN", Some(34)),
+            ("SIGRTMIN+3", Some(37)),
+            ("RTMAX-1", Some(63)),
+            ("64", Some(64)),
+            ("65", None),
+            ("0", None),
+            ("-1", None),
+            ("SIGRTMIN+31", None),
+            ("", None),
+            ("SIG", None),
         ] {
             assert_eq!(signal_number(text), number, "{text}");
         }

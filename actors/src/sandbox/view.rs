@@ -1,9 +1,9 @@
 //! What others see of a sandbox: published by its actor after a change is durable, read without asking the actor.
 
+use jiff::Timestamp;
 use msb_protocol::control::{SandboxDetail, SandboxSummary};
 use msb_protocol::error::ApiError;
 use msb_protocol::state::SandboxState;
-use jiff::Timestamp;
 
 use super::directories::Directories;
 use super::machine::{Machine, State};
@@ -44,7 +44,12 @@ impl View {
 
 /// What the API shows of a record.
 #[must_use]
-pub fn detail(record: &SandboxRecord, machine: &Machine, directories: &Directories, next_try_at: Option<Timestamp>) -> SandboxDetail {
+pub fn detail(
+    record: &SandboxRecord,
+    machine: &Machine,
+    directories: &Directories,
+    next_try_at: Option<Timestamp>,
+) -> SandboxDetail {
     let live = machine.run().is_some();
     SandboxDetail {
         summary: SandboxSummary {

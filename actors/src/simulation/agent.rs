@@ -3,7 +3,8 @@
 
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
-    Assembler, Exited, Failure, GuestBody, HostBody, Open, OpenKind, Opened, Output, OutputStream, Started, StdinCredit, encode_guest,
+    Assembler, Exited, Failure, GuestBody, HostBody, Open, OpenKind, Opened, Output, OutputStream, Started,
+    StdinCredit, encode_guest,
 };
 use msb_protocol::id::BootId;
 use msb_protocol::state::ProcessEnd;
@@ -53,7 +54,8 @@ pub(super) async fn serve(io: DuplexStream, boot_id: BootId, main_ended: impl Fn
 async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce(ProcessEnd)) -> Option<()> {
     let Some(HostBody::Open(Open { boot_id: wanted, kind: Some(kind), .. })) = stream.next().await else { return None };
     if wanted != boot_id.0.as_bytes() {
-        let failure = Failure { code: "sandbox_not_running".into(), message: "another boot".into(), ..Failure::default() };
+        let failure =
+            Failure { code: "sandbox_not_running".into(), message: "another boot".into(), ..Failure::default() };
         return stream.send(GuestBody::Refused(failure)).await;
     }
     let argv = match &kind {
@@ -62,7 +64,8 @@ async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce
         OpenKind::Control(_) => Vec::new(),
     };
     if argv.first().is_some_and(|program| program == "missing") {
-        let failure = Failure { code: "exec_not_found".into(), message: "missing: not found".into(), ..Failure::default() };
+        let failure =
+            Failure { code: "exec_not_found".into(), message: "missing: not found".into(), ..Failure::default() };
         return stream.send(GuestBody::Refused(failure)).await;
     }
     stream.send(GuestBody::Opened(Opened { generation: 1, agent_version: "fake".into(), ..Opened::default() })).await?;

@@ -61,7 +61,10 @@ impl Clock for TurnedClock {
     fn wall(&self) -> Timestamp {
         let inner = self.lock();
         let ms = i64::try_from(inner.now_ms).unwrap_or(i64::MAX).saturating_add(inner.wall_shift_ms);
-        Timestamp::UNIX_EPOCH.checked_add(SignedDuration::from_hours(24 * 365 * 50)).and_then(|at| at.checked_add(SignedDuration::from_millis(ms))).unwrap_or_default()
+        Timestamp::UNIX_EPOCH
+            .checked_add(SignedDuration::from_hours(24 * 365 * 50))
+            .and_then(|at| at.checked_add(SignedDuration::from_millis(ms)))
+            .unwrap_or_default()
     }
 
     fn sleep_until(&self, at_ms: u64) -> Sleep {
@@ -73,7 +76,7 @@ impl Clock for TurnedClock {
         let key = (at_ms, inner.next);
         inner.next += 1;
         // Sleepers nobody waits for any more are swept now and then, so that hours of beats do not pile up.
-        if inner.next % 4_096 == 0 {
+        if inner.next.is_multiple_of(4_096) {
             inner.sleepers.retain(|_, sleeper| !sleeper.is_closed());
         }
         inner.sleepers.insert(key, wake);

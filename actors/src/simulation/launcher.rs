@@ -129,7 +129,8 @@ impl FakeLauncher {
     pub fn crash(&self, name: &str, cause: EndCause) {
         if let Some(vm) = self.named(name) {
             // A VM that is gone cannot die again.
-            let _ = vm.inbox.send(Input::End(Gone { cause, main_end: None, message: "injected".into(), boot_error: None }));
+            let _ =
+                vm.inbox.send(Input::End(Gone { cause, main_end: None, message: "injected".into(), boot_error: None }));
         }
     }
 
@@ -137,7 +138,12 @@ impl FakeLauncher {
     pub fn exit_main(&self, name: &str, end: ProcessEnd) {
         if let Some(vm) = self.named(name) {
             let _ = vm.inbox.send(Input::Raw(VmEvent::MainExited(end)));
-            let _ = vm.inbox.send(Input::End(Gone { cause: EndCause::Completed, main_end: Some(end), message: String::new(), boot_error: None }));
+            let _ = vm.inbox.send(Input::End(Gone {
+                cause: EndCause::Completed,
+                main_end: Some(end),
+                message: String::new(),
+                boot_error: None,
+            }));
         }
     }
 
@@ -170,7 +176,8 @@ impl Launcher for FakeLauncher {
         self.launched.fetch_add(1, Ordering::Relaxed);
         self.boots.lock().unwrap_or_else(PoisonError::into_inner).push(spec.boot_id);
         let pid = self.pids.fetch_add(1, Ordering::Relaxed);
-        let identity = ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
+        let identity =
+            ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
         let (inbox, inputs) = mpsc::unbounded_channel();
         let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), inbox, gone: Mutex::new(None) });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
@@ -180,7 +187,12 @@ impl Launcher for FakeLauncher {
     }
 
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
-        let gone = |message: &str| Gone { cause: EndCause::VmmCrash, main_end: None, message: message.into(), boot_error: None };
+        let gone = |message: &str| Gone {
+            cause: EndCause::VmmCrash,
+            main_end: None,
+            message: message.into(),
+            boot_error: None,
+        };
         let outcome = match self.vm(&request.run_dir).filter(|vm| vm.spec.boot_id == request.boot_id) {
             None => Adoption::Gone(gone("there is no such VM")),
             Some(vm) => match vm.gone.lock().unwrap_or_else(PoisonError::into_inner).clone() {
@@ -205,7 +217,12 @@ impl Launcher for FakeLauncher {
             let boot_id = vm.spec.boot_id;
             tokio::spawn(agent::serve(theirs, boot_id, move |end| {
                 let _ = inbox.send(Input::Raw(VmEvent::MainExited(end)));
-                let _ = inbox.send(Input::End(Gone { cause: EndCause::Completed, main_end: Some(end), message: String::new(), boot_error: None }));
+                let _ = inbox.send(Input::End(Gone {
+                    cause: EndCause::Completed,
+                    main_end: Some(end),
+                    message: String::new(),
+                    boot_error: None,
+                }));
             }));
             Ok(Box::new(ours) as Box<dyn AgentIo>)
         })
@@ -260,7 +277,10 @@ async fn live(
     let mut stubborn = faults.stubborn_kills;
     let mut can_boot = !faults.silent_boot;
     let gone = loop {
-        let wake_ms = finish.as_ref().map_or(u64::MAX, |(at, _)| *at).min(if ready && faults.no_beats || !ready && !can_boot { u64::MAX } else { next_ms });
+        let wake_ms = finish
+            .as_ref()
+            .map_or(u64::MAX, |(at, _)| *at)
+            .min(if ready && faults.no_beats || !ready && !can_boot { u64::MAX } else { next_ms });
         tokio::select! {
             biased;
             input = inputs.recv() => match input {

@@ -36,11 +36,21 @@ pub struct FakeImages;
 
 impl FakeImages {
     fn find(reference: &str) -> Result<(&'static str, ImageConfigDetail), ApiError> {
-        let plain = ImageConfigDetail { cmd: vec!["sh".into()], env: vec!["PATH=/bin".into()], ..ImageConfigDetail::default() };
+        let plain =
+            ImageConfigDetail { cmd: vec!["sh".into()], env: vec!["PATH=/bin".into()], ..ImageConfigDetail::default() };
         match reference {
             "busybox" | "sha256:b0" => Ok(("sha256:b0", plain)),
-            "app" | "sha256:a0" => Ok(("sha256:a0", ImageConfigDetail { labels: [("team".to_owned(), "ml".to_owned())].into(), user: "app".into(), ..plain })),
-            _ => Err(ApiError::new(ErrorCode::ImageNotFound, format!("no image {reference}; there are busybox and app"))),
+            "app" | "sha256:a0" => Ok((
+                "sha256:a0",
+                ImageConfigDetail {
+                    labels: [("team".to_owned(), "ml".to_owned())].into(),
+                    user: "app".into(),
+                    ..plain
+                },
+            )),
+            _ => {
+                Err(ApiError::new(ErrorCode::ImageNotFound, format!("no image {reference}; there are busybox and app")))
+            }
         }
     }
 }
@@ -81,11 +91,18 @@ impl ImageStore for FakeImages {
             _ => Ok(()),
         }
     }
-    fn load(&self, archive: &mut dyn Read, _: Option<&str>, progress: &mut dyn FnMut(LoadEvent)) -> Result<Vec<ImageSummary>, ApiError> {
+    fn load(
+        &self,
+        archive: &mut dyn Read,
+        _: Option<&str>,
+        progress: &mut dyn FnMut(LoadEvent),
+    ) -> Result<Vec<ImageSummary>, ApiError> {
         let mut buffer = vec![0; 64 << 10];
         let mut bytes = 0u64;
         loop {
-            let read = archive.read(&mut buffer).map_err(|error| ApiError::new(ErrorCode::InvalidArchive, error.to_string()))?;
+            let read = archive
+                .read(&mut buffer)
+                .map_err(|error| ApiError::new(ErrorCode::InvalidArchive, error.to_string()))?;
             if read == 0 {
                 break;
             }
@@ -137,7 +154,9 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
 fn open_journal(directory: &Path, clock: &Arc<dyn Clock>) -> (Journal, crate::journal::Found) {
     for _ in 0..400 {
         match Journal::open(&HomeLayout::new(directory).journal(), clock.clone()) {
-            Err(crate::journal::JournalError::Open { reason, .. }) if reason.contains("already open") => std::thread::sleep(std::time::Duration::from_millis(5)),
+            Err(crate::journal::JournalError::Open { reason, .. }) if reason.contains("already open") => {
+                std::thread::sleep(std::time::Duration::from_millis(5))
+            }
             opened => return opened.expect("a journal"),
         }
     }

@@ -17,7 +17,13 @@ use super::{EventSink, Launcher, VmEvent};
 const REOPEN_AFTER: Duration = Duration::from_millis(500);
 
 /// Keeps the control link open until the VM's events have no receiver any more or `shutdowns` is closed.
-pub async fn run(launcher: Arc<dyn Launcher>, run_dir: PathBuf, boot_id: BootId, events: EventSink, mut shutdowns: mpsc::Receiver<Shutdown>) {
+pub async fn run(
+    launcher: Arc<dyn Launcher>,
+    run_dir: PathBuf,
+    boot_id: BootId,
+    events: EventSink,
+    mut shutdowns: mpsc::Receiver<Shutdown>,
+) {
     // A shutdown that was asked for while the link was down is sent as soon as it is up.
     let mut due: Option<Shutdown> = None;
     loop {

@@ -27,7 +27,8 @@ use msb_protocol::id::BootId;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
-    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Reply, Request, RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Reply, Request, RequestFrame,
+    VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -117,12 +118,19 @@ enum Pending {
 impl ProcessLauncher {
     async fn spawn(self, spec: Box<VmSpec>, events: EventSink) -> Result<VmHandle, ApiError> {
         let failed = |what: &str, error: io::Error| {
-            let code = if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
+            let code =
+                if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
             ApiError::new(code, format!("{what}: {error}"))
         };
-        let (ours, theirs) = StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
+        let (ours, theirs) =
+            StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
         let log_path = spec.log_dir.join("vmm.log");
-        let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&log_path).map_err(|error| failed(&log_path.display().to_string(), error))?;
+        let log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(|error| failed(&log_path.display().to_string(), error))?;
         let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
         let mut child = tokio::process::Command::new(&self.program)
             .stdin(OwnedFd::from(theirs))
@@ -169,12 +177,24 @@ impl ProcessLauncher {
     }
 
     async fn find(self, request: AdoptRequest, events: EventSink) -> Adoption {
-        let gone = |request: &AdoptRequest| Adoption::Gone(read_end(&request.run_dir, &request.log_dir, request.boot_id, None, None, request.identity.as_ref()));
+        let gone = |request: &AdoptRequest| {
+            Adoption::Gone(read_end(
+                &request.run_dir,
+                &request.log_dir,
+                request.boot_id,
+                None,
+                None,
+                request.identity.as_ref(),
+            ))
+        };
         let adopting = self.clone().greet(&request);
         let (control, decoder, status) = match tokio::time::timeout(ADOPT_TIMEOUT, adopting).await {
             Ok(Ok(found)) => found,
             outcome => {
-                let why = outcome.map_or_else(|_| "it does not answer".to_owned(), |found| found.err().map(|error| error.to_string()).unwrap_or_default());
+                let why = outcome.map_or_else(
+                    |_| "it does not answer".to_owned(),
+                    |found| found.err().map(|error| error.to_string()).unwrap_or_default(),
+                );
                 // A process that cannot be talked to cannot be stopped with a flush either; it must not stay behind.
                 if let Some(pidfd) = request.identity.as_ref().and_then(ProcessIdentity::open) {
                     tracing::warn!(boot_id = %request.boot_id, why, "a VM process cannot be adopted and is killed");
@@ -184,8 +204,13 @@ impl ProcessLauncher {
                 return gone(&request);
             }
         };
-        let identity = request.identity.clone().filter(|known| known.pid == status.pid).or_else(|| ProcessIdentity::of(status.pid).ok());
-        let Some((identity, pidfd)) = identity.and_then(|identity| identity.open().map(|pidfd| (identity, pidfd))) else {
+        let identity = request
+            .identity
+            .clone()
+            .filter(|known| known.pid == status.pid)
+            .or_else(|| ProcessIdentity::of(status.pid).ok());
+        let Some((identity, pidfd)) = identity.and_then(|identity| identity.open().map(|pidfd| (identity, pidfd)))
+        else {
             return gone(&request);
         };
         if status.boot_id != request.boot_id {
@@ -232,7 +257,9 @@ impl ProcessLauncher {
         loop {
             while let Some(body) = decoder.next_body().map_err(io::Error::other)? {
                 match decode_json::<Message>(body).map_err(io::Error::other)? {
-                    Message::Reply { id: 1, result: Ok(Reply::Status(status)) } => return Ok((control, decoder, status)),
+                    Message::Reply { id: 1, result: Ok(Reply::Status(status)) } => {
+                        return Ok((control, decoder, status));
+                    }
                     Message::Reply { result: Err(error), .. } => return Err(io::Error::other(error.message)),
                     // Its state comes with the status; what happens later comes later.
                     Message::Reply { .. } | Message::Event { .. } => {}

@@ -66,12 +66,18 @@ pub struct Session {
 ///
 /// # Errors
 /// What the agent refused with, `agent_timeout`, `exec_lost` if the VM went away, or `unsupported_operation`.
-pub async fn open(launcher: &dyn Launcher, run_dir: &Path, boot_id: BootId, kind: OpenKind) -> Result<Session, ApiError> {
+pub async fn open(
+    launcher: &dyn Launcher,
+    run_dir: &Path,
+    boot_id: BootId,
+    kind: OpenKind,
+) -> Result<Session, ApiError> {
     let opening = async {
         let io = launcher.connect(run_dir).await.map_err(SessionError::from)?;
         let (read, write) = tokio::io::split(io);
         let mut writer = SessionWriter { io: write, buffer: Vec::new() };
-        let mut reader = SessionReader { io: read, buffer: Vec::new(), decoder: Decoder::new(), assembler: Assembler::new() };
+        let mut reader =
+            SessionReader { io: read, buffer: Vec::new(), decoder: Decoder::new(), assembler: Assembler::new() };
         let open = Open { generation: GUEST_GENERATION, boot_id: boot_id.0.as_bytes().to_vec(), kind: Some(kind) };
         writer.send(HostBody::Open(open)).await?;
         match reader.next().await? {

@@ -15,7 +15,10 @@ use super::images::json_lines;
 const PAGE_LEN: usize = 512;
 
 #[utoipa::path(get, path = "/v1/events", params(EventQuery), responses((status = 200, body = EventRecord, content_type = "application/x-ndjson", description = "lines")))]
-pub(crate) async fn events(State(state): State<ApiState>, which: Result<Query<EventQuery>, QueryRejection>) -> Result<Response, Failure> {
+pub(crate) async fn events(
+    State(state): State<ApiState>,
+    which: Result<Query<EventQuery>, QueryRejection>,
+) -> Result<Response, Failure> {
     let which = query(which)?;
     let (lines, waiting) = mpsc::channel(PAGE_LEN);
     let journal = state.daemon.surroundings().journal.clone();

@@ -31,13 +31,20 @@ pub(crate) fn body<T: DeserializeOwned>(bytes: &Bytes, empty: Option<T>) -> Resu
     {
         return Ok(empty);
     }
-    serde_json::from_slice(bytes).map_err(|error| Failure(ApiError::new(ErrorCode::InvalidRequest, format!("the body cannot be understood: {error}"))))
+    serde_json::from_slice(bytes).map_err(|error| {
+        Failure(ApiError::new(ErrorCode::InvalidRequest, format!("the body cannot be understood: {error}")))
+    })
 }
 
 /// A query string's values.
-pub(crate) fn query<T>(parsed: Result<axum::extract::Query<T>, axum::extract::rejection::QueryRejection>) -> Result<T, Failure> {
+pub(crate) fn query<T>(
+    parsed: Result<axum::extract::Query<T>, axum::extract::rejection::QueryRejection>,
+) -> Result<T, Failure> {
     match parsed {
         Ok(axum::extract::Query(query)) => Ok(query),
-        Err(rejection) => Err(Failure(ApiError::new(ErrorCode::InvalidRequest, format!("the query cannot be understood: {}", rejection.body_text())))),
+        Err(rejection) => Err(Failure(ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!("the query cannot be understood: {}", rejection.body_text()),
+        ))),
     }
 }

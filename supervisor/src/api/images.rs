@@ -46,12 +46,18 @@ pub(crate) async fn list(State(state): State<ApiState>) -> Result<Json<ImageList
 }
 
 #[utoipa::path(get, path = "/v1/image", params(ImageQuery), responses((status = 200, body = ImageDetail), (status = "4XX", body = ApiError)))]
-pub(crate) async fn inspect(State(state): State<ApiState>, which: Result<Query<ImageQuery>, QueryRejection>) -> Result<Json<ImageDetail>, Failure> {
+pub(crate) async fn inspect(
+    State(state): State<ApiState>,
+    which: Result<Query<ImageQuery>, QueryRejection>,
+) -> Result<Json<ImageDetail>, Failure> {
     Ok(Json(state.daemon.inspect_image(query(which)?.reference).await?))
 }
 
 #[utoipa::path(delete, path = "/v1/image", params(ImageQuery), responses((status = 200), (status = "4XX", body = ApiError)))]
-pub(crate) async fn remove(State(state): State<ApiState>, which: Result<Query<ImageQuery>, QueryRejection>) -> Result<Json<serde_json::Value>, Failure> {
+pub(crate) async fn remove(
+    State(state): State<ApiState>,
+    which: Result<Query<ImageQuery>, QueryRejection>,
+) -> Result<Json<serde_json::Value>, Failure> {
     let which = query(which)?;
     state.daemon.remove_image(which.reference, which.force).await?;
     Ok(Json(serde_json::json!({})))
@@ -65,7 +71,11 @@ pub(crate) async fn check_store(State(state): State<ApiState>) -> Result<Json<St
 /// The body is read by the store as it goes, so it is never held as a whole; a client that goes away ends the load, and the
 /// store is then as it was.
 #[utoipa::path(post, path = "/v1/images/load", params(LoadQuery), request_body(content = String, content_type = "application/x-tar", description = "a docker or OCI archive"), responses((status = 200, body = LoadEvent, content_type = "application/x-ndjson", description = "lines; the last one is done or error")))]
-pub(crate) async fn load(State(state): State<ApiState>, how: Result<Query<LoadQuery>, QueryRejection>, request: Request) -> Result<Response, Failure> {
+pub(crate) async fn load(
+    State(state): State<ApiState>,
+    how: Result<Query<LoadQuery>, QueryRejection>,
+    request: Request,
+) -> Result<Response, Failure> {
     let tag = query(how)?.tag;
     let (lines, waiting) = mpsc::channel::<LoadEvent>(PROGRESS_LEN);
     let (pieces, archive) = mpsc::channel(PIECES_LEN);

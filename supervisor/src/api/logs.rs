@@ -55,19 +55,28 @@ impl Filter {
                 "output" => &[LogSource::Stdout, LogSource::Stderr],
                 "system" => &[LogSource::System],
                 "all" => &[LogSource::Stdout, LogSource::Stderr, LogSource::System],
-                _ => return Err(ApiError::new(ErrorCode::InvalidRequest, format!("{word:?} is no log source")).with_hint("use stdout, stderr, output, system or all")),
+                _ => {
+                    return Err(ApiError::new(ErrorCode::InvalidRequest, format!("{word:?} is no log source"))
+                        .with_hint("use stdout, stderr, output, system or all"));
+                }
             });
         }
         Ok(Self { sources, since: which.since, until: which.until })
     }
 
     fn takes(&self, record: &LogRecord) -> bool {
-        self.sources.contains(&record.source) && self.since.is_none_or(|since| record.time >= since) && self.until.is_none_or(|until| record.time < until)
+        self.sources.contains(&record.source)
+            && self.since.is_none_or(|since| record.time >= since)
+            && self.until.is_none_or(|until| record.time < until)
     }
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/logs", params(("name" = String, Path), LogQuery), responses((status = 200, body = LogRecord, content_type = "application/x-ndjson", description = "lines"), (status = "4XX", body = ApiError)))]
-pub(crate) async fn logs(State(state): State<ApiState>, RoutePath(sandbox): RoutePath<String>, which: Result<Query<LogQuery>, QueryRejection>) -> Result<Response, Failure> {
+pub(crate) async fn logs(
+    State(state): State<ApiState>,
+    RoutePath(sandbox): RoutePath<String>,
+    which: Result<Query<LogQuery>, QueryRejection>,
+) -> Result<Response, Failure> {
     let which = query(which)?;
     let filter = Filter::of(&which)?;
     let sandbox = state.daemon.find(&name(&sandbox)?).await?;
@@ -91,7 +100,14 @@ pub(crate) async fn logs(State(state): State<ApiState>, RoutePath(sandbox): Rout
 }
 
 /// Reads everything there is, then follows. Ends when the client is gone: every send fails then.
-fn read(directory: &Path, filter: &Filter, which: &LogQuery, boot_error: Option<&BootError>, lines: &mpsc::Sender<LogRecord>, rests: &watch::Receiver<bool>) {
+fn read(
+    directory: &Path,
+    filter: &Filter,
+    which: &LogQuery,
+    boot_error: Option<&BootError>,
+    lines: &mpsc::Sender<LogRecord>,
+    rests: &watch::Receiver<bool>,
+) {
     if let Some(error) = boot_error {
         for record in boot_error_records(error) {
             if lines.blocking_send(record).is_err() {
@@ -134,7 +150,13 @@ fn read(directory: &Path, filter: &Filter, which: &LogQuery, boot_error: Option<
     }
 }
 
-fn follow(path: &Path, mut current: Option<LogFile>, filter: &Filter, lines: &mpsc::Sender<LogRecord>, rests: &watch::Receiver<bool>) {
+fn follow(
+    path: &Path,
+    mut current: Option<LogFile>,
+    filter: &Filter,
+    lines: &mpsc::Sender<LogRecord>,
+    rests: &watch::Receiver<bool>,
+) {
     loop {
         // Looked at before reading: what was written until the sandbox rested is read after it.
         let over = *rests.borrow() || rests.has_changed().is_err();
@@ -147,11 +169,12 @@ fn follow(path: &Path, mut current: Option<LogFile>, filter: &Filter, lines: &mp
             }
         }
         // Read to its end first, then turned: nothing is appended to a file that was put aside.
-        if newest.is_some() && newest != current.as_ref().map(|file| file.inode) {
-            if let Ok(file) = LogFile::open(path) {
-                current = Some(file);
-                continue;
-            }
+        if newest.is_some()
+            && newest != current.as_ref().map(|file| file.inode)
+            && let Ok(file) = LogFile::open(path)
+        {
+            current = Some(file);
+            continue;
         }
         if over || lines.is_closed() {
             return;
@@ -199,7 +222,10 @@ impl LogFile {
 
 /// The evidence of a failed boot as log lines.
 fn boot_error_records(error: &BootError) -> Vec<LogRecord> {
-    let time = i64::try_from(error.at_ns / 1_000_000).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok()).unwrap_or_default();
+    let time = i64::try_from(error.at_ns / 1_000_000)
+        .ok()
+        .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+        .unwrap_or_default();
     let head = format!("boot failed in stage {}: {}", error.stage, error.error.message);
     std::iter::once(head.as_str())
         .chain(error.console_tail.lines())
@@ -243,7 +269,10 @@ mod tests {
         let all = LogQuery::default();
         assert_eq!(read_all(directory.path(), all.clone()), ["0", "1", "2", "3", "4", "5"]);
         assert_eq!(read_all(directory.path(), LogQuery { tail: Some(2), ..all.clone() }), ["4", "5"]);
-        assert_eq!(read_all(directory.path(), LogQuery { source: Some("stderr".into()), ..all.clone() }), ["1", "3", "5"]);
+        assert_eq!(
+            read_all(directory.path(), LogQuery { source: Some("stderr".into()), ..all.clone() }),
+            ["1", "3", "5"]
+        );
         let at = |second| Some(Timestamp::from_second(second).unwrap());
         assert_eq!(read_all(directory.path(), LogQuery { since: at(2), until: at(5), ..all.clone() }), ["2", "3", "4"]);
         assert!(Filter::of(&LogQuery { source: Some("nonsense".into()), ..all }).is_err());

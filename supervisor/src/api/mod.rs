@@ -47,7 +47,13 @@ impl ApiState {
     /// The state of one service.
     #[must_use]
     pub fn new(daemon: Daemon, probe: HostProbe, share_dir: PathBuf) -> Self {
-        Self { daemon, probe: Arc::new(probe), share_dir, started_at: Timestamp::now(), shutdown: Arc::new(Notify::new()) }
+        Self {
+            daemon,
+            probe: Arc::new(probe),
+            share_dir,
+            started_at: Timestamp::now(),
+            shutdown: Arc::new(Notify::new()),
+        }
     }
 
     /// Ends when a client has asked for the daemon's end.
@@ -63,7 +69,11 @@ impl ApiState {
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "msb control API", description = "Sandboxes and images of one msb service, over its Unix socket.", license(name = "Apache-2.0")),
+    info(
+        title = "msb control API",
+        description = "Sandboxes and images of one msb service, over its Unix socket.",
+        license(name = "Apache-2.0")
+    ),
     components(schemas(
         ApiError,
         msb_protocol::control::ClientMessage,
@@ -119,7 +129,6 @@ pub fn openapi_json() -> String {
 }
 
 /// Every route.
-#[must_use]
 pub fn router(state: ApiState) -> Router {
     let (limited, _) = routes();
     let (unlimited, _) = load_route();
@@ -129,10 +138,15 @@ pub fn router(state: ApiState) -> Router {
         .merge(unlimited.layer(DefaultBodyLimit::disable()))
         .route(
             "/openapi.json",
-            axum::routing::get(move || async move { ([(axum::http::header::CONTENT_TYPE, "application/json")], document.to_string()) }),
+            axum::routing::get(move || async move {
+                ([(axum::http::header::CONTENT_TYPE, "application/json")], document.to_string())
+            }),
         )
         .fallback(|request: Request| async move {
-            Failure(ApiError::new(ErrorCode::InvalidRequest, format!("there is no {} {}", request.method(), request.uri().path())))
+            Failure(ApiError::new(
+                ErrorCode::InvalidRequest,
+                format!("there is no {} {}", request.method(), request.uri().path()),
+            ))
         })
         .layer(middleware::from_fn(only_our_user))
         .with_state(state)
@@ -159,7 +173,9 @@ mod tests {
 
     #[test]
     fn others_are_refused() {
-        for (peer, own, allowed) in [(1000, 1000, true), (0, 1000, true), (1001, 1000, false), (u32::MAX, 1000, false), (1000, 0, false)] {
+        for (peer, own, allowed) in
+            [(1000, 1000, true), (0, 1000, true), (1001, 1000, false), (u32::MAX, 1000, false), (1000, 0, false)]
+        {
             assert_eq!(peer_allowed(peer, own), allowed, "{peer} {own}");
         }
     }
@@ -187,7 +203,12 @@ mod tests {
         let document = serde_json::to_value(document()).unwrap();
         let mut served = Vec::new();
         for (path, methods) in document["paths"].as_object().unwrap() {
-            for method in methods.as_object().unwrap().keys().filter(|key| ["get", "post", "delete", "put", "patch"].contains(&key.as_str())) {
+            for method in methods
+                .as_object()
+                .unwrap()
+                .keys()
+                .filter(|key| ["get", "post", "delete", "put", "patch"].contains(&key.as_str()))
+            {
                 served.push(format!("{} {path}", method.to_uppercase()));
             }
         }

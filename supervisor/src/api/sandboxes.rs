@@ -23,17 +23,27 @@ pub(crate) fn name(text: &str) -> Result<SandboxName, Failure> {
 }
 
 #[utoipa::path(post, path = "/v1/sandboxes", request_body = CreateRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
-pub(crate) async fn create(State(state): State<ApiState>, ConnectInfo(peer): ConnectInfo<Peer>, bytes: Bytes) -> Answer<SandboxDetail> {
+pub(crate) async fn create(
+    State(state): State<ApiState>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    bytes: Bytes,
+) -> Answer<SandboxDetail> {
     let request: CreateRequest = body(&bytes, None)?;
     let creator = if request.spec.detached { None } else { peer.creator() };
     Ok(Json(state.daemon.create(request, creator).await?))
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
-pub(crate) async fn list(State(state): State<ApiState>, pairs: Result<Query<Vec<(String, String)>>, QueryRejection>) -> Answer<SandboxList> {
+pub(crate) async fn list(
+    State(state): State<ApiState>,
+    pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
+) -> Answer<SandboxList> {
     let pairs = query(pairs)?;
     if pairs.len() > TERMS_MAX {
-        return Err(Failure(ApiError::new(ErrorCode::LimitExceeded, format!("a filter has at most {TERMS_MAX} terms"))));
+        return Err(Failure(ApiError::new(
+            ErrorCode::LimitExceeded,
+            format!("a filter has at most {TERMS_MAX} terms"),
+        )));
     }
     let mut terms = Vec::new();
     for (key, value) in pairs {
@@ -60,25 +70,41 @@ pub(crate) struct RemoveQuery {
 }
 
 #[utoipa::path(delete, path = "/v1/sandboxes/{name}", params(("name" = String, Path), RemoveQuery), responses((status = 200), (status = "4XX", body = ApiError)))]
-pub(crate) async fn remove(State(state): State<ApiState>, Path(sandbox): Path<String>, how: Result<Query<RemoveQuery>, QueryRejection>) -> Answer<serde_json::Value> {
+pub(crate) async fn remove(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    how: Result<Query<RemoveQuery>, QueryRejection>,
+) -> Answer<serde_json::Value> {
     state.daemon.remove(&name(&sandbox)?, query(how)?.force).await?;
     Ok(Json(serde_json::json!({})))
 }
 
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/start", params(("name" = String, Path)), request_body = StartRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
-pub(crate) async fn start(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+pub(crate) async fn start(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    bytes: Bytes,
+) -> Answer<SandboxDetail> {
     let request = body(&bytes, Some(StartRequest::default()))?;
     Ok(Json(state.daemon.start(&name(&sandbox)?, request.hold_main).await?))
 }
 
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/stop", params(("name" = String, Path)), request_body = StopRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
-pub(crate) async fn stop(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+pub(crate) async fn stop(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    bytes: Bytes,
+) -> Answer<SandboxDetail> {
     let request = body(&bytes, Some(StopRequest::default()))?;
     Ok(Json(state.daemon.stop(&name(&sandbox)?, request.grace_ms, request.force).await?))
 }
 
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/restart", params(("name" = String, Path)), request_body = StopRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
-pub(crate) async fn restart(State(state): State<ApiState>, Path(sandbox): Path<String>, bytes: Bytes) -> Answer<SandboxDetail> {
+pub(crate) async fn restart(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    bytes: Bytes,
+) -> Answer<SandboxDetail> {
     let request = body(&bytes, Some(StopRequest::default()))?;
     let sandbox = name(&sandbox)?;
     if request.force {

@@ -21,7 +21,10 @@ use msb_actors::vm::session::{Session, SessionReader, SessionWriter};
 use msb_protocol::control::{ClientMessage, ExecRequest, STDERR_TAG, STDOUT_TAG, ServerMessage, TerminalSize};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::frame::DATA_LEN_MAX;
-use msb_protocol::guest::{self, Data, EnvVar, ExecConfig, GuestBody, HostBody, OpenAttach, OpenKind, OpenMain, OutputStream, STDIN_WINDOW, StdinEof};
+use msb_protocol::guest::{
+    self, Data, EnvVar, ExecConfig, GuestBody, HostBody, OpenAttach, OpenKind, OpenMain, OutputStream, STDIN_WINDOW,
+    StdinEof,
+};
 use msb_protocol::id::SandboxName;
 use msb_protocol::spec::{check_argv, check_env};
 use tokio::sync::watch;
@@ -45,17 +48,29 @@ enum Kind {
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/exec", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
-pub(crate) async fn exec(State(state): State<ApiState>, Path(sandbox): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
+pub(crate) async fn exec(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
     upgraded(state, &sandbox, upgrade, Kind::Exec)
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/main", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
-pub(crate) async fn main(State(state): State<ApiState>, Path(sandbox): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
+pub(crate) async fn main(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
     upgraded(state, &sandbox, upgrade, Kind::Main)
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/attach", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
-pub(crate) async fn attach(State(state): State<ApiState>, Path(sandbox): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
+pub(crate) async fn attach(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
     upgraded(state, &sandbox, upgrade, Kind::Attach)
 }
 
@@ -75,23 +90,39 @@ fn upgraded(state: ApiState, sandbox: &str, upgrade: WebSocketUpgrade, kind: Kin
 
 type Client = SplitSink<WebSocket, Message>;
 
-async fn run(state: &ApiState, sandbox: &SandboxName, kind: Kind, client: &mut Client, mut from_client: SplitStream<WebSocket>) -> Result<(), ApiError> {
+async fn run(
+    state: &ApiState,
+    sandbox: &SandboxName,
+    kind: Kind,
+    client: &mut Client,
+    mut from_client: SplitStream<WebSocket>,
+) -> Result<(), ApiError> {
     let first = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, next_text(&mut from_client)).await;
-    let first = first.map_err(|_| ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants"))??;
+    let first =
+        first.map_err(|_| ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants"))??;
     let (open, activity, timeout_ms) = match (kind, first) {
         (Kind::Exec, ClientMessage::Exec { exec }) => (OpenKind::Exec(exec_config(exec)?), ActivityKind::Exec, None),
-        (Kind::Main, ClientMessage::Attach { terminal, timeout_ms, stdin: _ }) => (OpenKind::Main(OpenMain { terminal: terminal.map(size) }), ActivityKind::Attach, timeout_ms),
+        (Kind::Main, ClientMessage::Attach { terminal, timeout_ms, stdin: _ }) => {
+            (OpenKind::Main(OpenMain { terminal: terminal.map(size) }), ActivityKind::Attach, timeout_ms)
+        }
         (Kind::Attach, ClientMessage::Attach { stdin, terminal, timeout_ms: None }) => {
             (OpenKind::Attach(OpenAttach { stdin, terminal: terminal.map(size) }), ActivityKind::Attach, None)
         }
-        (Kind::Attach, ClientMessage::Attach { .. }) => return Err(ApiError::new(ErrorCode::InvalidRequest, "only the main stream takes a timeout")),
+        (Kind::Attach, ClientMessage::Attach { .. }) => {
+            return Err(ApiError::new(ErrorCode::InvalidRequest, "only the main stream takes a timeout"));
+        }
         _ => return Err(ApiError::new(ErrorCode::InvalidRequest, "the first message does not fit this route")),
     };
     let (session, _activity) = state.daemon.open(sandbox, open, activity).await?;
     bridge(session, client, from_client, timeout_ms).await
 }
 
-async fn bridge(session: Session, client: &mut Client, from_client: SplitStream<WebSocket>, timeout_ms: Option<u64>) -> Result<(), ApiError> {
+async fn bridge(
+    session: Session,
+    client: &mut Client,
+    from_client: SplitStream<WebSocket>,
+    timeout_ms: Option<u64>,
+) -> Result<(), ApiError> {
     let Session { mut reader, mut writer, .. } = session;
     // What the guest allows, as the client was told; checked, so that a client's signal is never stuck behind its own stdin.
     let credit = watch::Sender::new(u64::from(STDIN_WINDOW));
@@ -137,7 +168,9 @@ async fn upwards(
     let deadline = async {
         match timeout_ms {
             // Counted from the start of the workload, which may have to wait for its sandbox.
-            Some(ms) if begun.wait_for(|begun| *begun).await.is_ok() => tokio::time::sleep(Duration::from_millis(ms)).await,
+            Some(ms) if begun.wait_for(|begun| *begun).await.is_ok() => {
+                tokio::time::sleep(Duration::from_millis(ms)).await
+            }
             _ => std::future::pending().await,
         }
     };
@@ -166,7 +199,9 @@ async fn upwards(
                 ClientMessage::Signal { number } => HostBody::Signal(guest::Signal { number }),
                 ClientMessage::Resize { size: new } => HostBody::Resize(size(new)),
                 ClientMessage::StdinEof => HostBody::StdinEof(StdinEof {}),
-                ClientMessage::Exec { .. } | ClientMessage::Attach { .. } => return Err(ApiError::new(ErrorCode::InvalidRequest, "the stream has begun already")),
+                ClientMessage::Exec { .. } | ClientMessage::Attach { .. } => {
+                    return Err(ApiError::new(ErrorCode::InvalidRequest, "the stream has begun already"));
+                }
             }],
         };
         for body in bodies {
@@ -186,7 +221,12 @@ async fn downwards(
 ) -> Result<msb_protocol::state::ProcessEnd, ApiError> {
     loop {
         let message = match reader.next().await? {
-            None => return Err(ApiError::new(ErrorCode::ExecLost, "the sandbox closed the stream before the command ended")),
+            None => {
+                return Err(ApiError::new(
+                    ErrorCode::ExecLost,
+                    "the sandbox closed the stream before the command ended",
+                ));
+            }
             Some(GuestBody::Exited(end)) => return Ok(end.into()),
             Some(GuestBody::Output(output)) => {
                 let tag = if output.stream == i32::from(OutputStream::Stderr) { STDERR_TAG } else { STDOUT_TAG };
@@ -227,14 +267,17 @@ async fn next_text(from_client: &mut SplitStream<WebSocket>) -> Result<ClientMes
         match from_client.next().await {
             Some(Ok(Message::Text(text))) => return parse(&text),
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-            Some(Ok(Message::Binary(_))) => return Err(ApiError::new(ErrorCode::InvalidRequest, "stdin came before the request")),
+            Some(Ok(Message::Binary(_))) => {
+                return Err(ApiError::new(ErrorCode::InvalidRequest, "stdin came before the request"));
+            }
             None | Some(Err(_) | Ok(Message::Close(_))) => return Err(gone()),
         }
     }
 }
 
 fn parse(text: &str) -> Result<ClientMessage, ApiError> {
-    serde_json::from_str(text).map_err(|error| ApiError::new(ErrorCode::InvalidRequest, format!("the message cannot be understood: {error}")))
+    serde_json::from_str(text)
+        .map_err(|error| ApiError::new(ErrorCode::InvalidRequest, format!("the message cannot be understood: {error}")))
 }
 
 fn size(size: TerminalSize) -> guest::TerminalSize {
