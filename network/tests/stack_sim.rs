@@ -251,6 +251,15 @@ fn the_host_may_end_first() {
     assert!(world.stack.host().closed.values().all(|(how, _)| *how == Close::Graceful));
 }
 
+/// smoltcp 0.14 ignores a window that opens while it waits in LAST-ACK; the relay must not get there with data left.
+#[test]
+fn a_guest_that_ended_first_and_reads_slowly_waits_for_no_probe() {
+    let mut world = World::new(spec(""), host(&[("1.2.3.4:80", Peer::Source(2 << 20))]));
+    let handle = world.connect("1.2.3.4:80");
+    let got = exchange(&mut world, handle, 0, 100 * MS).expect("no stall");
+    assert_eq!(got.len(), 2 << 20);
+}
+
 #[test]
 fn the_connection_limit_holds_on_both_sides() {
     let mut spec = spec("");

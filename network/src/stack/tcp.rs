@@ -312,16 +312,19 @@ impl Relay {
                 Err(error) => (0, Err(error)),
             });
             match read {
-                Ok(Ok(0)) => {
-                    self.ended = true;
-                    socket.close();
-                }
+                Ok(Ok(0)) => self.ended = true,
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => return Err(error),
                 Err(_) => break,
             }
+        }
+        // smoltcp 0.14 in LAST-ACK takes a segment that acknowledges nothing new for a duplicate and does not look at its window. A
+        // guest that ended first and then read slowly would open its window in vain, and the rest would wait a second for a probe.
+        // So the FIN follows the data there, once that has arrived.
+        if self.ended && socket.may_send() && (!self.guest_ended || socket.send_queue() == 0) {
+            socket.close();
         }
         Ok(())
     }
@@ -369,7 +372,7 @@ impl DnsStream {
         }
         let guest_ended = socket.state() == tcp::State::CloseWait && socket.recv_queue() == 0;
         let idle = now.saturating_sub(self.used) >= DNS_STREAM_IDLE;
-        if self.output.is_empty() && self.pending == 0 && (guest_ended || idle) {
+        if self.output.is_empty() && self.pending == 0 && socket.send_queue() == 0 && (guest_ended || idle) {
             socket.close();
         }
         Ok(())
