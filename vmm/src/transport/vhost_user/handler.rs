@@ -26,6 +26,9 @@ use crate::devices::virtio::notifier::Notifier;
 /// Longest configuration space QEMU may ask for (VHOST_USER_MAX_CONFIG_SIZE).
 const CONFIG_BYTES_MAX: u32 = 256;
 
+/// QEMU's virtio-mmio offers every guest rings of this size, whatever the device would like.
+const RING_SIZE_MAX: u16 = 1024;
+
 /// One memory region: where QEMU has it, where the guest has it.
 struct Mapping {
     user_address: u64,
@@ -68,7 +71,10 @@ impl Handler {
         let vrings = device
             .queue_sizes()
             .iter()
-            .map(|size| Ok(Vring { queue: Queue::new(*size)?, addressed: false, enabled: false, kick: None }))
+            .map(|size| {
+                let queue = Queue::new(RING_SIZE_MAX.max(*size))?;
+                Ok(Vring { queue, addressed: false, enabled: false, kick: None })
+            })
             .collect::<std::result::Result<Vec<_>, virtio_queue::Error>>()?;
         let calls = Arc::new(CallLines::new(vrings.len()));
         Ok(Self { device, features: 0, memory: None, mappings: Vec::new(), vrings, calls, active: false })
@@ -157,10 +163,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        if features & !(self.device.device_features() | protocol) != 0 {
-            return Err(Error::InvalidParam);
-        }
-        self.features = features & !protocol;
+        // QEMU also passes on bits that its own half of the device offered to the guest (RING_RESET, NOTIFY_ON_EMPTY): not ours.
+        self.features = features & self.device.device_features();
         if !self.active {
             self.device.acknowledge_features(self.features);
         }
