@@ -75,6 +75,9 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     let verdict = end::decide(&end, &facts, run.console().panic_line().as_deref(), run.console().has_output());
     let record = record(spec, &run, &verdict);
     tracing::info!(boot_id = %spec.boot_id, cause = verdict.cause.as_str(), message = verdict.message, "end");
+    let phases: Vec<String> =
+        run.phases().all().iter().map(|mark| format!("{} {:.1} ms", mark.name, mark.at_us as f64 / 1000.0)).collect();
+    tracing::info!(reached = phases.join(", "), "phases");
     if let Some(error) = &record.boot_error
         && let Err(error) = end::write_boot_error(&spec.log_dir, error)
     {

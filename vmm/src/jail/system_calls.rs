@@ -76,7 +76,12 @@ const TABLE: &[Line] = &[
     Line(libc::SYS_readv, ALL, Any, "sockets into guest memory"),
     Line(libc::SYS_writev, ALL, Any, "logs in one piece"),
     Line(libc::SYS_close, ALL, Any, "descriptors end"),
-    Line(libc::SYS_fcntl, ALL, OneOf(1, DESCRIPTOR_COMMANDS), "eventfds are shared with workers; sockets are made non-blocking"),
+    Line(
+        libc::SYS_fcntl,
+        ALL,
+        OneOf(1, DESCRIPTOR_COMMANDS),
+        "eventfds are shared with workers; sockets are made non-blocking",
+    ),
     Line(libc::SYS_dup, SERVICE, Any, "streams are split into two halves"),
     Line(libc::SYS_lseek, SERVICE | DEVICE, Any, "log sizes; holes of sparse disks"),
     Line(libc::SYS_fstat, SERVICE | DEVICE | NETWORK, Any, "sizes of what is open"),
@@ -153,7 +158,12 @@ const TABLE: &[Line] = &[
     Line(libc::SYS_setsockopt, SERVICE | DEVICE | NETWORK, Any, "timeouts, buffer sizes"),
     Line(libc::SYS_getsockname, SERVICE | DEVICE | NETWORK, Any, "addresses of sockets"),
     Line(libc::SYS_getpeername, SERVICE | DEVICE | NETWORK, Any, "addresses of sockets"),
-    Line(libc::SYS_ioctl, SERVICE | DEVICE | NETWORK, OneOf(1, &[libc::FIONBIO as u64]), "what std calls to make a socket non-blocking"),
+    Line(
+        libc::SYS_ioctl,
+        SERVICE | DEVICE | NETWORK,
+        OneOf(1, &[libc::FIONBIO]),
+        "what std calls to make a socket non-blocking",
+    ),
     // The Internet.
     Line(libc::SYS_socket, NETWORK, OneOf(0, INTERNET), "connections that the policy allowed"),
     Line(libc::SYS_connect, NETWORK, Any, "connections that the policy allowed"),
@@ -176,7 +186,12 @@ const TABLE: &[Line] = &[
     // A QEMU child.
     Line(libc::SYS_wait4, SERVICE | WITH_CHILD, Any, "how QEMU ended"),
     Line(libc::SYS_waitid, SERVICE | WITH_CHILD, Any, "how QEMU ended"),
-    Line(libc::SYS_kill, SERVICE | WITH_CHILD, OneOf(1, &[0, libc::SIGKILL as u64, libc::SIGTERM as u64]), "end of QEMU"),
+    Line(
+        libc::SYS_kill,
+        SERVICE | WITH_CHILD,
+        OneOf(1, &[0, libc::SIGKILL as u64, libc::SIGTERM as u64]),
+        "end of QEMU",
+    ),
     Line(libc::SYS_pidfd_send_signal, SERVICE | WITH_CHILD, Any, "end of QEMU"),
 ];
 
@@ -256,10 +271,9 @@ fn conditions(when: When) -> Result<Option<Vec<SeccompRule>>, JailError> {
     };
     let alternatives = match when {
         Any => return Ok(None),
-        OneOf(argument, values) => values
-            .iter()
-            .map(|&value| rule(argument, SeccompCmpOp::Eq, value))
-            .collect::<Result<Vec<_>, _>>()?,
+        OneOf(argument, values) => {
+            values.iter().map(|&value| rule(argument, SeccompCmpOp::Eq, value)).collect::<Result<Vec<_>, _>>()?
+        }
         Without(argument, mask) => vec![rule(argument, SeccompCmpOp::MaskedEq(mask), 0)?],
         With(argument, mask) => vec![rule(argument, SeccompCmpOp::MaskedEq(mask), mask)?],
         OwnProcess(argument) => vec![rule(argument, SeccompCmpOp::Eq, u64::from(std::process::id()))?],
@@ -283,10 +297,26 @@ mod tests {
     #[test]
     fn what_must_never_be_listed_is_not() {
         for number in [
-            libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_fork, libc::SYS_vfork, libc::SYS_bpf,
-            libc::SYS_mount, libc::SYS_open, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev, libc::SYS_unshare,
-            libc::SYS_setns, libc::SYS_io_uring_setup, libc::SYS_userfaultfd, libc::SYS_init_module, libc::SYS_keyctl,
-            libc::SYS_perf_event_open, libc::SYS_chmod, libc::SYS_memfd_create, libc::SYS_name_to_handle_at,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_ptrace,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_bpf,
+            libc::SYS_mount,
+            libc::SYS_open,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_io_uring_setup,
+            libc::SYS_userfaultfd,
+            libc::SYS_init_module,
+            libc::SYS_keyctl,
+            libc::SYS_perf_event_open,
+            libc::SYS_chmod,
+            libc::SYS_memfd_create,
+            libc::SYS_name_to_handle_at,
         ] {
             assert!(TABLE.iter().all(|line| line.0 != number), "system call {number}");
         }

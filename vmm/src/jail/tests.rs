@@ -3,6 +3,8 @@
 //! The child is this test binary again, told by an environment variable to be hostile, because a closed jail cannot be opened for the
 //! tests that come after.
 
+#![expect(clippy::print_stdout, clippy::exit, reason = "hostile children report on their standard output and end themselves")]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -125,12 +127,18 @@ fn hostile_code_is_refused_on_every_class_of_thread() {
         .copied()
         .filter(|what| {
             matches!(*what, "Service own log" | "Service own end record" | "Network internet socket")
-                || (!landlock && what.starts_with("Service ") && (what.contains("read") || what.contains("outside") || what.contains("kvm")))
+                || (!landlock
+                    && what.starts_with("Service ")
+                    && (what.contains("read") || what.contains("outside") || what.contains("kvm")))
         })
         .collect();
     assert_eq!(came_through, expected, "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     for allowed in ["Service own log", "Service own end record", "Network internet socket"] {
-        assert!(came_through.contains(&allowed), "{allowed} must work: {text}\n{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            came_through.contains(&allowed),
+            "{allowed} must work: {text}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     assert_eq!(results.len(), 4 * 22 + 1, "every attempt was made: {text}");
     assert!(!directory.path().join("escaped").exists());

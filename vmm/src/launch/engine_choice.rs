@@ -36,15 +36,16 @@ pub fn find_qemu(given: Option<&Path>) -> Option<PathBuf> {
     }
 }
 
-/// Decides; probes KVM only if it matters.
+/// Decides; runs the probe only for `auto`.
 ///
 /// # Errors
 /// `engine_unavailable` with what is missing and how to get it.
 pub fn choose(wanted: EngineChoice, qemu: Option<&Path>) -> Result<Chosen, ApiError> {
     match wanted {
-        EngineChoice::Kvm => match probe::probe() {
-            finding if finding.is_usable() => Ok(Chosen { engine: EngineChoice::Kvm, reason: None }),
-            finding => Err(ApiError::new(ErrorCode::EngineUnavailable, format!("engine kvm cannot be used: {finding}"))),
+        // Without running anything: who insists on kvm gets it, and gets to see what it is worth by `msb doctor`.
+        EngineChoice::Kvm => match probe::open_complete() {
+            Ok(_) => Ok(Chosen { engine: EngineChoice::Kvm, reason: None }),
+            Err(finding) => Err(ApiError::new(ErrorCode::EngineUnavailable, format!("engine kvm cannot be used: {finding}"))),
         },
         EngineChoice::Qemu => match qemu {
             Some(_) => Ok(Chosen { engine: EngineChoice::Qemu, reason: None }),

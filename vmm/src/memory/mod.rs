@@ -111,9 +111,9 @@ impl GuestRam {
         let size_bytes = size_mib << 20;
         let file = match backing {
             Backing::Private => None,
-            Backing::Shared => Some(Arc::new(
-                memfd(size_bytes).map_err(|source| MemoryError::Map { mib: size_mib, source })?,
-            )),
+            Backing::Shared => {
+                Some(Arc::new(memfd(size_bytes).map_err(|source| MemoryError::Map { mib: size_mib, source })?))
+            }
         };
         let mut regions = Vec::with_capacity(2);
         let mut file_offset = 0;
@@ -168,8 +168,8 @@ impl GuestRam {
         let count = last - first;
         match (self.backing, region.file_offset()) {
             (Backing::Shared, Some(file)) => {
-                let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
-                    | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let flags =
+                    nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 // At most 64 GiB: both fit.
                 let (start, count) = ((file.start() + first) as i64, count as i64);
                 nix::fcntl::fallocate(file.file(), flags, start, count)
@@ -200,8 +200,7 @@ impl GuestRam {
             for start in (0..size).step_by(CHUNK) {
                 let length = CHUNK.min(size - start);
                 // SAFETY: the range lies inside the region's mapping, and `present` has a byte for each of its pages.
-                let result =
-                    unsafe { libc::mincore(region.as_ptr().add(start).cast(), length, present.as_mut_ptr()) };
+                let result = unsafe { libc::mincore(region.as_ptr().add(start).cast(), length, present.as_mut_ptr()) };
                 if result == 0 {
                     let seen = &present[..length.div_ceil(PAGE_SIZE as usize)];
                     pages += seen.iter().filter(|&&byte| byte & 1 == 1).count() as u64;
@@ -234,8 +233,7 @@ fn map_region(length: u64, file: Option<(Arc<File>, u64)>) -> std::io::Result<vm
     let reserve_length = length + HUGE_PAGE_SIZE;
     let reserve_flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-    let reserved =
-        unsafe { libc::mmap(std::ptr::null_mut(), reserve_length, libc::PROT_NONE, reserve_flags, -1, 0) };
+    let reserved = unsafe { libc::mmap(std::ptr::null_mut(), reserve_length, libc::PROT_NONE, reserve_flags, -1, 0) };
     if reserved == libc::MAP_FAILED {
         return Err(std::io::Error::last_os_error());
     }

@@ -15,9 +15,8 @@ const KERNEL: &str = "linux-image-cloud-amd64";
 /// Beside the minimal system: what the cases and people inside use.
 const INCLUDE: &str = "ca-certificates,iproute2,procps,strace,openssh-client,curl,netcat-openbsd,kmod";
 /// What the machine's own initramfs loads to find its disks, in order.
-pub(super) const DISK_MODULES: &[&str] = &[
-    "virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk", "overlay",
-];
+pub(super) const DISK_MODULES: &[&str] =
+    &["virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk", "overlay"];
 
 /// A made base.
 pub(super) struct Base {

@@ -85,11 +85,13 @@ impl Machine {
         let initramfs = work.path().join("initramfs");
         let mut modules = Vec::new();
         for name in DISK_MODULES {
-            let content = std::fs::read(base.module(name)).with_context(|| format!("module {name} of the lab's kernel"))?;
+            let content =
+                std::fs::read(base.module(name)).with_context(|| format!("module {name} of the lab's kernel"))?;
             modules.push((format!("{name}.ko"), content));
         }
         let init = INIT.replace("@MODULES@", &DISK_MODULES.join(" "));
-        let mut files: Vec<(&str, u32, &[u8])> = vec![("init", 0o755, init.as_bytes()), ("task", 0o644, script.as_bytes())];
+        let mut files: Vec<(&str, u32, &[u8])> =
+            vec![("init", 0o755, init.as_bytes()), ("task", 0o644, script.as_bytes())];
         files.extend(modules.iter().map(|(name, content)| (name.as_str(), 0o644, content.as_slice())));
         std::fs::write(&initramfs, self::initramfs(&files)?)?;
 

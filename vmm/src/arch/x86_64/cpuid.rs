@@ -125,11 +125,7 @@ fn topology(function: u32, processor: Processor) -> [kvm_cpuid_entry2; 3] {
         edx: processor.id.into(),
         ..Default::default()
     };
-    [
-        level(0, 0, 1, LEVEL_THREAD),
-        level(1, processor.id_width(), processor.cpus.into(), LEVEL_CORE),
-        level(2, 0, 0, 0),
-    ]
+    [level(0, 0, 1, LEVEL_THREAD), level(1, processor.id_width(), processor.cpus.into(), LEVEL_CORE), level(2, 0, 0, 0)]
 }
 
 #[cfg(test)]
@@ -146,7 +142,8 @@ mod tests {
 
     #[test]
     fn dangerous_features_are_off_whatever_kvm_offers() {
-        let supported: Vec<_> = [0, 1, 4, 6, 7, 0xa, 0xb, 0x12, 0x14, 0x8000_0001, 0x8000_000a].map(|f| leaf(f, 0)).to_vec();
+        let supported: Vec<_> =
+            [0, 1, 4, 6, 7, 0xa, 0xb, 0x12, 0x14, 0x8000_0001, 0x8000_000a].map(|f| leaf(f, 0)).to_vec();
         let leaves = normalise(&supported, Processor { id: 0, cpus: 1, tsc_deadline_timer: false });
         let one = find(&leaves, 1, 0);
         assert_eq!(one.ecx & (1 << 3 | 1 << 5 | 1 << 15 | 1 << 24), 0, "monitor, VMX, PMU, TSC deadline");
@@ -163,7 +160,8 @@ mod tests {
 
     #[test]
     fn every_topology_leaf_tells_the_same_story() {
-        let supported: Vec<_> = [leaf(0, 0), leaf(1, 0), leaf(4, 0), leaf(0xb, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)].to_vec();
+        let supported: Vec<_> =
+            [leaf(0, 0), leaf(1, 0), leaf(4, 0), leaf(0xb, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)].to_vec();
         for cpus in 1..=32u8 {
             for id in 0..cpus {
                 let leaves = normalise(&supported, Processor { id, cpus, tsc_deadline_timer: true });

@@ -146,7 +146,12 @@ impl Source<'_> {
     fn require_memory(&self, start: u64, count: u64) -> Result<u64, KernelError> {
         let end = start.saturating_add(count);
         if start < KERNEL_START || end > self.low_end {
-            return Err(KernelError::OutsideMemory { start, end, usable_start: KERNEL_START, usable_end: self.low_end });
+            return Err(KernelError::OutsideMemory {
+                start,
+                end,
+                usable_start: KERNEL_START,
+                usable_end: self.low_end,
+            });
         }
         Ok(end)
     }
@@ -159,7 +164,13 @@ impl Source<'_> {
 }
 
 /// Copies `count` bytes of `file` from `offset` to guest address `address`. A file that shrinks meanwhile is `Truncated`.
-pub fn copy_from_file(file: &File, offset: u64, memory: &GuestMap, address: u64, count: u64) -> Result<(), KernelError> {
+pub fn copy_from_file(
+    file: &File,
+    offset: u64,
+    memory: &GuestMap,
+    address: u64,
+    count: u64,
+) -> Result<(), KernelError> {
     let mut done = 0;
     while done < count {
         // Kernels and initramfs lie below the hole, so one slice covers the rest.

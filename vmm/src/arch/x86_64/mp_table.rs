@@ -30,10 +30,8 @@ const ISA_BUS: u8 = 0;
 
 const HEADER_SIZE: usize = 44;
 const FLOATING_POINTER_SIZE: usize = 16;
-const TABLE_SIZE_MAX: usize = FLOATING_POINTER_SIZE
-    + HEADER_SIZE
-    + CPUS_MAX as usize * 20
-    + 8 * (1 + 1 + (IRQ_LAST as usize + 1) + 2);
+const TABLE_SIZE_MAX: usize =
+    FLOATING_POINTER_SIZE + HEADER_SIZE + CPUS_MAX as usize * 20 + 8 * (1 + 1 + (IRQ_LAST as usize + 1) + 2);
 const _: () = assert!(TABLE_SIZE_MAX <= (MP_TABLE_END - MP_TABLE_ADDRESS) as usize, "the table fits the last KiB");
 
 /// The byte that makes `bytes` sum to zero.

@@ -10,8 +10,8 @@ use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sreg
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{
-    BOOT_STACK_ADDRESS, GDT_ADDRESS, IDT_ADDRESS, PD_ADDRESS, PD_COUNT, PDPT_ADDRESS, PML4_ADDRESS, PVH_START_INFO_ADDRESS,
-    ZERO_PAGE_ADDRESS,
+    BOOT_STACK_ADDRESS, GDT_ADDRESS, IDT_ADDRESS, PD_ADDRESS, PD_COUNT, PDPT_ADDRESS, PML4_ADDRESS,
+    PVH_START_INFO_ADDRESS, ZERO_PAGE_ADDRESS,
 };
 use crate::memory::GuestMap;
 

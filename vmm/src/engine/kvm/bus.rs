@@ -95,7 +95,9 @@ impl Bus {
                     *byte = serial.read(offset as u8);
                 }
             }
-            _ if port == CMOS_DATA_PORT || port == I8042_PORT || port == I8042_PORT + I8042_COMMAND_OFFSET => data.fill(0),
+            _ if port == CMOS_DATA_PORT || port == I8042_PORT || port == I8042_PORT + I8042_COMMAND_OFFSET => {
+                data.fill(0)
+            }
             _ => data.fill(FLOATING_BUS),
         }
     }

@@ -7,9 +7,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -73,8 +71,7 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
         .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
     let data =
         BootData { memory_bytes: memory.size_bytes(), cpus, command_line: &command_line, initramfs, random_seed };
-    boot_data::write(memory.map(), &kernel, &data)
-        .map_err(|error| BootError::Kernel { reason: chain(&error) })?;
+    boot_data::write(memory.map(), &kernel, &data).map_err(|error| BootError::Kernel { reason: chain(&error) })?;
 
     let device_memory = Arc::new(memory.map().clone());
     let mut transports = Vec::with_capacity(devices.len());
@@ -104,8 +101,7 @@ fn thread_failed(source: std::io::Error) -> BootError {
 
 /// The VM with its interrupt controllers and timer, without memory.
 fn make_vm() -> Result<(Kvm, VmFd), BootError> {
-    let kvm =
-        probe::open().map_err(|finding| BootError::Unavailable { engine: "kvm", reason: finding.to_string() })?;
+    let kvm = probe::open().map_err(|finding| BootError::Unavailable { engine: "kvm", reason: finding.to_string() })?;
     let vm = kvm.create_vm().map_err(failed("create the VM"))?;
     vm.set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS).map_err(failed("set the identity map address"))?;
     vm.set_tss_address(KVM_TSS_ADDRESS as usize).map_err(failed("set the TSS address"))?;
@@ -203,9 +199,8 @@ fn window_of(slot: usize) -> u64 {
 
 /// The command line with one `virtio_mmio.device=` word per device, before the words meant for init.
 fn with_devices(command_line: &str, count: usize) -> String {
-    let words: String = (0..count)
-        .map(|slot| format!(" virtio_mmio.device=4K@{:#x}:{}", window_of(slot), irq_of(slot)))
-        .collect();
+    let words: String =
+        (0..count).map(|slot| format!(" virtio_mmio.device=4K@{:#x}:{}", window_of(slot), irq_of(slot))).collect();
     match command_line.split_once(" -- ") {
         Some((kernel, init)) => format!("{kernel}{words} -- {init}"),
         None => format!("{command_line}{words}"),

@@ -8,7 +8,10 @@
 //!
 //! A kick is a signal plus KVM's `immediate_exit` byte: the byte catches the signal that comes just before KVM_RUN. Created by
 //! [`super::KvmEngine`]. A vCPU thread never opens, allocates by the guest's word, or logs per exit.
-#![expect(unsafe_code, reason = "kicks vCPUs: a signal to a thread, a byte in memory shared with KVM, a signal handler")]
+#![expect(
+    unsafe_code,
+    reason = "kicks vCPUs: a signal to a thread, a byte in memory shared with KVM, a signal handler"
+)]
 
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -94,8 +97,7 @@ impl VcpuThreads {
                 .name(format!("vcpu-{id}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || thread_main(vcpu, &gate, &bus, &ending_of_thread));
-            let thread =
-                spawned.map_err(|source| BootError::System { what: "start a vCPU thread".into(), source })?;
+            let thread = spawned.map_err(|source| BootError::System { what: "start a vCPU thread".into(), source })?;
             ending.add_kick(Box::new(VcpuKick { thread: thread.as_pthread_t(), immediate_exit }));
             parked.threads.push(thread);
         }
@@ -228,7 +230,9 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, ending: &Ending) -> Option<EngineEnd> {
             // A vCPU that waits for its start signal.
             Err(error) if error.errno() == libc::EAGAIN => counts.other += 1,
             Err(error) => {
-                break Some(EngineEnd::Failed { detail: format!("KVM_RUN failed: {}", std::io::Error::from_raw_os_error(error.errno())) });
+                break Some(EngineEnd::Failed {
+                    detail: format!("KVM_RUN failed: {}", std::io::Error::from_raw_os_error(error.errno())),
+                });
             }
         }
     };

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use virtio_queue::{Queue, QueueT};
 
 use crate::devices::virtio::device::{
-    ActiveQueue, Activation, DeviceMemory, FEATURE_EVENT_IDX, FEATURE_VERSION_1, VirtioDevice,
+    Activation, ActiveQueue, DeviceMemory, FEATURE_EVENT_IDX, FEATURE_VERSION_1, VirtioDevice,
 };
 use crate::devices::virtio::notifier::Notifier;
 
@@ -139,10 +139,8 @@ impl MmioTransport {
         match register {
             Register::DeviceFeaturesSelect => self.device_features_select = value,
             Register::DriverFeaturesSelect => self.driver_features_select = value,
-            Register::DriverFeatures => {
-                if self.status & (status::DRIVER | status::FEATURES_OK) == status::DRIVER {
-                    self.driver_features = with_half(self.driver_features, self.driver_features_select, value);
-                }
+            Register::DriverFeatures if self.status & (status::DRIVER | status::FEATURES_OK) == status::DRIVER => {
+                self.driver_features = with_half(self.driver_features, self.driver_features_select, value);
             }
             Register::QueueSelect => self.queue_select = value,
             Register::QueueNum => self.set_up_queue(|queue| queue.set_size(u16::try_from(value).unwrap_or(0))),

@@ -232,11 +232,32 @@ fn configuration_is_read_in_any_width_and_written_once_there_is_a_driver() {
 /// What a hostile guest does: any access anywhere, with a taste for the registers that matter.
 fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
     let interesting = prop_oneof![
-        Just(0x014u64), Just(0x020), Just(0x024), Just(0x030), Just(0x038), Just(0x044), Just(0x050), Just(0x064), Just(0x070),
-        Just(0x070), Just(0x080), Just(0x084), Just(0x090), Just(0x0a0), 0u64..0x1000,
+        Just(0x014u64),
+        Just(0x020),
+        Just(0x024),
+        Just(0x030),
+        Just(0x038),
+        Just(0x044),
+        Just(0x050),
+        Just(0x064),
+        Just(0x070),
+        Just(0x070),
+        Just(0x080),
+        Just(0x084),
+        Just(0x090),
+        Just(0x0a0),
+        0u64..0x1000,
     ];
     let word = prop_oneof![
-        any::<u32>(), 0u32..16, Just(1u32), Just(3), Just(11), Just(15), Just(128), Just(0x1_0000), Just(u32::MAX),
+        any::<u32>(),
+        0u32..16,
+        Just(1u32),
+        Just(3),
+        Just(11),
+        Just(15),
+        Just(128),
+        Just(0x1_0000),
+        Just(u32::MAX),
     ];
     let data = prop_oneof![4 => word.prop_map(|word| word.to_le_bytes().to_vec()), 1 => proptest::collection::vec(any::<u8>(), 0..9)];
     (prop::bool::weighted(0.8), interesting, data)
