@@ -136,7 +136,8 @@ impl Device for Link<'_> {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
-        self.outbox.has_room(self.sink).then(|| Sending { outbox: self.outbox, sink: self.sink })
+        let room = self.outbox.has_room(self.sink);
+        room.then_some(Sending { outbox: self.outbox, sink: self.sink })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
