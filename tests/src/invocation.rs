@@ -355,7 +355,7 @@ mod tests {
 
     #[test]
     fn waiting_for_text_sees_it_while_the_program_runs() {
-        let mut running = shell("echo ready; read line").start();
+        let mut running = shell("echo ready; exec sleep 60").start();
         running.wait_for("ready");
         running.signal(rustix::process::Signal::KILL);
         assert_eq!(running.finish().code(), None);

@@ -202,7 +202,9 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
 
 fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     if debian::ensure(lab::PACKAGES).is_err() {
-        return Ok(Outcome::Skipped("the lab's packages are not installed, and this user cannot install them".to_owned()));
+        return Ok(Outcome::Skipped(
+            "the lab's packages are not installed, and this user cannot install them".to_owned(),
+        ));
     }
     let machine = lab::Machine { exact: false, cpus: 2, memory_mib: 4096, timeout_s: 3600 };
     let filter: Vec<String> = arguments.filter.iter().cloned().collect();
