@@ -80,7 +80,9 @@ pub fn group_entries(text: &[u8]) -> impl Iterator<Item = GroupEntry<'_>> {
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line)).filter(|line| !line.starts_with(b"#"))
+    text.split(|byte| *byte == b'\n')
+        .map(|line| line.strip_suffix(b"\r").unwrap_or(line))
+        .filter(|line| !line.starts_with(b"#"))
 }
 
 /// A decimal id within the allowed range.
@@ -145,9 +147,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n# comment:x:9:9::/:/\nbroken line\nann:x:1000:100:Ann:/home/ann:/bin/sh\r\n\
+    const PASSWD: &[u8] =
+        b"root:x:0:0:root:/root:/bin/sh\n# comment:x:9:9::/:/\nbroken line\nann:x:1000:100:Ann:/home/ann:/bin/sh\r\n\
         42:x:7:7::/seven:\nempty:x:8:8:::\nhuge:x:4294967295:0::/:\n";
-    const GROUP: &[u8] = b"root:x:0:\nusers:x:100:\nwheel:x:10:ann,root\ndocker:x:998:bob,ann\nbroken\nwheel2:x:10:ann\n";
+    const GROUP: &[u8] =
+        b"root:x:0:\nusers:x:100:\nwheel:x:10:ann,root\ndocker:x:998:bob,ann\nbroken\nwheel2:x:10:ann\n";
 
     #[test]
     fn users_and_groups_are_found_as_docker_finds_them() {

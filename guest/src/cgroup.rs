@@ -64,7 +64,8 @@ impl WorkloadGroup {
         let own_namespace = fs::File::open("/proc/self/ns/cgroup")?;
         enter(&path)?;
         unshare(CloneFlags::CLONE_NEWCGROUP)?;
-        let outcome = fs::File::open("/proc/self/ns/cgroup").and_then(|namespace| inside().map(|()| OwnedFd::from(namespace)));
+        let outcome =
+            fs::File::open("/proc/self/ns/cgroup").and_then(|namespace| inside().map(|()| OwnedFd::from(namespace)));
         setns(&own_namespace, CloneFlags::CLONE_NEWCGROUP)?;
         enter(&mount.join("agent"))?;
         let namespace = outcome?;

@@ -52,7 +52,10 @@ pub fn prepare(guest: &GuestConfig, exec: &ExecConfig, passwd: &[u8], group: &[u
     Ok(Command {
         candidates: candidates(name, path).map(|path| c_string("the command", path)).collect::<Result<_, _>>()?,
         argv: exec.argv.iter().map(|argument| c_string("an argument", argument.as_str())).collect::<Result<_, _>>()?,
-        env: env.iter().map(|var| c_string("the environment", format!("{}={}", var.name, var.value))).collect::<Result<_, _>>()?,
+        env: env
+            .iter()
+            .map(|var| c_string("the environment", format!("{}={}", var.name, var.value)))
+            .collect::<Result<_, _>>()?,
         workdir: c_string("the working directory", workdir)?,
         identity,
         limits: limits::merge(&[&guest.rlimits, &exec.rlimits])?,
@@ -68,13 +71,20 @@ fn candidates<'a>(name: &'a str, path: &'a str) -> impl Iterator<Item = String> 
     let direct = name.contains('/').then(|| name.to_owned());
     let searched = (direct.is_none()).then(|| {
         // An empty entry of PATH is the current directory.
-        path.split(':').take(PATH_ENTRIES_MAX).map(move |dir| if dir.is_empty() { format!("./{name}") } else { format!("{dir}/{name}") })
+        path.split(':')
+            .take(PATH_ENTRIES_MAX)
+            .map(move |dir| if dir.is_empty() { format!("./{name}") } else { format!("{dir}/{name}") })
     });
     direct.into_iter().chain(searched.into_iter().flatten())
 }
 
 /// The environment: the guest's, over it the caller's, then what is missing: PATH, HOSTNAME, TERM for a terminal, HOME.
-fn environment(guest: &GuestConfig, exec: &ExecConfig, user_named: bool, home: Option<&str>) -> Result<Vec<EnvVar>, GuestError> {
+fn environment(
+    guest: &GuestConfig,
+    exec: &ExecConfig,
+    user_named: bool,
+    home: Option<&str>,
+) -> Result<Vec<EnvVar>, GuestError> {
     let mut env = merge(guest.env.iter().chain(&exec.env))?;
     let mut default = |name: &str, value: &str| {
         if !env.iter().any(|var| var.name == name) {
@@ -138,7 +148,13 @@ mod tests {
 
     #[test]
     fn home_follows_its_rule() {
-        type Row = (&'static [(&'static str, &'static str)], &'static [(&'static str, &'static str)], &'static str, &'static str, Option<&'static str>);
+        type Row = (
+            &'static [(&'static str, &'static str)],
+            &'static [(&'static str, &'static str)],
+            &'static str,
+            &'static str,
+            Option<&'static str>,
+        );
         // guest env, exec env, guest user, exec user, HOME
         let table: [Row; 9] = [
             (&[], &[], "", "", Some("/root")),
@@ -164,7 +180,11 @@ mod tests {
         let guest = GuestConfig { env: vars(&[("PATH", "/x::/y")]), ..Default::default() };
         let of = |name: &str| {
             let exec = ExecConfig { argv: vec![name.into(), "-l".into()], ..Default::default() };
-            run(guest.clone(), exec, PASSWD).candidates.into_iter().map(|path| path.into_string().unwrap()).collect::<Vec<_>>()
+            run(guest.clone(), exec, PASSWD)
+                .candidates
+                .into_iter()
+                .map(|path| path.into_string().unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(of("ls"), ["/x/ls", "./ls", "/y/ls"]);
         assert_eq!(of("./ls"), ["./ls"]);
@@ -189,10 +209,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_a_command_is_refused() {
-        let argv = |words: &[&str]| ExecConfig { argv: words.iter().map(|word| (*word).into()).collect(), ..Default::default() };
+        let argv = |words: &[&str]| ExecConfig {
+            argv: words.iter().map(|word| (*word).into()).collect(),
+            ..Default::default()
+        };
         let bad_env = ExecConfig { env: vars(&[("A=B", "1")]), ..argv(&["x"]) };
         for exec in [argv(&[]), argv(&[""]), argv(&["a\0b"]), argv(&["a", "\0"]), bad_env] {
-            assert_eq!(prepare(&GuestConfig::default(), &exec, PASSWD, b"").unwrap_err().code, ErrorCode::InvalidConfig);
+            assert_eq!(
+                prepare(&GuestConfig::default(), &exec, PASSWD, b"").unwrap_err().code,
+                ErrorCode::InvalidConfig
+            );
         }
     }
 

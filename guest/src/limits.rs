@@ -78,7 +78,10 @@ mod tests {
     fn later_lists_win_and_defaults_hold_otherwise() {
         let limits = merge(&[&[limit("nofile", 10, 20), limit("cpu", 1, 1)], &[limit("nofile", 11, 21)]]).unwrap();
         let of = |resource| limits.iter().filter(|limit| limit.resource == resource).collect::<Vec<_>>();
-        assert_eq!(of(libc::RLIMIT_NOFILE), [&Limit { resource: libc::RLIMIT_NOFILE, soft: 11, hard: 21, is_default: false }]);
+        assert_eq!(
+            of(libc::RLIMIT_NOFILE),
+            [&Limit { resource: libc::RLIMIT_NOFILE, soft: 11, hard: 21, is_default: false }]
+        );
         assert_eq!(of(libc::RLIMIT_CPU).len(), 1);
         assert_eq!(of(libc::RLIMIT_CORE)[0].soft, u64::MAX);
     }

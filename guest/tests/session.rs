@@ -14,8 +14,9 @@ use msb_guest::session::workload::Host;
 use msb_guest::session::{Guest, Sessions};
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
-    Assembler, Data, EnvVar, ExecConfig, Exited, GuestBody, GuestConfig, HostBody, MainConfig, Open, OpenAttach, OpenControl, OpenKind,
-    OpenMain, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal, StdinEof, TerminalSize, encode_host,
+    Assembler, Data, EnvVar, ExecConfig, Exited, GuestBody, GuestConfig, HostBody, MainConfig, Open, OpenAttach,
+    OpenControl, OpenKind, OpenMain, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal,
+    StdinEof, TerminalSize, encode_host,
 };
 
 const BOOT_ID: &[u8] = b"0123456789abcdef";
@@ -147,7 +148,9 @@ impl Caller {
         let mut heard = Heard::default();
         while let Some(message) = self.next() {
             match message {
-                GuestBody::Output(output) if output.stream == OutputStream::Stdout as i32 => heard.stdout.extend(output.data),
+                GuestBody::Output(output) if output.stream == OutputStream::Stdout as i32 => {
+                    heard.stdout.extend(output.data)
+                }
                 GuestBody::Output(output) => heard.stderr.extend(output.data),
                 GuestBody::Exited(end) => heard.end = Some(end),
                 GuestBody::Refused(failure) => {
@@ -239,7 +242,13 @@ fn environment_directory_and_user_are_as_asked() {
     let big = "x".repeat(100 << 10);
     let env = vec![EnvVar { name: "A".into(), value: "1 2".into() }, EnvVar { name: "BIG".into(), value: big }];
     let rlimits = vec![ResourceLimit { resource: "nofile".into(), soft: 100, hard: 200 }];
-    let config = ExecConfig { env, rlimits, workdir: "/tmp".into(), user: "1234:77".into(), ..shell("echo $A ${#BIG}; pwd; id -u; id -g; id -G; echo ${HOME-none}; ulimit -Sn; ulimit -Hn") };
+    let config = ExecConfig {
+        env,
+        rlimits,
+        workdir: "/tmp".into(),
+        user: "1234:77".into(),
+        ..shell("echo $A ${#BIG}; pwd; id -u; id -g; id -G; echo ${HOME-none}; ulimit -Sn; ulimit -Hn")
+    };
     assert_eq!(String::from_utf8(run(config).stdout).unwrap(), "1 2 102400\n/tmp\n1234\n77\n77\nnone\n100\n200\n");
 }
 
@@ -258,7 +267,8 @@ fn a_background_child_holds_nothing_open() {
     assert!(started.elapsed() < Duration::from_secs(5));
     assert_eq!(heard.end.unwrap().code, 3);
     let pid: i32 = String::from_utf8(heard.stdout).unwrap().trim().parse().unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).expect("the child was left running");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL)
+        .expect("the child was left running");
 }
 
 #[test]
@@ -382,7 +392,8 @@ fn a_lost_caller_hangs_its_command_up() {
 #[test]
 fn signals_reach_the_process_group() {
     let agent = agent();
-    let mut caller = Caller::exec(&agent, shell("trap 'echo got; exit 4' USR1; echo ready; while :; do sleep 0.1; done"));
+    let mut caller =
+        Caller::exec(&agent, shell("trap 'echo got; exit 4' USR1; echo ready; while :; do sleep 0.1; done"));
     caller.hear_until("ready");
     for number in [0, -1, 65, i32::MAX] {
         caller.send(HostBody::Signal(Signal { number }));
@@ -397,7 +408,10 @@ fn signals_reach_the_process_group() {
 fn a_terminal_has_its_size_and_its_keys() {
     let agent = agent();
     let terminal = Some(TerminalSize { rows: 33, columns: 99 });
-    let mut caller = Caller::exec(&agent, ExecConfig { stdin: true, terminal, ..shell("stty size; echo $TERM; tty; read x; stty size; cat; echo over") });
+    let mut caller = Caller::exec(
+        &agent,
+        ExecConfig { stdin: true, terminal, ..shell("stty size; echo $TERM; tty; read x; stty size; cat; echo over") },
+    );
     let text = caller.hear_until("/dev/pts/");
     assert!(text.contains("33 99") && text.contains("xterm"), "{text:?}");
     caller.send(HostBody::Resize(TerminalSize { rows: 0, columns: 1 << 30 }));
@@ -416,7 +430,8 @@ fn a_terminal_has_its_size_and_its_keys() {
 #[test]
 fn three_hundred_at_once() {
     let agent = agent();
-    let mut callers = (0..300).map(|at| Caller::exec(&agent, shell(&format!("echo {at}; exit {}", at % 100)))).collect::<Vec<_>>();
+    let mut callers =
+        (0..300).map(|at| Caller::exec(&agent, shell(&format!("echo {at}; exit {}", at % 100)))).collect::<Vec<_>>();
     for (at, caller) in callers.iter_mut().enumerate() {
         let heard = caller.hear();
         assert_eq!(String::from_utf8(heard.stdout).unwrap(), format!("{at}\n"));
@@ -429,7 +444,10 @@ fn three_hundred_at_once() {
 fn strangers_and_garbage_get_nowhere() {
     let agent = agent();
     let kind = || Some(OpenKind::Exec(command(&["true"])));
-    assert_eq!(Caller::open_as(&agent, b"another boot....", 1, kind()).hear().refused.as_deref(), Some("sandbox_not_running"));
+    assert_eq!(
+        Caller::open_as(&agent, b"another boot....", 1, kind()).hear().refused.as_deref(),
+        Some("sandbox_not_running")
+    );
     assert_eq!(Caller::open_as(&agent, BOOT_ID, 0, kind()).hear().refused.as_deref(), Some("unsupported_operation"));
     assert_eq!(Caller::open_as(&agent, BOOT_ID, 9, None).hear().refused.as_deref(), Some("unsupported_operation"));
     for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0, 0, 0, 2, 0xff, 0xff], &[0xff; 64], &[]] {
@@ -445,17 +463,29 @@ fn strangers_and_garbage_get_nowhere() {
 }
 
 fn main_config(exec: ExecConfig) -> GuestConfig {
-    GuestConfig { main: Some(MainConfig { exec: Some(exec), autostart: false, stop_signal: 15 }), ..GuestConfig::default() }
+    GuestConfig {
+        main: Some(MainConfig { exec: Some(exec), autostart: false, stop_signal: 15 }),
+        ..GuestConfig::default()
+    }
 }
 
 #[test]
 fn the_main_workload_has_one_primary_a_log_and_watchers() {
-    let (agent, collector) = agent_with(main_config(ExecConfig { stdin: true, ..shell("read a; echo first $a; read b; echo second $b; exit 5") }));
-    assert_eq!(Caller::open(&agent, OpenKind::Attach(OpenAttach::default())).hear().refused.as_deref(), Some("sandbox_not_running"));
+    let (agent, collector) = agent_with(main_config(ExecConfig {
+        stdin: true,
+        ..shell("read a; echo first $a; read b; echo second $b; exit 5")
+    }));
+    assert_eq!(
+        Caller::open(&agent, OpenKind::Attach(OpenAttach::default())).hear().refused.as_deref(),
+        Some("sandbox_not_running")
+    );
     let mut primary = Caller::open(&agent, OpenKind::Main(OpenMain::default()));
     primary.send(HostBody::Stdin(Data { data: b"one\n".to_vec() }));
     primary.hear_until("first one");
-    assert_eq!(Caller::open(&agent, OpenKind::Main(OpenMain::default())).hear().refused.as_deref(), Some("invalid_request"));
+    assert_eq!(
+        Caller::open(&agent, OpenKind::Main(OpenMain::default())).hear().refused.as_deref(),
+        Some("invalid_request")
+    );
     let mut watcher = Caller::open(&agent, OpenKind::Attach(OpenAttach { stdin: true, terminal: None }));
     assert!(matches!(watcher.next(), Some(GuestBody::Opened(_))));
     watcher.send(HostBody::Stdin(Data { data: b"two\n".to_vec() }));
@@ -547,11 +577,16 @@ fn a_shutdown_order_stops_what_obeys_and_kills_what_does_not() {
     let order = ShutdownOrder { grace_ms: 1000, ..ShutdownOrder::default() };
     let dir = tempfile::tempdir().unwrap();
     let hook = dir.path().join("hook");
-    let (agent, _) = agent_with(main_config(shell("trap 'echo bye; exit 6' TERM; echo up; while :; do sleep 0.05; done")));
+    let (agent, _) =
+        agent_with(main_config(shell("trap 'echo bye; exit 6' TERM; echo up; while :; do sleep 0.05; done")));
     let mut primary = Caller::open(&agent, OpenKind::Main(OpenMain::default()));
     primary.hear_until("up");
     let started = Instant::now();
-    let with_hook = ShutdownOrder { pre_stop: vec!["touch".into(), hook.to_str().unwrap().into()], pre_stop_budget_ms: 5000, ..order.clone() };
+    let with_hook = ShutdownOrder {
+        pre_stop: vec!["touch".into(), hook.to_str().unwrap().into()],
+        pre_stop_budget_ms: 5000,
+        ..order.clone()
+    };
     agent.stop(&with_hook);
     let heard = primary.hear();
     assert!(heard.stdout.ends_with(b"bye\n") && heard.end.unwrap().code == 6 && hook.exists());

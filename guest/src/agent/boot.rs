@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::ErrorCode;
-use msb_protocol::guest::{AGENT_PORT, AgentHello, Failure, GuestBody, HOST_CID, HostBody, LINK_PORT, Ready, Step, Welcome};
+use msb_protocol::guest::{
+    AGENT_PORT, AgentHello, Failure, GuestBody, HOST_CID, HostBody, LINK_PORT, Ready, Step, Welcome,
+};
 use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 use rustix::mount::{MountFlags, mount_remount};
@@ -37,6 +39,9 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 const WELCOME_LIMIT: Duration = Duration::from_secs(30);
 /// How long a last word on the link may take to be written.
 const LAST_WORD_LIMIT: Duration = Duration::from_secs(1);
+/// Stages of a failed boot as the host names them: the agent itself, and what it sets up.
+const AGENT: &str = "agent";
+const SETUP: &str = "setup";
 /// Streams that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -58,7 +63,8 @@ fn failed(stage: &str, error: impl std::fmt::Display) -> BootError {
 /// [`BootError`] where there is no link to say it on.
 pub fn run() -> Result<Infallible, BootError> {
     let mut stream = FrameStream::new(connect_link()?).map_err(|errno| failed("link", errno))?;
-    let init_uptime_us = std::env::var(crate::init::UPTIME_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let init_uptime_us =
+        std::env::var(crate::init::UPTIME_VARIABLE).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     stream.send(GuestBody::AgentHello(AgentHello {
         generation: GUEST_GENERATION,
         agent_version: VERSION.into(),
@@ -143,23 +149,26 @@ fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
     };
     let boot_failed = |stage: &str, message: String| fail(ErrorCode::BootFailed, stage, message, 0);
     negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, welcome.generation)
-        .map_err(|error| fail(ErrorCode::UnsupportedOperation, "hello", error.to_string(), 0))?;
-    let config = welcome.config.ok_or_else(|| boot_failed("hello", "the host sent no configuration".into()))?;
-    clock::set(welcome.realtime_ns).map_err(|errno| boot_failed("clock", format!("cannot set the clock: {errno}")))?;
+        .map_err(|error| fail(ErrorCode::UnsupportedOperation, AGENT, error.to_string(), 0))?;
+    let config = welcome.config.ok_or_else(|| boot_failed(AGENT, "the host sent no configuration".into()))?;
+    clock::set(welcome.realtime_ns).map_err(|errno| boot_failed(SETUP, format!("cannot set the clock: {errno}")))?;
     if !welcome.entropy.is_empty() {
-        let random = std::fs::File::open("/dev/urandom").map_err(|error| boot_failed("entropy", error.to_string()))?;
+        let random = std::fs::File::open("/dev/urandom")
+            .map_err(|error| boot_failed(SETUP, format!("cannot open /dev/urandom: {error}")))?;
         sys::add_entropy(&random, &welcome.entropy)
-            .map_err(|errno| boot_failed("entropy", format!("cannot seed the entropy pool: {errno}")))?;
+            .map_err(|errno| boot_failed(SETUP, format!("cannot seed the entropy pool: {errno}")))?;
     }
     steps.done("clock and entropy");
     raise_descriptor_limit();
     let root = root::set_up(&config, |name| steps.done(name)).map_err(|error: RootError| {
         let errno = error.source.raw_os_error().unwrap_or(0);
-        fail(ErrorCode::BootFailed, error.stage, error.to_string(), errno)
+        // The border knows coarse stages; the step itself goes into the words.
+        let stage = if error.is_mount() { "mount" } else { SETUP };
+        fail(ErrorCode::BootFailed, stage, format!("{}: {error}", error.stage), errno)
     })?;
     let null = std::fs::File::options().read(true).write(true).open("/dev/null");
-    let null = null.map_err(|error| boot_failed("devices", format!("cannot open /dev/null: {error}")))?;
-    let listener = listen().map_err(|errno| boot_failed("listener", format!("cannot listen on vsock: {errno}")))?;
+    let null = null.map_err(|error| boot_failed(SETUP, format!("cannot open /dev/null: {error}")))?;
+    let listener = listen().map_err(|errno| boot_failed(SETUP, format!("cannot listen on vsock: {errno}")))?;
     steps.done("listener");
     let guest = Guest {
         config,
@@ -191,7 +200,8 @@ fn listen() -> nix::Result<OwnedFd> {
 fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<Infallible, BootError> {
     let link = Arc::new(Link::new(stream).map_err(|errno| failed("link", errno))?);
     let autostart = prepared.guest.config.main.as_ref().is_some_and(|main| main.autostart);
-    let agent = Agent::new(prepared.guest, Arc::clone(&link) as Arc<dyn Host>).map_err(|errno| failed("agent", errno))?;
+    let agent =
+        Agent::new(prepared.guest, Arc::clone(&link) as Arc<dyn Host>).map_err(|errno| failed("agent", errno))?;
     let agent = Arc::new(agent);
     link.set_door(agent.main.door());
     steps.done("agent");

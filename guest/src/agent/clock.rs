@@ -53,7 +53,9 @@ pub fn synchronise(realtime_ns: u64) -> Result<Correction, String> {
     let correction = correction(i128::from(realtime_ns) - now_ns);
     match correction {
         Correction::None => {}
-        Correction::Slew(offset_us) => sys::slew_clock(offset_us).map_err(|errno| format!("cannot slew the clock: {errno}"))?,
+        Correction::Slew(offset_us) => {
+            sys::slew_clock(offset_us).map_err(|errno| format!("cannot slew the clock: {errno}"))?
+        }
         Correction::Step => set(realtime_ns).map_err(|errno| format!("cannot set the clock: {errno}"))?,
     }
     Ok(correction)

@@ -64,7 +64,10 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
         return Err((stream, GuestError::new(ErrorCode::UnsupportedOperation, error.to_string())));
     }
     if open.boot_id != agent.guest.boot_id {
-        return Err((stream, GuestError::new(ErrorCode::SandboxNotRunning, "this stream was meant for another run of the sandbox")));
+        return Err((
+            stream,
+            GuestError::new(ErrorCode::SandboxNotRunning, "this stream was meant for another run of the sandbox"),
+        ));
     }
     if agent.end.is_due() && !matches!(open.kind, Some(OpenKind::Control(_))) {
         return Err((stream, GuestError::new(ErrorCode::SandboxNotRunning, "the sandbox is being stopped")));
@@ -72,7 +75,11 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
     let opened = Opened { generation: GUEST_GENERATION, agent_version: VERSION.into(), main_exited: None, main_pid: 0 };
     match open.kind {
         Some(OpenKind::Control(_)) => {
-            control::serve(agent, stream, Opened { main_exited: agent.main.end(), main_pid: agent.main.pid(), ..opened });
+            control::serve(
+                agent,
+                stream,
+                Opened { main_exited: agent.main.end(), main_pid: agent.main.pid(), ..opened },
+            );
             Ok(())
         }
         Some(OpenKind::Exec(config)) => exec::run(&agent.guest, stream, &config, opened),
@@ -134,7 +141,8 @@ fn wait_for(stream: &FrameStream, events: PollFlags, until: Instant) -> bool {
     if left.is_zero() {
         return false;
     }
-    let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(left.subsec_nanos()) };
+    let timeout =
+        Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(left.subsec_nanos()) };
     let mut fds = [PollFd::from_borrowed_fd(stream.socket(), events)];
     // Interrupted or nothing yet: the caller looks again, and the time runs.
     !matches!(poll(&mut fds, Some(&timeout)), Ok(0))

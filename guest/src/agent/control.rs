@@ -92,10 +92,13 @@ pub(crate) fn serve(agent: &Agent, mut stream: FrameStream, opened: Opened) {
 
 fn wait(agent: &Agent, stream: &FrameStream, until: Instant) {
     let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-    let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(1), tv_nsec: i64::from(left.subsec_nanos()) };
+    let timeout =
+        Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(1), tv_nsec: i64::from(left.subsec_nanos()) };
     let write = if stream.backlog() > 0 { PollFlags::OUT } else { PollFlags::empty() };
-    let mut fds =
-        [PollFd::from_borrowed_fd(stream.socket(), PollFlags::IN | write), PollFd::from_borrowed_fd(agent.controls.wake.as_fd(), PollFlags::IN)];
+    let mut fds = [
+        PollFd::from_borrowed_fd(stream.socket(), PollFlags::IN | write),
+        PollFd::from_borrowed_fd(agent.controls.wake.as_fd(), PollFlags::IN),
+    ];
     // Interrupted or not: the loop looks at everything again.
     let _ = poll(&mut fds, Some(&timeout));
     let _ = rustix::io::read(&agent.controls.wake, &mut [0u8; 8]);
@@ -144,7 +147,9 @@ fn root_usage(agent: &Agent) -> (u64, u64) {
 
 /// The one-minute load of /proc/loadavg in hundredths.
 fn load_hundredths(text: &str) -> u32 {
-    let Some((whole, hundredths)) = text.split_whitespace().next().and_then(|load| load.split_once('.')) else { return 0 };
+    let Some((whole, hundredths)) = text.split_whitespace().next().and_then(|load| load.split_once('.')) else {
+        return 0;
+    };
     let (whole, hundredths) = (whole.parse::<u32>().unwrap_or(0), hundredths.parse::<u32>().unwrap_or(0));
     whole.saturating_mul(100).saturating_add(hundredths.min(99))
 }

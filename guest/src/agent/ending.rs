@@ -100,7 +100,8 @@ pub(crate) fn stop_gently(agent: &Agent, order: &Shutdown) {
         run_hook(agent, order);
     }
     let configured = agent.guest.config.main.as_ref().map_or(0, |main| main.stop_signal);
-    let signal = [order.signal, configured].into_iter().find(|number| (1..=64).contains(number)).unwrap_or(libc::SIGTERM);
+    let signal =
+        [order.signal, configured].into_iter().find(|number| (1..=64).contains(number)).unwrap_or(libc::SIGTERM);
     let had_main = agent.main.is_alive();
     agent.main.signal(signal);
     agent.guest.sessions.signal(libc::SIGTERM);
@@ -143,7 +144,9 @@ pub(crate) fn kill_all(agent: &Agent) {
         agent.guest.kill_everything();
         agent.main.signal(libc::SIGKILL);
         let populated = agent.guest.workload.as_ref().is_some_and(crate::cgroup::WorkloadGroup::is_populated);
-        if (!populated && agent.guest.sessions.alive() == 0 && agent.main.wait_ended(LOOK_INTERVAL)) || Instant::now() >= until {
+        if (!populated && agent.guest.sessions.alive() == 0 && agent.main.wait_ended(LOOK_INTERVAL))
+            || Instant::now() >= until
+        {
             return;
         }
         std::thread::sleep(LOOK_INTERVAL);

@@ -53,7 +53,8 @@ impl Link {
         let socket = rustix::io::fcntl_dupfd_cloexec(stream.socket(), 3)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let log_refill = Instant::now();
-        let state = State { stream, starved: false, acknowledged: false, lost: false, log_tokens: LOG_BURST, log_refill };
+        let state =
+            State { stream, starved: false, acknowledged: false, lost: false, log_tokens: LOG_BURST, log_refill };
         Ok(Self { state: Mutex::new(state), changed: Condvar::new(), wake, socket, door: OnceLock::new() })
     }
 
@@ -113,8 +114,10 @@ impl Link {
         let mut scratch = vec![0; READ_LEN];
         loop {
             let write = if self.lock().stream.backlog() > 0 { PollFlags::OUT } else { PollFlags::empty() };
-            let mut fds =
-                [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN | write), PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN | write),
+                PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN),
+            ];
             if poll(&mut fds, None).is_err() {
                 continue;
             }

@@ -36,7 +36,13 @@ struct Copier {
 }
 
 impl Copier {
-    fn directory(&mut self, source: BorrowedFd<'_>, target: BorrowedFd<'_>, prefix: &[u8], depth: usize) -> io::Result<()> {
+    fn directory(
+        &mut self,
+        source: BorrowedFd<'_>,
+        target: BorrowedFd<'_>,
+        prefix: &[u8],
+        depth: usize,
+    ) -> io::Result<()> {
         if depth > DEPTH_MAX {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "directories are nested too deep"));
         }
@@ -80,8 +86,10 @@ impl Copier {
         match kind {
             FileType::Directory => {
                 rustix::fs::mkdirat(target, name, Mode::from_raw_mode(0o700))?;
-                let from = rustix::fs::openat(source, name, OFlags::RDONLY | OFlags::DIRECTORY | open_new, Mode::empty())?;
-                let to = rustix::fs::openat(target, name, OFlags::RDONLY | OFlags::DIRECTORY | open_new, Mode::empty())?;
+                let from =
+                    rustix::fs::openat(source, name, OFlags::RDONLY | OFlags::DIRECTORY | open_new, Mode::empty())?;
+                let to =
+                    rustix::fs::openat(target, name, OFlags::RDONLY | OFlags::DIRECTORY | open_new, Mode::empty())?;
                 path.push(b'/');
                 return self.directory(from.as_fd(), to.as_fd(), &path, depth + 1);
             }
@@ -98,7 +106,13 @@ impl Copier {
             kind => rustix::fs::mknodat(target, name, kind, Mode::from_raw_mode(stat.st_mode & 0o7777), stat.st_rdev)?,
         }
         copy_xattrs(&inside(source, name)?, &inside(target, name)?)?;
-        rustix::fs::chownat(target, name, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)), AtFlags::SYMLINK_NOFOLLOW)?;
+        rustix::fs::chownat(
+            target,
+            name,
+            Some(Uid::from_raw(stat.st_uid)),
+            Some(Gid::from_raw(stat.st_gid)),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
         if kind != FileType::Symlink {
             // After the change of owner, which takes set-id bits away.
             rustix::fs::chmodat(target, name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())?;
@@ -110,7 +124,10 @@ impl Copier {
 
 fn times(stat: &rustix::fs::Stat) -> Timestamps {
     let time = |seconds, nanoseconds| Timespec { tv_sec: seconds, tv_nsec: i64::try_from(nanoseconds).unwrap_or(0) };
-    Timestamps { last_access: time(stat.st_atime, stat.st_atime_nsec), last_modification: time(stat.st_mtime, stat.st_mtime_nsec) }
+    Timestamps {
+        last_access: time(stat.st_atime, stat.st_atime_nsec),
+        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
+    }
 }
 
 /// A path to a name in an open directory.
@@ -164,7 +181,10 @@ fn copy_xattrs(from: &CStr, to: &CStr) -> io::Result<()> {
         return Ok(());
     }
     let mut value = vec![0u8; XATTR_LEN_MAX];
-    for name in names[..listed].split(|byte| *byte == 0).filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay.")) {
+    for name in names[..listed]
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay."))
+    {
         let name = CString::new(name)?;
         let len = rustix::fs::lgetxattr(from, name.as_c_str(), value.as_mut_slice())?;
         match rustix::fs::lsetxattr(to, name.as_c_str(), &value[..len], XattrFlags::empty()) {
@@ -193,8 +213,10 @@ mod tests {
         let sparse = fs::File::create(from.path().join("sparse")).unwrap();
         sparse.set_len(32 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&sparse, b"end", 20 << 20).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, from.path().join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o640), 0).unwrap();
-        let has_xattrs = rustix::fs::lsetxattr(from.path().join("d"), "user.note", b"kept", XattrFlags::empty()).is_ok();
+        rustix::fs::mknodat(rustix::fs::CWD, from.path().join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o640), 0)
+            .unwrap();
+        let has_xattrs =
+            rustix::fs::lsetxattr(from.path().join("d"), "user.note", b"kept", XattrFlags::empty()).is_ok();
         fs::set_permissions(from.path().join("d"), fs::Permissions::from_mode(0o1500)).unwrap();
 
         let open = |path: &std::path::Path| OwnedFd::from(fs::File::open(path).unwrap());
@@ -202,7 +224,10 @@ mod tests {
 
         let at = |name: &str| fs::symlink_metadata(to.path().join(name)).unwrap();
         assert_eq!(fs::read(to.path().join("d/file")).unwrap(), b"text");
-        assert_eq!((at("d").mode() & 0o7777, at("d/file").mode() & 0o7777, at("fifo").mode() & 0o7777), (0o1500, 0o4751, 0o640));
+        assert_eq!(
+            (at("d").mode() & 0o7777, at("d/file").mode() & 0o7777, at("fifo").mode() & 0o7777),
+            (0o1500, 0o4751, 0o640)
+        );
         assert_eq!((at("d/file").ino(), at("d/file").nlink()), (at("same").ino(), 2));
         assert_eq!(fs::read_link(to.path().join("link")).unwrap().to_str(), Some("/etc/passwd"));
         assert_eq!(at("sparse").len(), 32 << 20);

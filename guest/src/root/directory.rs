@@ -143,7 +143,8 @@ mod tests {
         symlink("/run/gone/stub", dir.path().join("dangling")).unwrap();
         root.write(Path::new("/dangling"), b"x", 0o644).unwrap();
         assert!(dir.path().join("dangling").symlink_metadata().unwrap().is_file());
-        rustix::fs::mknodat(root.directory(), "fifo", rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        rustix::fs::mknodat(root.directory(), "fifo", rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+            .unwrap();
         assert!(root.read(Path::new("/fifo"), 4).is_err());
     }
 

@@ -31,8 +31,10 @@ pub fn find(serial: &str) -> Result<PathBuf, RootError> {
             return Ok(Path::new("/dev").join(name));
         }
         if Instant::now() >= until {
-            let serials = seen.iter().map(|(name, serial)| format!("{name} has '{serial}'")).collect::<Vec<_>>().join(", ");
-            let error = io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial '{serial}' ({serials})"));
+            let serials =
+                seen.iter().map(|(name, serial)| format!("{name} has '{serial}'")).collect::<Vec<_>>().join(", ");
+            let error =
+                io::Error::new(io::ErrorKind::NotFound, format!("no disk has the serial '{serial}' ({serials})"));
             return Err(error).trying("disks", "cannot find a disk");
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -74,7 +76,8 @@ pub fn mount_upper(device: &Path, target: &Path) -> Result<OwnedFd, RootError> {
         .trying("upper", "cannot mount the writable disk (ext4)")?;
     let directory = OwnedFd::from(fs::File::open(target).trying("upper", "cannot open the writable disk")?);
     let size = size_of_file_system(device).trying("upper", "cannot read the superblock")?;
-    let device_blocks = device_len(device).trying("upper", "cannot read the size of the writable disk")? / size.block_len;
+    let device_blocks =
+        device_len(device).trying("upper", "cannot read the size of the writable disk")? / size.block_len;
     if device_blocks > size.blocks {
         sys::grow_ext4(&directory, device_blocks).trying("upper", "cannot grow the writable disk")?;
     }

@@ -28,7 +28,12 @@ const FILE_SYSTEMS: [FileSystem; 6] = [
     FileSystem { target: "/proc", kind: "proc", flags: NO_EXEC, data: None },
     FileSystem { target: "/sys", kind: "sysfs", flags: NO_EXEC, data: None },
     FileSystem { target: "/dev", kind: "devtmpfs", flags: MountFlags::NOSUID, data: Some(c"mode=0755") },
-    FileSystem { target: "/dev/pts", kind: "devpts", flags: NO_SUID, data: Some(c"newinstance,gid=5,mode=0620,ptmxmode=0666") },
+    FileSystem {
+        target: "/dev/pts",
+        kind: "devpts",
+        flags: NO_SUID,
+        data: Some(c"newinstance,gid=5,mode=0620,ptmxmode=0666"),
+    },
     FileSystem { target: "/dev/shm", kind: "tmpfs", flags: NO_EXEC, data: Some(c"mode=1777") },
     FileSystem { target: "/dev/mqueue", kind: "mqueue", flags: NO_EXEC, data: None },
 ];
@@ -77,7 +82,8 @@ fn mount_inside(root: &RootDirectory, file_system: &FileSystem) -> io::Result<()
 /// # Errors
 /// As mount(2).
 pub fn mount_cgroup(root: &RootDirectory) -> io::Result<()> {
-    let file_system = FileSystem { target: "/sys/fs/cgroup", kind: "cgroup2", flags: NO_EXEC, data: Some(c"nsdelegate") };
+    let file_system =
+        FileSystem { target: "/sys/fs/cgroup", kind: "cgroup2", flags: NO_EXEC, data: Some(c"nsdelegate") };
     mount_inside(root, &file_system)
 }
 
@@ -88,7 +94,9 @@ pub fn mount_cgroup(root: &RootDirectory) -> io::Result<()> {
 pub fn write_files(root: &RootDirectory, config: &GuestConfig) -> Result<(), RootError> {
     const STAGE: &str = "identity";
     let hostname = format!("{}\n", config.hostname);
-    for (path, text) in [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)] {
+    for (path, text) in
+        [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)]
+    {
         root.write(Path::new(path), text.as_bytes(), 0o644).trying(STAGE, &format!("cannot write {path}"))?;
     }
     let etc = root.create_directories(Path::new("/etc"), 0o755).trying(STAGE, "cannot open /etc")?;

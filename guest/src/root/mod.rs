@@ -57,6 +57,14 @@ pub struct RootError {
     pub source: io::Error,
 }
 
+impl RootError {
+    /// Whether it is about disks and mounts, and not about what is written into them.
+    #[must_use]
+    pub fn is_mount(&self) -> bool {
+        !matches!(self.stage, "cgroup" | "identity")
+    }
+}
+
 /// Names what was tried.
 pub(crate) trait Trying<T> {
     /// Adds step and words to an error.
@@ -92,8 +100,9 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
         .trying("file systems", "cannot open /dev/pts")?;
     step("file systems");
     let memory_max = memory_total().map_or(0, |total| total.saturating_sub(config.memory_reserve_bytes));
-    let workload = WorkloadGroup::create(Path::new(cgroup::MOUNT), memory_max, || environment::mount_cgroup(&directory))
-        .trying("cgroup", "cannot set up the workload's cgroup")?;
+    let workload =
+        WorkloadGroup::create(Path::new(cgroup::MOUNT), memory_max, || environment::mount_cgroup(&directory))
+            .trying("cgroup", "cannot set up the workload's cgroup")?;
     step("cgroup");
     environment::write_files(&directory, config)?;
     environment::set_kernel(config)?;
@@ -113,8 +122,10 @@ fn mount_overlay() -> Result<(), RootError> {
     make(WORKLOAD.into())?;
     // redirect_dir: a directory of the image can be renamed. Hard links keep docker's meaning (a copy-up parts them).
     let data = format!("lowerdir={LOWER},upperdir={upper},workdir={work},redirect_dir=on,metacopy=off,index=off");
-    let data = std::ffi::CString::new(data).map_err(io::Error::from).trying("overlay", "cannot name the directories")?;
-    mount("overlay", WORKLOAD, "overlay", MountFlags::empty(), Some(data.as_c_str())).trying("overlay", "cannot mount the overlay")
+    let data =
+        std::ffi::CString::new(data).map_err(io::Error::from).trying("overlay", "cannot name the directories")?;
+    mount("overlay", WORKLOAD, "overlay", MountFlags::empty(), Some(data.as_c_str()))
+        .trying("overlay", "cannot mount the overlay")
 }
 
 /// The memory the kernel has, in bytes.
@@ -134,7 +145,8 @@ mod tests {
 
     #[test]
     fn memory_is_read_in_bytes_by_whole_name() {
-        let text = "MemTotal:         247000 kB\nMemFree:           10 kB\nMemAvailable:     5 kB\nHugePages_Total:       0\n";
+        let text =
+            "MemTotal:         247000 kB\nMemFree:           10 kB\nMemAvailable:     5 kB\nHugePages_Total:       0\n";
         assert_eq!(memory_field(text, "MemTotal"), Some(247_000 * 1024));
         assert_eq!(memory_field(text, "MemAvailable"), Some(5120));
         assert_eq!((memory_field(text, "Mem"), memory_field(text, "HugePages_Total")), (None, None));

@@ -63,7 +63,8 @@ fn bind(root: &RootDirectory, upper: &Path, path: &str) -> io::Result<()> {
         rustix::fs::syncfs(fs::File::open(&volumes)?)?;
         fs::rename(&fresh, &directory)?;
     }
-    let source = rustix::fs::open(&directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+    let source =
+        rustix::fs::open(&directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
     mount_bind(path_of(&source), path_of(&target))?;
     Ok(())
 }

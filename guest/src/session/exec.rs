@@ -14,7 +14,12 @@ use crate::failure::GuestError;
 ///
 /// # Errors
 /// The typed reason if it cannot be started, with the stream to say it on.
-pub fn run(guest: &Guest, stream: FrameStream, exec: &ExecConfig, opened: Opened) -> Result<(), (FrameStream, GuestError)> {
+pub fn run(
+    guest: &Guest,
+    stream: FrameStream,
+    exec: &ExecConfig,
+    opened: Opened,
+) -> Result<(), (FrameStream, GuestError)> {
     let number = guest.sessions.number();
     let process = match Process::start(guest, exec, &format!("exec-{number}"), false) {
         Ok(process) => process,

@@ -107,7 +107,11 @@ impl InputQueue {
     pub fn abandon(&mut self) -> Vec<(u64, usize)> {
         let offset = std::mem::take(&mut self.offset);
         self.ended = true;
-        self.chunks.drain(..).enumerate().map(|(at, (client, data))| (client, data.len() - if at == 0 { offset } else { 0 })).collect()
+        self.chunks
+            .drain(..)
+            .enumerate()
+            .map(|(at, (client, data))| (client, data.len() - if at == 0 { offset } else { 0 }))
+            .collect()
     }
 }
 

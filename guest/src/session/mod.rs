@@ -56,7 +56,8 @@ impl Guest {
     /// # Errors
     /// `exec_failed` if there are no descriptors left.
     pub fn null_device(&self) -> Result<OwnedFd, GuestError> {
-        rustix::io::fcntl_dupfd_cloexec(&self.null, 3).map_err(|errno| GuestError::exec("cannot duplicate a descriptor", errno))
+        rustix::io::fcntl_dupfd_cloexec(&self.null, 3)
+            .map_err(|errno| GuestError::exec("cannot duplicate a descriptor", errno))
     }
 
     /// Kills everything that sessions started.

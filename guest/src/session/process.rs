@@ -62,7 +62,9 @@ impl Process {
             None => Self::with_pipes(guest, exec.stdin)?,
         };
         process.group = match &guest.workload {
-            Some(workload) => Some(workload.session(group_name).map_err(|error| from_io("cannot make the session's cgroup", &error))?),
+            Some(workload) => Some(
+                workload.session(group_name).map_err(|error| from_io("cannot make the session's cgroup", &error))?,
+            ),
             None => None,
         };
         let plan = Spawn {
@@ -119,7 +121,9 @@ impl Process {
         let failed = |errno| GuestError::exec("cannot make a terminal", errno);
         let duplicate = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3).map_err(failed);
         let master = match &guest.terminals {
-            Some(devpts) => rustix::fs::openat(devpts, "ptmx", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()),
+            Some(devpts) => {
+                rustix::fs::openat(devpts, "ptmx", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
+            }
             None => rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC),
         }
         .map_err(failed)?;
@@ -135,7 +139,12 @@ impl Process {
     }
 
     /// The agent's half before there is a process.
-    fn unborn(stdin: Option<OwnedFd>, outputs: [Option<OwnedFd>; 2], terminal: Option<OwnedFd>, guest: &Guest) -> Result<Self, GuestError> {
+    fn unborn(
+        stdin: Option<OwnedFd>,
+        outputs: [Option<OwnedFd>; 2],
+        terminal: Option<OwnedFd>,
+        guest: &Guest,
+    ) -> Result<Self, GuestError> {
         Ok(Self { pid: 0, pidfd: guest.null_device()?, stdin, outputs, group: None, terminal })
     }
 
@@ -148,8 +157,12 @@ impl Process {
     pub fn resize(&self, size: TerminalSize) {
         let cells = |count: u32| u16::try_from(count.clamp(1, u32::from(u16::MAX))).unwrap_or(u16::MAX);
         if let Some(terminal) = &self.terminal {
-            let size =
-                rustix::termios::Winsize { ws_row: cells(size.rows), ws_col: cells(size.columns), ws_xpixel: 0, ws_ypixel: 0 };
+            let size = rustix::termios::Winsize {
+                ws_row: cells(size.rows),
+                ws_col: cells(size.columns),
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            };
             // It can only fail when the terminal is gone, and then nobody sees it.
             let _ = rustix::termios::tcsetwinsize(terminal, size);
         }
@@ -192,7 +205,8 @@ impl Process {
 
     /// Bytes that wait in its outputs.
     pub fn waiting(&self) -> [u64; 2] {
-        let count = |output: &Option<OwnedFd>| output.as_ref().and_then(|fd| rustix::io::ioctl_fionread(fd).ok()).unwrap_or(0);
+        let count =
+            |output: &Option<OwnedFd>| output.as_ref().and_then(|fd| rustix::io::ioctl_fionread(fd).ok()).unwrap_or(0);
         [count(&self.outputs[0]), count(&self.outputs[1])]
     }
 
@@ -230,22 +244,36 @@ fn describe(error: SpawnError, exec: &ExecConfig, command: &Command) -> GuestErr
     let name: String = exec.argv.first().map(|name| name.chars().take(256).collect()).unwrap_or_default();
     let quoted = |text: &str| format!("'{text}'");
     match error.step {
-        Step::NotFound if name.contains('/') => {
-            GuestError { errno: error.errno, ..GuestError::new(ErrorCode::ExecNotFound, format!("'{name}' does not exist in the sandbox")) }
+        Step::NotFound if name.contains('/') => GuestError {
+            errno: error.errno,
+            ..GuestError::new(ErrorCode::ExecNotFound, format!("'{name}' does not exist in the sandbox"))
+        },
+        Step::NotFound => GuestError {
+            errno: error.errno,
+            ..GuestError::new(ErrorCode::ExecNotFound, format!("'{name}' is in no directory of PATH"))
+        },
+        Step::NotExecutable => {
+            GuestError::system(ErrorCode::ExecNotExecutable, &format!("cannot execute {}", quoted(&name)), error.errno)
         }
-        Step::NotFound => {
-            GuestError { errno: error.errno, ..GuestError::new(ErrorCode::ExecNotFound, format!("'{name}' is in no directory of PATH")) }
-        }
-        Step::NotExecutable => GuestError::system(ErrorCode::ExecNotExecutable, &format!("cannot execute {}", quoted(&name)), error.errno),
         Step::Interpreter => {
             let message = format!("cannot execute '{name}': its interpreter does not exist in the sandbox");
             GuestError { errno: error.errno, ..GuestError::new(ErrorCode::ExecNotExecutable, message) }
         }
         Step::Workdir => {
             let workdir = quoted(&command.workdir.to_string_lossy());
-            GuestError::system(ErrorCode::PathNotFound, &format!("cannot enter the working directory {workdir}"), error.errno)
+            GuestError::system(
+                ErrorCode::PathNotFound,
+                &format!("cannot enter the working directory {workdir}"),
+                error.errno,
+            )
         }
-        Step::Execute => GuestError::system(ErrorCode::ExecFailed, &format!("cannot execute {}", quoted(&name)), error.errno),
-        step => GuestError::system(ErrorCode::ExecFailed, &format!("cannot start {} (step {step:?})", quoted(&name)), error.errno),
+        Step::Execute => {
+            GuestError::system(ErrorCode::ExecFailed, &format!("cannot execute {}", quoted(&name)), error.errno)
+        }
+        step => GuestError::system(
+            ErrorCode::ExecFailed,
+            &format!("cannot start {} (step {step:?})", quoted(&name)),
+            error.errno,
+        ),
     }
 }

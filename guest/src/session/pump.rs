@@ -135,7 +135,11 @@ impl Door {
     fn take(&self, last: bool) -> Vec<Client> {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
         let mut newcomers = self.newcomers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if last { newcomers.take().unwrap_or_default() } else { newcomers.as_mut().map(std::mem::take).unwrap_or_default() }
+        if last {
+            newcomers.take().unwrap_or_default()
+        } else {
+            newcomers.as_mut().map(std::mem::take).unwrap_or_default()
+        }
     }
 
     fn is_hurried(&self) -> bool {
@@ -283,7 +287,10 @@ impl<'a> Pump<'a> {
         let timeout = until.map(|until| {
             // Rounded up by a millisecond so that the time has come when the wait ends.
             let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(left.subsec_nanos()) }
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
         });
         for (source, events) in self.poll(timeout.as_ref()) {
             match source {
@@ -496,7 +503,8 @@ impl<'a> Pump<'a> {
             client.lost = client.stream.flush().is_err();
         }
         if self.clients.iter().any(|client| client.lost) {
-            let (gone, left) = std::mem::take(&mut self.clients).into_iter().partition::<Vec<_>, _>(|client| client.lost);
+            let (gone, left) =
+                std::mem::take(&mut self.clients).into_iter().partition::<Vec<_>, _>(|client| client.lost);
             self.clients = left;
             if gone.iter().any(Client::is_primary) {
                 self.primary_is_gone();

@@ -67,7 +67,8 @@ pub fn bring_loopback_up() -> Result<(), Errno> {
 pub fn signal_pidfd(pidfd: impl AsFd, signal: i32) -> Result<(), Errno> {
     let information: *const libc::siginfo_t = std::ptr::null();
     // SAFETY: a null siginfo asks the kernel to fill in its own; there are no other pointers.
-    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_fd().as_raw_fd(), signal, information, 0) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_fd().as_raw_fd(), signal, information, 0) };
     Errno::result(result).map(drop)
 }
 

@@ -96,8 +96,16 @@ pub enum Step {
 impl Step {
     fn from_byte(byte: u8) -> Self {
         [
-            Self::Clone, Self::Streams, Self::Namespace, Self::Root, Self::Limits, Self::Workdir, Self::Identity, Self::NotFound,
-            Self::NotExecutable, Self::Interpreter,
+            Self::Clone,
+            Self::Streams,
+            Self::Namespace,
+            Self::Root,
+            Self::Limits,
+            Self::Workdir,
+            Self::Identity,
+            Self::NotFound,
+            Self::NotExecutable,
+            Self::Interpreter,
         ]
         .into_iter()
         .find(|step| *step as u8 == byte)
@@ -214,7 +222,8 @@ fn prepare_child(plan: &Spawn<'_>) -> Result<(), SpawnError> {
         for limit in plan.limits {
             let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };
             let old: *mut libc::rlimit64 = ptr::null_mut();
-            let outcome = check(Step::Limits, libc::syscall(libc::SYS_prlimit64, 0, limit.resource, ptr::from_ref(&value), old));
+            let outcome =
+                check(Step::Limits, libc::syscall(libc::SYS_prlimit64, 0, limit.resource, ptr::from_ref(&value), old));
             if !limit.is_default {
                 outcome?;
             }
@@ -276,7 +285,9 @@ fn execute(candidates: &[CString], argv: &[*const c_char], env: &[*const c_char]
             match errno {
                 libc::ENOENT | libc::ENOTDIR if exists => Some((Step::Interpreter, errno)),
                 libc::ENOENT | libc::ENOTDIR | libc::ENAMETOOLONG | libc::ELOOP => None,
-                libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::ELIBBAD | libc::EPERM => Some((Step::NotExecutable, errno)),
+                libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::ELIBBAD | libc::EPERM => {
+                    Some((Step::NotExecutable, errno))
+                }
                 _ => Some((Step::Execute, errno)),
             }
         };
