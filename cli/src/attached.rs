@@ -80,7 +80,12 @@ pub async fn join(
         tokio::select! {
             biased;
             meaning = signals.next() => match meaning {
-                Meaning::Forward(number) => control.signal(number).await?,
+                // In a task, because a service that does not read must not keep the next signal from being seen. A failure to send
+                // is a lost session, which its reader tells.
+                Meaning::Forward(number) => {
+                    let control = control.clone();
+                    tokio::spawn(async move { control.signal(number).await });
+                }
                 Meaning::Resize => if let (true, Some(size)) = (joining.tty, terminal::size()) {
                     control.resize(size).await?;
                 },
@@ -111,6 +116,10 @@ pub async fn join(
         task.abort();
     }
     drop(output);
+    if let Parting::Insisted(_) = parting {
+        // The writing thread may be stuck for ever; it ends with the process.
+        return Ok(parting);
+    }
     // The last output is written before the end is told, unless nobody reads it and the person does not want to wait.
     let parting = loop {
         tokio::select! {

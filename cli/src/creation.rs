@@ -144,7 +144,6 @@ macro_rules! unbuilt_options {
     ($($field:ident $part:literal $(#[$attribute:meta])*;)*) => {
         /// Options of parts that are not built yet. They are known, so that the answer is `not_implemented` and not a guess about a typing error.
         #[derive(Clone, Debug, Default, Args)]
-        #[command(next_help_heading = "Not built yet")]
         pub struct UnbuiltArgs {
             $(#[doc = $part] $(#[$attribute])* #[arg(long, hide = true, num_args = 0..=1, value_name = "VALUE", action = ArgAction::Append)] pub $field: Option<Vec<String>>,)*
         }

@@ -64,7 +64,10 @@ fn about(command: &Command, name: &str) -> String {
 #[must_use]
 pub fn tree(command: &Command) -> String {
     let mut text = String::new();
-    branch(command, 0, &mut text);
+    let mut command = command.clone();
+    // Only a built tree knows how many values its options take.
+    command.build();
+    branch(&command, 0, &mut text);
     text
 }
 

@@ -101,9 +101,9 @@ impl Printer {
         self.text(&table.render())
     }
 
-    /// Says something that is no data; silent when quiet.
+    /// Says something that is no data; silent when quiet and where programs read.
     pub fn note(&self, text: &str) {
-        if !self.quiet {
+        if !self.quiet && !self.is_json() {
             self.stderr(&format!("{}\n", plain(text)));
         }
     }
@@ -115,9 +115,14 @@ impl Printer {
         }
     }
 
-    /// Warns; silent when quiet.
+    /// Warns; silent when quiet, and in JSON a line `{"warning": …}`.
     pub fn warning(&self, text: &str) {
-        if !self.quiet {
+        if self.quiet {
+            return;
+        }
+        if self.is_json() {
+            self.stderr(&format!("{}\n", serde_json::json!({ "warning": text })));
+        } else {
             self.stderr(&format!("{WARNING}warning:{WARNING:#} {}\n", plain(text)));
         }
     }

@@ -242,7 +242,6 @@ fn exec_streams_and_returns_the_commands_own_code() {
     ]));
 }
 
-/// One test, because the attached runs share the words of their workload.
 #[test]
 fn run_streams_and_returns_the_commands_own_code() {
     let lines = session(&[
@@ -420,4 +419,119 @@ fn the_short_ways_to_help_work() {
     }
     let usage = msb(&service, &["ls", "--nonsense"]).output().unwrap();
     assert_eq!(usage.status.code(), Some(2));
+}
+
+/// A terminal of its own for one `msb`.
+struct Terminal {
+    master: std::os::fd::OwnedFd,
+    slave: std::os::fd::OwnedFd,
+}
+
+impl Terminal {
+    fn open(rows: u16, columns: u16) -> Self {
+        let master = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+        rustix::pty::grantpt(&master).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let name = rustix::pty::ptsname(&master, Vec::new()).unwrap();
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+        let slave = rustix::fs::open(name.as_c_str(), flags, rustix::fs::Mode::empty()).unwrap();
+        let terminal = Self { master, slave };
+        terminal.resize(rows, columns);
+        terminal
+    }
+
+    fn resize(&self, rows: u16, columns: u16) {
+        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(&self.slave, size).unwrap();
+    }
+
+    fn is_raw(&self) -> bool {
+        let modes = rustix::termios::tcgetattr(&self.slave).unwrap().local_modes;
+        !modes.intersects(
+            rustix::termios::LocalModes::ICANON | rustix::termios::LocalModes::ECHO | rustix::termios::LocalModes::ISIG,
+        )
+    }
+
+    fn spawn(&self, mut command: Command) -> std::process::Child {
+        let end = || self.slave.try_clone().unwrap();
+        command.stdin(end()).stdout(end()).stderr(end()).env("TERM", "dumb").spawn().unwrap()
+    }
+
+    fn type_text(&self, text: &[u8]) {
+        rustix::io::write(&self.master, text).unwrap();
+    }
+
+    /// Reads until the screen has shown this.
+    fn expect(&self, text: &str) {
+        let mut seen = Vec::new();
+        let mut buffer = [0u8; 256];
+        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+        while !String::from_utf8_lossy(&seen).contains(text) {
+            let mut ready = [rustix::event::PollFd::new(&self.master, rustix::event::PollFlags::IN)];
+            let count = rustix::event::poll(&mut ready, Some(&limit)).unwrap();
+            assert!(count == 1, "{text:?} never came: {:?}", String::from_utf8_lossy(&seen));
+            let len = rustix::io::read(&self.master, &mut buffer[..]).unwrap();
+            seen.extend_from_slice(&buffer[..len]);
+        }
+    }
+}
+
+#[test]
+fn the_terminal_is_handed_over_and_given_back() {
+    let service = Service::start();
+    let terminal = Terminal::open(30, 100);
+    assert!(!terminal.is_raw());
+    // Leaving by the detach keys.
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "ready-cat"]));
+    terminal.expect("ready");
+    terminal.type_text(b"hello\x03");
+    // In raw mode nothing but the workload echoes, and Ctrl-C is a byte for it.
+    terminal.expect("hello\x03");
+    assert!(terminal.is_raw());
+    terminal.type_text(b"\x1d");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!terminal.is_raw());
+    // The workload's own end; a new size on the way.
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "sizes"]));
+    terminal.expect("ready");
+    terminal.resize(40, 120);
+    signal(&child, nix::sys::signal::Signal::SIGWINCH);
+    terminal.expect("40x120");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!terminal.is_raw());
+    // A person who insists from another terminal, and a lost connection.
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "signals"]));
+    terminal.expect("ready");
+    for _ in 0..3 {
+        signal(&child, nix::sys::signal::Signal::SIGINT);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!terminal.is_raw());
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "lose"]));
+    assert_eq!(child.wait().unwrap().code(), Some(125));
+    assert!(!terminal.is_raw());
+}
+
+#[test]
+fn a_terminal_is_asked_for_with_its_size_and_kind() {
+    let service = Service::start();
+    let terminal = Terminal::open(30, 100);
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "request"]));
+    terminal.expect("\"TERM\":\"dumb\"");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let mut child = terminal.spawn(msb(&service, &["exec", "-it", "web", "request"]));
+    terminal.expect("\"terminal\":{\"rows\":30,\"columns\":100}");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_wait_is_shown_on_a_terminal_and_nowhere_else() {
+    let service = Service::start();
+    let terminal = Terminal::open(30, 100);
+    let mut child = terminal.spawn(msb(&service, &["create", "--name", "new", "busybox"]));
+    terminal.expect("software emulation: slow, not a security boundary");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let output = msb(&service, &["create", "--name", "new", "busybox"]).output().unwrap();
+    assert!(output.stderr.is_empty());
 }

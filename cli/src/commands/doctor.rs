@@ -369,7 +369,8 @@ mod tests {
     fn somebody_elses_directory_is_a_problem() {
         let dir = tempfile::tempdir().unwrap();
         let uid = rustix::process::getuid().as_raw();
-        let mode = |mode| std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        let mode =
+            |mode| std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
         mode(0o755);
         assert_eq!(directory("home", dir.path(), uid, "").verdict, Verdict::Warning);
         mode(0o700);

@@ -2,6 +2,7 @@
 //! socket. It knows four sandboxes and one image, and runs "commands" that are instructions to itself. It boots nothing.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -53,11 +54,16 @@ impl Service {
     }
 }
 
+/// The words of the main workload that was created last.
+type Words = Arc<Mutex<Vec<String>>>;
+
 fn router() -> Router {
+    let main = Words::default();
+    let created = Arc::clone(&main);
     Router::new()
         .route("/v1/version", get(|| async { Json(version()) }))
         .route("/v1/host", get(|| async { Json(host()) }))
-        .route("/v1/sandboxes", get(list).post(create))
+        .route("/v1/sandboxes", get(list).post(move |Json(request)| create(created, request)))
         .route("/v1/sandboxes/{name}", get(inspect).delete(remove))
         .route("/v1/sandboxes/{name}/start", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/restart", post(move |path| act(path, SandboxState::Running)))
@@ -66,7 +72,7 @@ fn router() -> Router {
         .route("/v1/sandboxes/{name}/touch", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/wait", get(wait))
         .route("/v1/sandboxes/{name}/exec", get(exec))
-        .route("/v1/sandboxes/{name}/main", get(|upgrade: WebSocketUpgrade| async { upgrade.on_upgrade(run_main) }))
+        .route("/v1/sandboxes/{name}/main", get(move |upgrade: WebSocketUpgrade| async move { upgrade.on_upgrade(move |socket| run_main(main, socket)) }))
         .route("/v1/sandboxes/{name}/logs", get(logs))
         .route("/v1/events", get(events))
         .route("/v1/images", get(|| async { Json(ImageList { images: vec![image()] }) }))
@@ -208,7 +214,7 @@ async fn list(Query(pairs): Query<Vec<(String, String)>>) -> Json<SandboxList> {
     Json(SandboxList { sandboxes })
 }
 
-async fn create(Json(request): Json<CreateRequest>) -> Response {
+async fn create(main: Words, request: CreateRequest) -> Response {
     let spec = request.spec;
     if spec.image != "busybox" {
         return refuse(ErrorCode::ImageNotFound, format!("no image is called {}; there are: busybox", spec.image));
@@ -221,12 +227,9 @@ async fn create(Json(request): Json<CreateRequest>) -> Response {
     summary.name = name;
     summary.command = spec.command.clone().unwrap_or_default();
     // The command of an attached run is told to `main` through the file that carries the name of the socket's directory.
-    MAIN.lock().unwrap().clone_from(&summary.command);
+    main.lock().unwrap().clone_from(&summary.command);
     Json(SandboxDetail { spec, ..detail(summary) }).into_response()
 }
-
-/// The words of the main workload last created with `hold_main`. Tests of attached runs hold one service each.
-static MAIN: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
 async fn inspect(Path(name): Path<String>) -> Response {
     find(&name).map_or_else(|refusal| refusal, |summary| Json(detail(summary)).into_response())
@@ -282,9 +285,9 @@ async fn exec(Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Response {
     }
 }
 
-async fn run_main(mut socket: WebSocket) {
+async fn run_main(main: Words, mut socket: WebSocket) {
     let Some(message) = receive(&mut socket).await else { return };
-    let command = MAIN.lock().unwrap().clone();
+    let command = main.lock().unwrap().clone();
     perform(&mut socket, &command, &serde_json::to_string(&message).unwrap()).await;
 }
 
@@ -342,7 +345,24 @@ async fn perform(socket: &mut WebSocket, command: &[String], request: &str) {
             write(socket, STDOUT_TAG, format!("{numbers:?}\n").as_bytes()).await;
             ProcessEnd::signalled(15)
         }
-        ["cat"] => {
+        ["sizes"] => {
+            write(socket, STDOUT_TAG, b"ready\r\n").await;
+            loop {
+                match receive(socket).await {
+                    Some(ClientMessage::Resize { size }) => {
+                        write(socket, STDOUT_TAG, format!("{}x{}\r\n", size.rows, size.columns).as_bytes()).await;
+                        break;
+                    }
+                    Some(_) => {}
+                    None => return,
+                }
+            }
+            ProcessEnd::exited(0)
+        }
+        ["cat"] | ["ready-cat"] => {
+            if words == ["ready-cat"] {
+                write(socket, STDOUT_TAG, b"ready\r\n").await;
+            }
             loop {
                 match socket.recv().await {
                     Some(Ok(Message::Binary(data))) => {

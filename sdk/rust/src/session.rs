@@ -20,7 +20,8 @@ use msb_protocol::frame::DATA_LEN_MAX;
 use msb_protocol::guest::STDIN_WINDOW;
 use msb_protocol::state::ProcessEnd;
 use tokio::sync::Mutex;
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::error::ProtocolError;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use crate::connection::Socket;
 use crate::error::Error;
@@ -76,7 +77,7 @@ impl Session {
         while !self.over {
             let message = match self.reader.next().await {
                 Some(Ok(message)) => message,
-                Some(Err(error)) => return Err(self.lost(&error.to_string())),
+                Some(Err(error)) => return Err(self.lost(&reason(&error))),
                 None => return Err(self.lost("the service closed it")),
             };
             if let Some(event) = self.take(message)? {
@@ -183,6 +184,16 @@ impl Session {
         self.end();
         let message = format!("the connection to the running command was lost: {why}");
         Error::Client(ApiError::new(ErrorCode::ExecLost, message))
+    }
+}
+
+/// What happened to the connection, without the words of its protocol.
+fn reason(error: &WsError) -> String {
+    match error {
+        WsError::ConnectionClosed
+        | WsError::AlreadyClosed
+        | WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => "the service closed it".to_owned(),
+        other => other.to_string(),
     }
 }
 
