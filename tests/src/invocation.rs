@@ -344,7 +344,7 @@ mod tests {
     #[test]
     fn a_program_that_takes_too_long_is_killed_and_named() {
         let result = std::panic::catch_unwind(|| shell("exec sleep 60").patience(Duration::from_millis(200)).run());
-        let message = *result.err().expect("a panic").downcast::<String>().expect("a message");
+        let message = *result.expect_err("a panic").downcast::<String>().expect("a message");
         assert!(message.contains("sleep 60") && message.contains("still ran"), "{message}");
     }
 
