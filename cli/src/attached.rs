@@ -121,20 +121,15 @@ pub async fn join(
         return Ok(parting);
     }
     // The last output is written before the end is told, unless nobody reads it and the person does not want to wait.
-    let parting = loop {
-        tokio::select! {
-            biased;
-            result = &mut written => {
-                drop(raw);
-                if let Err(failure) = write_failure(result.unwrap_or(Ok(()))) {
-                    return Err(failure);
-                }
-                break parting;
-            }
-            number = signals.ending() => break Parting::Insisted(number),
+    tokio::select! {
+        biased;
+        result = &mut written => {
+            drop(raw);
+            write_failure(result.unwrap_or(Ok(())))?;
+            Ok(parting)
         }
-    };
-    Ok(parting)
+        number = signals.ending() => Ok(Parting::Insisted(number)),
+    }
 }
 
 /// Reads stdin on a thread and sends it on within the credit. True if the detach keys were typed.

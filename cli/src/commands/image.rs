@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::pin::Pin;
 
 use bytes::Bytes;
 use clap::{Args, Subcommand};
@@ -20,6 +21,9 @@ use crate::failure::{self, ExitStatus, Failure, invalid};
 use crate::printer::plain;
 use crate::table::Table;
 use crate::time;
+
+/// The bytes of an archive as they come.
+type Archive = Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>;
 
 /// What to do with images.
 #[derive(Debug, Subcommand)]
@@ -104,24 +108,23 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<ExitStatus,
 /// # Errors
 /// `path_not_found`, `invalid_archive` and others of the service.
 pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    let (archive, sum): (std::pin::Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>, Option<u64>) =
-        match &args.input {
-            Some(path) if path.as_os_str() != "-" => {
-                let file = std::fs::File::open(path).map_err(|error| failure::file(path, &error))?;
-                let data = file.metadata().map_err(|error| failure::file(path, &error))?;
-                if data.is_dir() {
-                    return Err(invalid(format!("{} is a directory, not an archive", path.display())));
-                }
-                let sum = data.is_file().then_some(data.len());
-                (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+    let (archive, sum): (Archive, Option<u64>) = match &args.input {
+        Some(path) if path.as_os_str() != "-" => {
+            let file = std::fs::File::open(path).map_err(|error| failure::file(path, &error))?;
+            let data = file.metadata().map_err(|error| failure::file(path, &error))?;
+            if data.is_dir() {
+                return Err(invalid(format!("{} is a directory, not an archive", path.display())));
             }
-            _ if std::io::stdin().is_terminal() => {
-                let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
-                    .with_hint("name one with -i FILE, or pipe one in: docker save IMAGE | msb load");
-                return Err(error.into());
-            }
-            _ => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
-        };
+            let sum = data.is_file().then_some(data.len());
+            (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+        }
+        _ if std::io::stdin().is_terminal() => {
+            let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
+                .with_hint("name one with -i FILE, or pipe one in: docker save IMAGE | msb load");
+            return Err(error.into());
+        }
+        _ => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
+    };
     let client = context.client().await?;
     let progress = context.printer.bytes_bar("loading", sum);
     let mut events = client.load_image(archive.fuse(), args.tag.as_deref()).await?;
@@ -163,7 +166,7 @@ pub async fn list(args: ImageListArgs, context: &Context) -> Result<ExitStatus, 
     if context.printer.is_json() {
         context.printer.json(&images)?;
     } else if context.printer.is_quiet() {
-        let names: String = images.iter().flat_map(|image| names(image)).map(|name| format!("{name}\n")).collect();
+        let names: String = images.iter().flat_map(names).map(|name| format!("{name}\n")).collect();
         context.printer.text(&plain(&names))?;
     } else {
         let zone = context.zone();
