@@ -80,8 +80,8 @@ pub fn decide(end: &EngineEnd, facts: &Facts, panic_line: Option<&str>, has_cons
     let booting = matches!(facts.state, VmState::Booting | VmState::SettingUp);
     let (cause, message) = match end {
         EngineEnd::Failed { detail } => (EndCause::EngineCrash, detail.clone()),
-        EngineEnd::Halted => (EndCause::GuestHalted, "the guest halted its processors".to_owned()),
-        EngineEnd::Reset | EngineEnd::PowerOff if facts.goodbye => {
+        // A guest that halts after its goodbye is stopped: as clean an end as any.
+        EngineEnd::Reset | EngineEnd::PowerOff | EngineEnd::Halted | EngineEnd::Stopped if facts.goodbye => {
             (facts.expected.unwrap_or(EndCause::Completed), "the guest said goodbye and turned itself off".to_owned())
         }
         EngineEnd::Reset | EngineEnd::PowerOff => match panic_line {
@@ -91,6 +91,7 @@ pub fn decide(end: &EngineEnd, facts: &Facts, panic_line: Option<&str>, has_cons
             }
             None => (EndCause::GuestReboot, "the guest reset itself without a goodbye".to_owned()),
         },
+        EngineEnd::Halted => (EndCause::GuestHalted, "the guest halted its processors".to_owned()),
         EngineEnd::Stopped if facts.agent_lost_at.is_some() => {
             (EndCause::AgentLost, "the agent in the guest is gone and the guest did not end by itself".to_owned())
         }
@@ -182,6 +183,8 @@ mod tests {
             main_started: false,
             main_end: None,
             goodbye: false,
+            goodbye_at: None,
+            streams_stopped: false,
             agent_lost_at: None,
             expected: None,
             killed: None,
@@ -205,6 +208,8 @@ mod tests {
         for (end, facts, panic, expected) in [
             (EngineEnd::Reset, &goodbye, None, EndCause::Completed),
             (EngineEnd::PowerOff, &goodbye, None, EndCause::Completed),
+            (EngineEnd::Stopped, &goodbye, None, EndCause::Completed),
+            (EngineEnd::Halted, &stopping, None, EndCause::StopRequested),
             (EngineEnd::Reset, &stopping, None, EndCause::StopRequested),
             (EngineEnd::Reset, &ready, None, EndCause::GuestReboot),
             (EngineEnd::Reset, &ready, panic, EndCause::GuestPanic),

@@ -114,8 +114,9 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         error
     };
     let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
-    let ready = engine_choice::choose(spec.engine, qemu.as_deref())
-        .and_then(|chosen| Ok((chosen, machine::prepare(spec, run)?, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?)));
+    let ready = engine_choice::choose(spec.engine, qemu.as_deref()).and_then(|chosen| {
+        Ok((chosen, machine::prepare(spec, run)?, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
+    });
     let (chosen, prepared, listener) = ready.map_err(|error| refused(launcher, error))?;
     let log = WorkloadLog::open(
         &spec.log_dir.join(WORKLOAD_LOG_FILE),

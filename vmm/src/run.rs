@@ -22,6 +22,8 @@ use crate::logs::console::ConsoleLog;
 const EVENTS_MAX: usize = 256;
 /// Phase that engines mark when the guest stopped running, before devices are taken down.
 pub const GUEST_ENDED: &str = "guest_ended";
+/// Time a guest has to turn itself off after its goodbye. One that only halts (as a poweroff without ACPI does) is stopped then.
+pub const GOODBYE_GRACE: Duration = Duration::from_secs(3);
 /// Time a guest whose agent vanished has to end by itself (its init resets the machine) before it is stopped.
 pub const AGENT_LOST_GRACE: Duration = Duration::from_secs(5);
 
@@ -47,6 +49,10 @@ pub struct Facts {
     pub main_end: Option<ProcessEnd>,
     /// The agent said goodbye: the reset that follows is a clean end.
     pub goodbye: bool,
+    /// When the goodbye came.
+    pub goodbye_at: Option<Instant>,
+    /// The vsock device was stopped (the machine resets, or ends): what its streams do then means nothing.
+    pub streams_stopped: bool,
     /// The agent's link ended before a goodbye, while the guest still ran.
     pub agent_lost_at: Option<Instant>,
     /// The cause of a stop the daemon has begun.
@@ -79,12 +85,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Run {
     /// A run that begins at `started`.
-    pub fn new(
-        sandbox_id: SandboxId,
-        boot_id: BootId,
-        started: Instant,
-        console: ConsoleLog,
-    ) -> std::io::Result<Self> {
+    pub fn new(sandbox_id: SandboxId, boot_id: BootId, started: Instant, console: ConsoleLog) -> std::io::Result<Self> {
         let phases = Phases::new(started, None);
         console.mark_first_byte(phases.clone());
         Ok(Self(Arc::new(Shared {
@@ -97,6 +98,8 @@ impl Run {
                 main_started: false,
                 main_end: None,
                 goodbye: false,
+                goodbye_at: None,
+                streams_stopped: false,
                 agent_lost_at: None,
                 expected: None,
                 killed: None,
@@ -203,9 +206,19 @@ impl Run {
 
     /// The agent has flushed everything.
     pub fn goodbye(&self) {
-        let mut facts = lock(&self.0.facts);
-        facts.goodbye = true;
-        facts.state = VmState::Ending;
+        {
+            let mut facts = lock(&self.0.facts);
+            facts.goodbye = true;
+            facts.goodbye_at = Some(Instant::now());
+            facts.state = VmState::Ending;
+        }
+        // The control thread recomputes its deadlines.
+        let _ = self.0.wake.notify();
+    }
+
+    /// The vsock device stops: the agent's link is about to end for no fault of the agent.
+    pub fn streams_stopped(&self) {
+        lock(&self.0.facts).streams_stopped = true;
     }
 
     /// The agent's link ended. Means something only while the guest runs and has not said goodbye.
@@ -214,7 +227,7 @@ impl Run {
             return;
         }
         let mut facts = lock(&self.0.facts);
-        if !facts.goodbye && facts.agent_lost_at.is_none() {
+        if !facts.goodbye && !facts.streams_stopped && facts.agent_lost_at.is_none() {
             facts.agent_lost_at = Some(Instant::now());
             drop(facts);
             // The control thread recomputes its deadlines.
@@ -277,6 +290,10 @@ mod tests {
         polite.goodbye();
         polite.agent_lost();
         assert!(polite.facts().agent_lost_at.is_none());
+        let reset = run();
+        reset.streams_stopped();
+        reset.agent_lost();
+        assert!(reset.facts().agent_lost_at.is_none());
         let over = run();
         over.phases().mark(GUEST_ENDED);
         over.agent_lost();

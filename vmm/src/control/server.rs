@@ -19,7 +19,7 @@ use super::sample;
 use crate::end::silent_agent;
 use crate::jail::{self, ThreadClass};
 use crate::launch::machine::Meters;
-use crate::run::{AGENT_LOST_GRACE, Run};
+use crate::run::{AGENT_LOST_GRACE, GOODBYE_GRACE, Run};
 
 /// Daemons connected at once; the oldest gives way.
 const CONNECTIONS_MAX: usize = 8;
@@ -158,8 +158,9 @@ impl Server {
                 next = Some(deadline);
             }
         }
-        if let Some(lost) = facts.agent_lost_at {
-            let deadline = lost + AGENT_LOST_GRACE;
+        let lost = facts.agent_lost_at.map(|lost| lost + AGENT_LOST_GRACE);
+        let goodbye = facts.goodbye_at.map(|goodbye| goodbye + GOODBYE_GRACE);
+        for deadline in lost.into_iter().chain(goodbye) {
             if now >= deadline {
                 self.run.stop();
             } else {

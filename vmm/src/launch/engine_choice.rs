@@ -28,11 +28,15 @@ pub struct Chosen {
 
 /// Finds QEMU.
 pub fn find_qemu(given: Option<&Path>) -> Option<PathBuf> {
-    let is_program =
-        |path: &Path| path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0);
+    let is_program = |path: &Path| {
+        path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    };
     match given {
         Some(path) => is_program(path).then(|| path.to_owned()),
-        None => PROGRAM_DIRECTORIES.iter().map(|directory| Path::new(directory).join(QEMU_PROGRAM)).find(|path| is_program(path)),
+        None => PROGRAM_DIRECTORIES
+            .iter()
+            .map(|directory| Path::new(directory).join(QEMU_PROGRAM))
+            .find(|path| is_program(path)),
     }
 }
 
@@ -45,7 +49,9 @@ pub fn choose(wanted: EngineChoice, qemu: Option<&Path>) -> Result<Chosen, ApiEr
         // Without running anything: who insists on kvm gets it, and gets to see what it is worth by `msb doctor`.
         EngineChoice::Kvm => match probe::open_complete() {
             Ok(_) => Ok(Chosen { engine: EngineChoice::Kvm, reason: None }),
-            Err(finding) => Err(ApiError::new(ErrorCode::EngineUnavailable, format!("engine kvm cannot be used: {finding}"))),
+            Err(finding) => {
+                Err(ApiError::new(ErrorCode::EngineUnavailable, format!("engine kvm cannot be used: {finding}")))
+            }
         },
         EngineChoice::Qemu => match qemu {
             Some(_) => Ok(Chosen { engine: EngineChoice::Qemu, reason: None }),

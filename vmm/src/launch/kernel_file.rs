@@ -31,7 +31,9 @@ const XLF_KERNEL_64: u16 = 1;
 pub fn open(path: &Path) -> Result<KernelFile, ApiError> {
     let shown = path.display();
     let file = File::open(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => ApiError::new(ErrorCode::PathNotFound, format!("kernel {shown} does not exist")),
+        std::io::ErrorKind::NotFound => {
+            ApiError::new(ErrorCode::PathNotFound, format!("kernel {shown} does not exist"))
+        }
         _ => ApiError::new(ErrorCode::InvalidKernel, format!("kernel {shown} cannot be read: {error}")),
     })?;
     let refuse = |why: &str| Err(ApiError::new(ErrorCode::InvalidKernel, format!("{shown} is not a kernel: {why}")));
@@ -71,11 +73,15 @@ pub fn recognise(start: &[u8]) -> Result<KernelFormat, String> {
         return match (half(18), half(16)) {
             (Some(EM_X86_64), Some(2 | 3)) => Ok(KernelFormat::Elf),
             (Some(EM_X86_64), _) => Err("it is an ELF file that is not executable (a module or an object file)".into()),
-            (Some(machine), _) => Err(format!("it is for another architecture ({}), x86_64 is needed", machine_name(machine))),
+            (Some(machine), _) => {
+                Err(format!("it is for another architecture ({}), x86_64 is needed", machine_name(machine)))
+            }
             _ => Err("its ELF header is cut short".into()),
         };
     }
-    if half(BOOT_FLAG_OFFSET) == Some(0xaa55) && start.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + 4) == Some(b"HdrS") {
+    if half(BOOT_FLAG_OFFSET) == Some(0xaa55)
+        && start.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + 4) == Some(b"HdrS")
+    {
         let version = half(VERSION_OFFSET).unwrap_or(0);
         let flags = half(XLOAD_FLAGS_OFFSET).unwrap_or(0);
         if version < VERSION_MIN || flags & XLF_KERNEL_64 == 0 {
@@ -88,7 +94,9 @@ pub fn recognise(start: &[u8]) -> Result<KernelFormat, String> {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "it is compressed with zstd; unpack it first".into(),
         [0xfd, b'7', b'z', b'X', b'Z', ..] => "it is compressed with xz; unpack it first".into(),
         [b'M', b'Z', ..] => "it is a PE file without a Linux boot header".into(),
-        _ if start.get(0x38..0x3c) == Some(b"ARM\x64") => "it is for another architecture (arm64), x86_64 is needed".into(),
+        _ if start.get(0x38..0x3c) == Some(b"ARM\x64") => {
+            "it is for another architecture (arm64), x86_64 is needed".into()
+        }
         _ => "it begins with neither an ELF nor a bzImage header".into(),
     })
 }

@@ -169,8 +169,7 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let lower = open_lower(&spec.lower)?;
     let upper = open_upper(&spec.upper)?;
-    let upper_handle =
-        upper.try_clone().map(Arc::new).map_err(|error| failed("writable disk", &spec.upper, &error))?;
+    let upper_handle = upper.try_clone().map(Arc::new).map_err(|error| failed("writable disk", &spec.upper, &error))?;
     let upper = SparseFile::new(upper).map_err(|error| failed("writable disk", &spec.upper, &error))?;
     let listener = bind(&spec.run_dir.join(VSOCK_SOCKET))?;
     let internal = |error: &dyn std::fmt::Display| ApiError::internal(error);
@@ -199,10 +198,12 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
         },
         upper_loop,
     );
+    let stopper = run.clone();
     let vsock_options = VsockOptions {
         guest_cid: u64::from(GUEST_CID),
         listener,
         guest_ports: vec![GuestPort { port: LINK_PORT, stream: guest_end }],
+        on_stop: Some(Arc::new(move || stopper.streams_stopped())),
     };
     let vsock = Vsock::new(vsock_options, streams.clone()).map_err(|error| internal(&error))?;
     let meters = Meters {

@@ -192,7 +192,9 @@ mod tests {
         assert_eq!(cleaned.chars().count(), LOG_LINE_CHARS_MAX);
         assert!(!cleaned.contains('\u{1b}'));
         let failure = Failure { stage: "../../etc".into(), code: "nonsense".into(), ..Default::default() };
-        let Action::BootFailed { stage, error } = link.take(GuestBody::BootFailed(failure)) else { panic!("a failure") };
+        let Action::BootFailed { stage, error } = link.take(GuestBody::BootFailed(failure)) else {
+            panic!("a failure")
+        };
         assert_eq!((stage.as_str(), error.code), ("other", msb_protocol::error::ErrorCode::BootFailed));
     }
 

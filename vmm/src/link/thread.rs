@@ -263,7 +263,8 @@ mod tests {
     fn an_agent_is_welcomed_logged_and_let_go() {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("log");
-        let run = Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run");
+        let run =
+            Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run");
         let (ours, mut agent) = UnixStream::pair().expect("pair");
         let log = WorkloadLog::open(&path, 1 << 20, 1, run.boot_id()).expect("log");
         let config = GuestConfig { hostname: "box".into(), ..Default::default() };
@@ -296,8 +297,8 @@ mod tests {
     #[test]
     fn an_agent_that_vanishes_is_lost_and_garbage_closes_the_link() {
         for garbage in [false, true] {
-            let run =
-                Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run");
+            let run = Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory())
+                .expect("run");
             let (ours, mut agent) = UnixStream::pair().expect("pair");
             let options = LinkOptions { stream: ours, config: GuestConfig::default(), run: run.clone(), log: None };
             let thread = start(options).expect("start");

@@ -113,7 +113,9 @@ mod tests {
     fn the_tail_is_bounded_clean_and_shows_a_panic() {
         let mut console = ConsoleLog::in_memory();
         console.write_all(&vec![b'x'; 100_000]).expect("write");
-        console.write_all(b"\n\x1b[2J[    1.5] Kernel panic - not syncing: Attempted to kill init!\r\n").expect("write");
+        console
+            .write_all(b"\n\x1b[2J[    1.5] Kernel panic - not syncing: Attempted to kill init!\r\n")
+            .expect("write");
         assert!(console.tail(usize::MAX).len() <= TAIL_BYTES);
         assert!(!console.tail(100).contains('\u{1b}'));
         assert_eq!(console.panic_line().as_deref(), Some("Kernel panic - not syncing: Attempted to kill init!"));

@@ -92,9 +92,10 @@ mod tests {
 
     #[test]
     fn the_machine_is_bare_confined_and_has_no_network() {
-        let attachments = [(DeviceType::Block, "blk-root", 7), (DeviceType::Vsock, "vsock", 8), (DeviceType::Rng, "rng", 9)]
-            .map(|(device, name, socket)| Attachment::new(device, name, socket).expect("attachment"))
-            .to_vec();
+        let attachments =
+            [(DeviceType::Block, "blk-root", 7), (DeviceType::Vsock, "vsock", 8), (DeviceType::Rng, "rng", 9)]
+                .map(|(device, name, socket)| Attachment::new(device, name, socket).expect("attachment"))
+                .to_vec();
         let arguments = Arguments {
             cpus: 2,
             memory_mib: 256,

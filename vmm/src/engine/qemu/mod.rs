@@ -14,6 +14,7 @@
 
 mod arguments;
 pub mod child;
+mod clock;
 mod streams;
 
 use std::fs::File;
@@ -106,6 +107,14 @@ fn attach(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Attachment, 
         .map_err(|reason| BootError::Device { device: device.name().to_owned(), reason })
 }
 
+/// The shared kernel line with what this engine adds.
+fn kernel_line(shared: &str, tsc_khz: Option<u64>) -> String {
+    match tsc_khz {
+        Some(khz) => format!("{shared} {KERNEL_WORDS} tsc_early_khz={khz}"),
+        None => format!("{shared} {KERNEL_WORDS}"),
+    }
+}
+
 impl Engine for QemuEngine {
     fn name(&self) -> &'static str {
         "qemu"
@@ -144,7 +153,7 @@ impl Engine for QemuEngine {
             memory_mib: machine.memory_mib,
             kernel_fd: kernel.as_raw_fd(),
             initramfs_fd: initramfs.as_ref().map(AsRawFd::as_raw_fd),
-            command_line: format!("{} {KERNEL_WORDS}", machine.command_line),
+            command_line: kernel_line(&machine.command_line, clock::tsc_khz()),
             console_fd: console_theirs.as_raw_fd(),
             attachments,
         };
@@ -156,7 +165,10 @@ impl Engine for QemuEngine {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|source| BootError::System { what: format!("{} could not be started", self.program.display()), source })?;
+            .map_err(|source| BootError::System {
+                what: format!("{} could not be started", self.program.display()),
+                source,
+            })?;
         drop((inherited, console_theirs, kernel, initramfs));
         self.child_pid = Some(child.id());
         let complaints = match child.stderr.take() {
@@ -170,7 +182,10 @@ impl Engine for QemuEngine {
             Some(Err(error)) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(BootError::System { what: "QEMU's process cannot be watched".into(), source: error.into() });
+                return Err(BootError::System {
+                    what: "QEMU's process cannot be watched".into(),
+                    source: error.into(),
+                });
             }
             None => {}
         }
@@ -178,7 +193,8 @@ impl Engine for QemuEngine {
         if self.ending.stopped.load(Ordering::SeqCst) {
             self.ending.stop();
         }
-        let console = streams::copy_console(console_ours, machine.console).map_err(system("thread could not be started"))?;
+        let console =
+            streams::copy_console(console_ours, machine.console).map_err(system("thread could not be started"))?;
         machine.phases.mark("engine_start");
         self.booted = Some(Booted { child, devices, console, complaints, phases: machine.phases });
         Ok(())
@@ -230,6 +246,14 @@ fn judge(status: std::io::Result<ExitStatus>, stopped: bool, complaints: &str) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_boot_initialises_pages_and_trusts_the_tsc() {
+        for line in [kernel_line("quiet", None), kernel_line("quiet", Some(2_500_000))] {
+            assert!(line.starts_with("quiet init_on_alloc=1 tsc=reliable"));
+        }
+        assert!(kernel_line("quiet", Some(2_500_000)).ends_with(" tsc_early_khz=2500000"));
+    }
 
     #[test]
     fn qemus_end_is_told_truly() {

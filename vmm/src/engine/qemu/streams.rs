@@ -6,8 +6,8 @@ use std::process::ChildStderr;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::jail::{self, ThreadClass};
 use crate::engine::ConsoleSink;
+use crate::jail::{self, ThreadClass};
 use crate::logs::console::clean;
 use crate::logs::limit::RateLimit;
 
@@ -43,31 +43,32 @@ pub(super) struct Complaints(Option<JoinHandle<Vec<String>>>);
 impl Complaints {
     /// Logs lines, a few per second, and keeps the last ones.
     pub(super) fn collect(stderr: ChildStderr) -> io::Result<Self> {
-        let thread = std::thread::Builder::new().name("qemu-stderr".into()).stack_size(STACK_BYTES).spawn(move || {
-            let mut lines: Vec<String> = Vec::new();
-            let mut limit = RateLimit::new(20, Duration::from_secs(10));
-            let mut reader = BufReader::with_capacity(2048, stderr);
-            loop {
-                let mut line = Vec::new();
-                match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
-                    Ok(0) | Err(_) => return lines,
-                    Ok(_) => {
-                        jail::enter_or_abort(ThreadClass::Device);
-                        let text = clean(&line).trim().to_owned();
-                        if text.is_empty() {
-                            continue;
+        let thread =
+            std::thread::Builder::new().name("qemu-stderr".into()).stack_size(STACK_BYTES).spawn(move || {
+                let mut lines: Vec<String> = Vec::new();
+                let mut limit = RateLimit::new(20, Duration::from_secs(10));
+                let mut reader = BufReader::with_capacity(2048, stderr);
+                loop {
+                    let mut line = Vec::new();
+                    match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+                        Ok(0) | Err(_) => return lines,
+                        Ok(_) => {
+                            jail::enter_or_abort(ThreadClass::Device);
+                            let text = clean(&line).trim().to_owned();
+                            if text.is_empty() {
+                                continue;
+                            }
+                            if let Some(suppressed) = limit.allow(Instant::now()) {
+                                tracing::warn!(suppressed, "qemu: {text}");
+                            }
+                            if lines.len() == LINES_KEPT {
+                                lines.remove(0);
+                            }
+                            lines.push(text);
                         }
-                        if let Some(suppressed) = limit.allow(Instant::now()) {
-                            tracing::warn!(suppressed, "qemu: {text}");
-                        }
-                        if lines.len() == LINES_KEPT {
-                            lines.remove(0);
-                        }
-                        lines.push(text);
                     }
                 }
-            }
-        })?;
+            })?;
         Ok(Self(Some(thread)))
     }
 

@@ -8,19 +8,20 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
-    VhostUserVringState,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::interrupt::CallLines;
-use crate::devices::virtio::device::{ActiveQueue, Activation, DeviceMemory, FEATURE_EVENT_IDX, Interrupt, VirtioDevice};
+use crate::devices::virtio::device::{
+    Activation, ActiveQueue, DeviceMemory, DeviceType, FEATURE_EVENT_IDX, Interrupt, VirtioDevice,
+};
 use crate::devices::virtio::notifier::Notifier;
 
 /// Longest configuration space QEMU may ask for (VHOST_USER_MAX_CONFIG_SIZE).
@@ -268,7 +269,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK)
+        let features = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        // QEMU complains about a configuration space it has no use for.
+        Ok(match self.device.device_type() {
+            DeviceType::Rng => features,
+            _ => features | VhostUserProtocolFeatures::CONFIG,
+        })
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {

@@ -23,8 +23,8 @@ use std::thread::JoinHandle;
 
 use vhost::vhost_user::BackendReqHandler;
 
-use crate::jail::{self, ThreadClass};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::jail::{self, ThreadClass};
 use handler::Handler;
 
 /// The message loop needs little stack.

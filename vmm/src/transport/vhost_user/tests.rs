@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -24,7 +24,8 @@ fn a_front_end_starts_uses_stops_and_restarts_a_device() {
     file.set_len(1 << 20).expect("size");
     let base = GuestAddress(0x10_0000);
     let memory = Arc::new(
-        GuestMemoryMmap::<()>::from_ranges_with_files([(base, 1 << 20, Some(FileOffset::new(file, 0)))]).expect("memory"),
+        GuestMemoryMmap::<()>::from_ranges_with_files([(base, 1 << 20, Some(FileOffset::new(file, 0)))])
+            .expect("memory"),
     );
     let (ours, theirs) = UnixStream::pair().expect("pair");
     let event_loop = LoopHandle::start("test-vu").expect("loop");
@@ -38,11 +39,7 @@ fn a_front_end_starts_uses_stops_and_restarts_a_device() {
     assert_eq!(features, offered | protocol);
     front_end.set_features(features).expect("features");
     front_end.get_protocol_features().expect("protocol features");
-    front_end
-        .set_protocol_features(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK)
-        .expect("protocol features");
-    let (_, config) = front_end.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).expect("config");
-    assert_eq!(config, [0; 8]);
+    front_end.set_protocol_features(VhostUserProtocolFeatures::REPLY_ACK).expect("protocol features");
 
     let region = memory.find_region(base).expect("region");
     let region_file = region.file_offset().expect("file");
@@ -79,9 +76,10 @@ fn a_front_end_starts_uses_stops_and_restarts_a_device() {
         let head = ring.add(&[Buffer::writable(base.0 + 0x8000, 16)]);
         kick.write(1).expect("kick");
         assert_eq!(ring.wait_used(), (head, 16), "round {round}");
-        // The used ring is written before the interrupt is sent.
+        // The used ring is written before the interrupt is sent. The driver's event index stays 0: it wants to hear of the first
+        // buffer and of no other.
         let deadline = Instant::now() + Duration::from_secs(5);
-        while call.read().is_err() {
+        while round == 0 && call.read().is_err() {
             assert!(Instant::now() < deadline, "the driver was not interrupted");
         }
         position = u16::try_from(front_end.get_vring_base(0).expect("base")).expect("16 bits");

@@ -47,6 +47,8 @@ pub struct VsockOptions {
     pub listener: UnixListener,
     /// What the guest may reach.
     pub guest_ports: Vec<GuestPort>,
+    /// Called when the device is stopped, before its streams are closed: their ends then say nothing about the programs behind them.
+    pub on_stop: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 /// The vsock device.
@@ -55,6 +57,7 @@ pub struct Vsock {
     listener: Arc<UnixListener>,
     ports: Arc<Mutex<PortTable>>,
     counters: Arc<VsockCounters>,
+    on_stop: Option<Arc<dyn Fn() + Send + Sync>>,
     event_loop: LoopHandle,
     worker: Option<WorkerId>,
 }
@@ -72,6 +75,7 @@ impl Vsock {
             listener: Arc::new(options.listener),
             ports: Arc::new(Mutex::new(ports)),
             counters: Arc::default(),
+            on_stop: options.on_stop,
             event_loop,
             worker: None,
         })
@@ -130,6 +134,9 @@ impl VirtioDevice for Vsock {
 
     fn deactivate(&mut self) -> Vec<Queue> {
         let Some(worker) = self.worker.take() else { return Vec::new() };
+        if let Some(on_stop) = &self.on_stop {
+            on_stop();
+        }
         match self.event_loop.detach(worker) {
             Ok(worker) => worker.into_queues(),
             Err(error) => {

@@ -208,7 +208,9 @@ impl Muxer {
             .streams
             .iter()
             .enumerate()
-            .filter_map(|(slot, entry)| entry.as_ref().filter(|connection| connection.stage == stage).map(|c| (c.born, slot)))
+            .filter_map(|(slot, entry)| {
+                entry.as_ref().filter(|connection| connection.stage == stage).map(|c| (c.born, slot))
+            })
             .min()?
             .1;
         if stage == Stage::Closing && self.resets.len() < RESETS_MAX {
@@ -480,7 +482,11 @@ impl Muxer {
         let connection = self.streams[slot].as_mut().expect("caller looked it up");
         let answer = format!("OK {}\n", connection.key.host_port);
         let sent = connection.stream.as_ref().map(|stream| {
-            rustix::net::send(stream, answer.as_bytes(), rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT)
+            rustix::net::send(
+                stream,
+                answer.as_bytes(),
+                rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT,
+            )
         });
         if !matches!(sent, Some(Ok(count)) if count == answer.len()) {
             self.reset(slot, operations);

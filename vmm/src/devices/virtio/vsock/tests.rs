@@ -57,6 +57,7 @@ impl Guest {
             guest_cid: GUEST_CID,
             listener,
             guest_ports: vec![GuestPort { port: 1025, stream: device_end }],
+            on_stop: None,
         };
         let mut device = Vsock::new(options, event_loop.clone()).expect("device");
         let memory = guest_memory(8);
@@ -94,7 +95,8 @@ impl Guest {
 
     /// Offers a receive buffer, header and data apart as Linux does.
     fn post(&mut self, address: u64) {
-        let head = self.receive.add(&[Buffer::writable(address, 44), Buffer::writable(address + 44, BUFFER_BYTES - 44)]);
+        let head =
+            self.receive.add(&[Buffer::writable(address, 44), Buffer::writable(address + 44, BUFFER_BYTES - 44)]);
         self.buffers.insert(head, address);
     }
 
@@ -274,8 +276,7 @@ fn the_guest_reaches_its_listed_port_once_and_no_other() {
 fn foreign_cids_are_dropped_and_resets_are_never_answered() {
     let mut guest = Guest::new();
     for (source, destination) in [(4, 2), (3, 1), (3, 0), (3, u64::MAX)] {
-        let header =
-            Header { source_cid: source, destination_cid: destination, ..guest.header(9, 1025, op::REQUEST) };
+        let header = Header { source_cid: source, destination_cid: destination, ..guest.header(9, 1025, op::REQUEST) };
         guest.send_header(&header, &[]);
     }
     guest.send(9, 1234, op::RST, &[]);
