@@ -9,7 +9,7 @@ use std::time::Duration;
 use msb_image::{CheckDepth, Digest, ImageError, LoadEvent, LoadOptions, LoadSource, PruneOptions, SaveFormat, Store};
 use support::archive::{Layer, docker, gzip, oci, pack_files, zstd};
 use support::tools::{have, privileged, run, skip};
-use support::{assert_sound, files_below, home, load, load_file};
+use support::{assert_sound, files_below, home, load};
 
 fn base() -> Vec<u8> {
     Layer::new().directory("bin/").file("bin/sh", &[7; 100_000]).hard_link("bin/ash", "bin/sh").finish()
