@@ -246,7 +246,7 @@ impl Server {
     fn answer(&self, request: Request) -> Result<Reply, ApiError> {
         match request {
             Request::Launch { .. } => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
-            Request::Adopt { generation } if generation == 0 => {
+            Request::Adopt { generation: 0 } => {
                 Err(ApiError::new(ErrorCode::UnsupportedOperation, "generation 0 of the VMM border does not exist"))
             }
             Request::Adopt { .. } | Request::Status => Ok(Reply::Status(Box::new(self.status()))),

@@ -89,7 +89,7 @@ impl WorkloadLog {
         };
         let prefix = format!(r#"{{"time":"{time}","boot_id":"{}","source":"{source}","data":"#, self.boot_id);
         self.buffer.clear();
-        for line in data.split_inclusive(|byte| *byte == b'\n').flat_map(|line| pieces(line)) {
+        for line in data.split_inclusive(|byte| *byte == b'\n').flat_map(pieces) {
             self.buffer.extend_from_slice(prefix.as_bytes());
             serde_json::to_writer(&mut self.buffer, &String::from_utf8_lossy(line))?;
             self.buffer.extend_from_slice(b"}\n");

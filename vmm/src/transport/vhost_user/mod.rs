@@ -21,12 +21,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::devices::virtio::device::VirtioDevice;
 use crate::jail::{self, ThreadClass};
 use handler::Handler;
 
+/// Refused requests after which a front end is given up: a working one causes none.
+const REFUSALS_MAX: u32 = 16;
 /// The message loop needs little stack.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -60,11 +62,20 @@ pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<Se
     let mut requests = BackendReqHandler::from_stream(socket, Arc::clone(&handler));
     let thread_name = name.clone();
     let thread = std::thread::Builder::new().name(format!("vu-{name}")).stack_size(STACK_BYTES).spawn(move || {
+        let mut refusals = 0;
         loop {
             match requests.handle_request() {
-                Ok(()) => jail::enter_or_abort(ThreadClass::Device),
-                Err(vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage) => return,
-                Err(vhost::vhost_user::Error::SocketBroken(_) | vhost::vhost_user::Error::SocketError(_)) => return,
+                Ok(()) => {}
+                Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)) => {
+                    return;
+                }
+                // The message was read whole and refused (and QEMU told, if it asked): the next one can be understood.
+                Err(error @ (Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_)))
+                    if refusals < REFUSALS_MAX =>
+                {
+                    refusals += 1;
+                    tracing::warn!(device = thread_name, %error, "vhost-user request is refused");
+                }
                 Err(error) => {
                     tracing::error!(device = thread_name, %error, "vhost-user request failed");
                     return;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -99,7 +99,10 @@ fn a_front_end_starts_uses_stops_and_restarts_a_device() {
         avail_ring_addr: 0x10,
         log_addr: None,
     };
+    front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     assert!(front_end.set_vring_addr(0, &nonsense).is_err(), "an address outside of the memory table");
+    assert!(front_end.set_vring_num(0, 3).is_err(), "no power of two");
+    assert_eq!(front_end.get_features().expect("features"), features);
     drop(front_end);
     served.finish();
     event_loop.stop();

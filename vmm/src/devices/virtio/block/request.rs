@@ -167,7 +167,7 @@ impl<'memory> Request<'memory> {
 
     fn clear_ranges(&mut self, storage: &dyn Storage, counters: &BlockCounters) -> Result<usize, Refusal> {
         let count = self.output.len() / RANGE_BYTES;
-        if count == 0 || count > RANGES_MAX || self.output.len() % RANGE_BYTES != 0 {
+        if count == 0 || count > RANGES_MAX || !self.output.len().is_multiple_of(RANGE_BYTES) {
             return Err(Refusal::OutOfRange);
         }
         // All ranges are checked before the first is cleared, on copies the guest cannot change any more.
@@ -223,7 +223,7 @@ impl From<io::Error> for Refusal {
 fn range_in_disk(storage: &dyn Storage, sector: u64, length: u64) -> Result<u64, Refusal> {
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Refusal::OutOfRange)?;
     let end = offset.checked_add(length).ok_or(Refusal::OutOfRange)?;
-    if length % SECTOR_BYTES != 0 || end > storage.len_bytes() {
+    if !length.is_multiple_of(SECTOR_BYTES) || end > storage.len_bytes() {
         return Err(Refusal::OutOfRange);
     }
     Ok(offset)
