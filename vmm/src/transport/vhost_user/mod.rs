@@ -65,7 +65,7 @@ pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<Se
         let mut refusals = 0;
         loop {
             match requests.handle_request() {
-                Ok(()) => {}
+                Ok(()) => jail::enter_or_abort(ThreadClass::Device),
                 Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)) => {
                     return;
                 }
@@ -74,6 +74,7 @@ pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<Se
                     if refusals < REFUSALS_MAX =>
                 {
                     refusals += 1;
+                    jail::enter_or_abort(ThreadClass::Device);
                     tracing::warn!(device = thread_name, %error, "vhost-user request is refused");
                 }
                 Err(error) => {
