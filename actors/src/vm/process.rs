@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::frame::{Decoder, decode_json, encode_json};
+use msb_protocol::frame::{Decoder, decode_json, encode_json, encode_json_spec};
 use msb_protocol::guest::{AGENT_PORT, Shutdown};
 use msb_protocol::id::BootId;
 use msb_protocol::state::{EndCause, ProcessEnd};
@@ -279,7 +279,13 @@ impl Driver {
         let id = self.next_id;
         self.next_id += 1;
         let mut wire = Vec::new();
-        encode_json(&RequestFrame { id, request }, &mut wire).map_err(io::Error::other)?;
+        // A launch carries the sandbox's whole environment, which does not fit an ordinary frame.
+        let frame = RequestFrame { id, request };
+        match &frame.request {
+            Request::Launch { .. } => encode_json_spec(&frame, &mut wire),
+            _ => encode_json(&frame, &mut wire),
+        }
+        .map_err(io::Error::other)?;
         match tokio::time::timeout(ANSWER_TIMEOUT, self.control.write_all(&wire)).await {
             Ok(written) => written?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),

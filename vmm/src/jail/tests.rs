@@ -3,7 +3,11 @@
 //! The child is this test binary again, told by an environment variable to be hostile, because a closed jail cannot be opened for the
 //! tests that come after.
 
-#![expect(clippy::print_stdout, clippy::exit, reason = "hostile children report on their standard output and end themselves")]
+#![expect(
+    clippy::print_stdout,
+    clippy::exit,
+    reason = "hostile children report on their standard output and end themselves"
+)]
 
 use std::io;
 use std::os::fd::AsRawFd;
