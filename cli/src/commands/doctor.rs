@@ -211,22 +211,29 @@ fn directory(name: &'static str, path: &Path, uid: u32, fix: &str) -> Check {
 }
 
 fn engines(info: &HostInfo, checks: &mut Vec<Check>) {
-    checks.push(Check::ok("Service", "kernel", info.kernel.clone()));
-    checks.push(Check::ok("Service", "files", info.share_dir.clone()));
+    for (name, path) in [("kernel", &info.kernel), ("files", &info.share_dir)] {
+        // Client and service share the host, and the kernel is read by everybody.
+        checks.push(match std::fs::metadata(path) {
+            Ok(_) => Check::ok("Service", name, path.clone()),
+            Err(error) => Check::not_ok(
+                "Service",
+                name,
+                Verdict::Problem,
+                format!("{path}: {error}"),
+                "install msb anew, or set MSB_SHARE_DIR or MSB_KERNEL",
+            ),
+        });
+    }
     let free = format!("{} free in {}", show_bytes(info.home_free_bytes), info.home);
     checks.push(if info.home_free_bytes < FREE_BYTES_LOW {
         Check::not_ok("Directories", "space", Verdict::Warning, free, "free some, or set MSB_HOME to a larger disk")
     } else {
         Check::ok("Directories", "space", free)
     });
-    for (name, outcome, fix) in [
-        (
-            "kvm",
-            &info.probe.kvm,
-            "hardware virtualisation must be on, and /dev/kvm open to you: add yourself to the group kvm",
-        ),
-        ("qemu", &info.probe.qemu, "install it: apt-get install qemu-system-x86"),
-    ] {
+    // What to do about KVM depends on what is wrong with it, which the probe says in its own words.
+    for (name, outcome, fix) in
+        [("kvm", &info.probe.kvm, ""), ("qemu", &info.probe.qemu, "install it: apt-get install qemu-system-x86")]
+    {
         checks.push(if outcome.usable {
             Check::ok("Engines", name, outcome.detail.clone())
         } else {
