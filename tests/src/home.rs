@@ -16,6 +16,8 @@ pub struct Home {
     name: String,
     // Short and under /tmp, because socket paths end at 107 bytes.
     folder: tempfile::TempDir,
+    // Before `folder` is removed, whatever happens.
+    disk: Option<SmallDisk>,
     finished: bool,
 }
 
@@ -33,7 +35,7 @@ impl Home {
             std::fs::create_dir(&path).expect("a folder of the test");
             restrict(&path);
         }
-        Self { name: name.to_owned(), folder, finished: false }
+        Self { name: name.to_owned(), folder, disk: None, finished: false }
     }
 
     /// A home whose store holds the busybox image.
@@ -42,6 +44,24 @@ impl Home {
         let home = Self::new(name);
         home.load("busybox.tar");
         home
+    }
+
+    /// A home on a file system of its own of this size; none where this user may not mount one.
+    ///
+    /// # Panics
+    ///
+    /// When root cannot mount a tmpfs.
+    #[must_use]
+    pub fn on_small_disk(name: &str, mebibytes: u32) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            return None;
+        }
+        let mut home = Self::new(name);
+        let options = format!("size={mebibytes}m,mode=0700");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(home.path()).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "cannot mount a tmpfs");
+        home.disk = Some(SmallDisk(home.path()));
+        Some(home)
     }
 
     /// `MSB_HOME`.
@@ -259,6 +279,7 @@ impl Home {
         assert!(processes.is_empty(), "processes are left: {processes:?}");
         let files = leftovers(self.folder.path());
         assert!(files.is_empty(), "files are left: {files:?}");
+        drop(self.disk.take());
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let ours = self.folder.path().to_string_lossy().into_owned();
         let mounts: Vec<&str> = mounts.lines().filter(|line| line.contains(&ours)).collect();
@@ -319,6 +340,16 @@ impl Drop for Home {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+        drop(self.disk.take());
+    }
+}
+
+/// A tmpfs of the test's own, gone when dropped.
+struct SmallDisk(PathBuf);
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
 }
 

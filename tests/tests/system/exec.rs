@@ -49,7 +49,7 @@ fn exec_runs_as_whom_and_where_it_is_told() {
     exec(&["-e", "HOME=/elsewhere"], "echo $HOME").succeeds().prints("/elsewhere\n");
     exec(&["--rlimit", "nofile=123:456"], "ulimit -n; ulimit -Hn").succeeds().prints("123\n456\n");
     home.fails(&["exec", "-u", "nobody-here", "box", "--", "true"], 125, "user_not_found");
-    home.fails(&["exec", "-w", "/not/there", "box", "--", "true"], 125, "exec_failed");
+    home.fails(&["exec", "-w", "/not/there", "box", "--", "true"], 125, "path_not_found");
     // The image's entrypoint never comes before an exec's command; an ordinary user cannot switch the machine off.
     exec(&["-u", "app"], "touch /etc/x 2>/dev/null || echo refused").succeeds().prints("refused\n");
     home.finish();
