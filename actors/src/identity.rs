@@ -73,7 +73,7 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
 pub async fn ended(pidfd: OwnedFd) {
     #[expect(
         deprecated,
-        reason = "an OwnedFd always names the same open file, and its replacement is an unsafe fn, which this crate forbids"
+        reason = "an OwnedFd always names the same open file, and its replacement is unsafe to call, which this crate forbids"
     )]
     let watched = AsyncFd::with_interest(pidfd, Interest::READABLE);
     if let Ok(watched) = watched {

@@ -60,9 +60,9 @@ impl<T> Clone for Server<T> {
 impl<T: Target> Server<T> {
     /// A server in front of a target.
     pub fn new(host_key: &HostKey, keys: AuthorizedKeys, target: Arc<T>, options: &ServerOptions) -> Self {
-        let mut preferred = russh::Preferred::default();
         // Compression has been a way to exhaust a server's memory; nothing here needs it.
-        preferred.compression = Cow::Borrowed(&[russh::compression::NONE]);
+        let preferred =
+            russh::Preferred { compression: Cow::Borrowed(&[russh::compression::NONE]), ..russh::Preferred::default() };
         let config = russh::server::Config {
             server_id: russh::SshId::Standard(Cow::Borrowed(concat!("SSH-2.0-msb_", env!("CARGO_PKG_VERSION")))),
             methods: (&[russh::MethodKind::PublicKey][..]).into(),
