@@ -61,6 +61,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), ApiError> {
+    // Whatever this process and the VM processes make is their owner's alone, however the caller's mask was set.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     let settings = Settings::load()?;
     let filter =
         tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
