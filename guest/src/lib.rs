@@ -11,7 +11,10 @@
 //!                         └─► sys/       the only unsafe code
 //! ```
 
-#![expect(clippy::result_large_err, reason = "a refused stream is handed back whole, once per session and never in a loop")]
+#![expect(
+    clippy::result_large_err,
+    reason = "a refused stream is handed back whole, once per session and never in a loop"
+)]
 
 pub mod account;
 pub mod agent;

@@ -20,19 +20,22 @@ const XATTR_LEN_MAX: usize = 64 << 10;
 /// Piece of a file that is copied at once, in bytes.
 const COPY_LEN: usize = 1 << 20;
 
-/// Copies what is in `source` into `target`, which is empty, and gives `target` the attributes of `source`.
+/// Copies what is in `source` into `target`, which is empty, and gives `target` the attributes of `source`. Says how many entries
+/// there were.
 ///
 /// # Errors
 /// As the file calls; InvalidData for a tree that is too deep.
-pub fn copy_tree(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
-    let mut copier = Copier { links: HashMap::new(), root: rustix::io::fcntl_dupfd_cloexec(target, 3)? };
-    copier.directory(source.as_fd(), target.as_fd(), &[], 0)
+pub fn copy_tree(source: &OwnedFd, target: &OwnedFd) -> io::Result<u64> {
+    let mut copier = Copier { links: HashMap::new(), entries: 0, root: rustix::io::fcntl_dupfd_cloexec(target, 3)? };
+    copier.directory(source.as_fd(), target.as_fd(), &[], 0)?;
+    Ok(copier.entries)
 }
 
 struct Copier {
     /// Inode of the source to its first name in the target, relative to the root.
     links: HashMap<u64, CString>,
     root: OwnedFd,
+    entries: u64,
 }
 
 impl Copier {
@@ -69,6 +72,7 @@ impl Copier {
         prefix: &[u8],
         depth: usize,
     ) -> io::Result<()> {
+        self.entries += 1;
         let stat = rustix::fs::statat(source, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         let mut path = prefix.to_vec();
@@ -220,7 +224,7 @@ mod tests {
         fs::set_permissions(from.path().join("d"), fs::Permissions::from_mode(0o1500)).unwrap();
 
         let open = |path: &std::path::Path| OwnedFd::from(fs::File::open(path).unwrap());
-        copy_tree(&open(from.path()), &open(to.path())).unwrap();
+        assert_eq!(copy_tree(&open(from.path()), &open(to.path())).unwrap(), 6);
 
         let at = |name: &str| fs::symlink_metadata(to.path().join(name)).unwrap();
         assert_eq!(fs::read(to.path().join("d/file")).unwrap(), b"text");

@@ -58,9 +58,11 @@ fn bind(root: &RootDirectory, upper: &Path, path: &str) -> io::Result<()> {
             _ => {}
         }
         fs::create_dir(&fresh)?;
-        copy_tree(&target, &fs::File::open(&fresh)?.into())?;
-        // The name appears only when the copy is whole and on the disk: a crash leaves nothing half-filled under it.
-        rustix::fs::syncfs(fs::File::open(&volumes)?)?;
+        let copied = copy_tree(&target, &fs::File::open(&fresh)?.into())?;
+        if copied > 0 {
+            // The name appears only when the copy is whole and on the disk: a crash leaves nothing half-filled under it.
+            rustix::fs::syncfs(fs::File::open(&volumes)?)?;
+        }
         fs::rename(&fresh, &directory)?;
     }
     let source =
