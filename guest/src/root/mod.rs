@@ -99,7 +99,11 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
         .open_path(Path::new("/dev/pts"), rustix::fs::OFlags::DIRECTORY, 0)
         .trying("file systems", "cannot open /dev/pts")?;
     step("file systems");
-    let memory_max = memory_total().map_or(0, |total| total.saturating_sub(config.memory_reserve_bytes));
+    // Without a number there is no limit, which is better than no sandbox.
+    let memory_max = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|meminfo| workload_memory_max(&meminfo, config.memory_reserve_bytes))
+        .unwrap_or(0);
     let workload =
         WorkloadGroup::create(Path::new(cgroup::MOUNT), memory_max, || environment::mount_cgroup(&directory))
             .trying("cgroup", "cannot set up the workload's cgroup")?;
@@ -128,9 +132,13 @@ fn mount_overlay() -> Result<(), RootError> {
         .trying("overlay", "cannot mount the overlay")
 }
 
-/// The memory the kernel has, in bytes.
-pub fn memory_total() -> Option<u64> {
-    memory_field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal")
+/// What the workload may use, in bytes: what is left now that the kernel and the agent have theirs, less the reserve. Measured from
+/// the total, the limit would lie beyond what there is: the kernel would run out before the workload's group did, and then it looks for
+/// its victim in the whole machine.
+fn workload_memory_max(meminfo: &str, reserve_bytes: u64) -> Option<u64> {
+    let available = memory_field(meminfo, "MemAvailable")?;
+    // In the smallest machines the reserve would be most of it.
+    Some(available.saturating_sub(reserve_bytes).max(available / 2))
 }
 
 /// One field of /proc/meminfo in bytes.
@@ -141,7 +149,15 @@ pub fn memory_field(text: &str, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::memory_field;
+    use super::{memory_field, workload_memory_max};
+
+    #[test]
+    fn the_workload_gets_what_is_left_less_the_reserve_and_never_less_than_half() {
+        let meminfo = |kib: u64| format!("MemTotal: 999999 kB\nMemAvailable: {kib} kB\n");
+        assert_eq!(workload_memory_max(&meminfo(80 << 10), 16 << 20), Some(64 << 20));
+        assert_eq!(workload_memory_max(&meminfo(20 << 10), 16 << 20), Some(10 << 20));
+        assert_eq!(workload_memory_max("MemTotal: 1 kB\n", 0), None);
+    }
 
     #[test]
     fn memory_is_read_in_bytes_by_whole_name() {

@@ -14,6 +14,10 @@ use crate::engine::{KernelFile, KernelFormat};
 const LOOK_BYTES: usize = 0x400;
 /// ELF machine of x86-64 (System V ABI).
 const EM_X86_64: u16 = 62;
+/// ELF type of an executable at fixed addresses, which a vmlinux is.
+const ET_EXEC: u16 = 2;
+/// ELF type of a position-independent program or a shared library, which no vmlinux is.
+const ET_DYN: u16 = 3;
 /// Where a bzImage says 0xaa55, "HdrS", its protocol version and its loader flags (Documentation/arch/x86/boot.rst).
 const BOOT_FLAG_OFFSET: usize = 0x1fe;
 const HEADER_MAGIC_OFFSET: usize = 0x202;
@@ -71,7 +75,8 @@ pub fn recognise(start: &[u8]) -> Result<KernelFormat, String> {
             return Err("it is a 32-bit or big-endian ELF file; an x86_64 vmlinux is needed".into());
         }
         return match (half(18), half(16)) {
-            (Some(EM_X86_64), Some(2 | 3)) => Ok(KernelFormat::Elf),
+            (Some(EM_X86_64), Some(ET_EXEC)) => Ok(KernelFormat::Elf),
+            (Some(EM_X86_64), Some(ET_DYN)) => Err("it is an ordinary program or a shared library".into()),
             (Some(EM_X86_64), _) => Err("it is an ELF file that is not executable (a module or an object file)".into()),
             (Some(machine), _) => {
                 Err(format!("it is for another architecture ({}), x86_64 is needed", machine_name(machine)))
@@ -143,6 +148,7 @@ mod tests {
             (b"\x7fELF".to_vec(), "cut short"),
             (elf(183, 2), "arm64"),
             (elf(62, 1), "not executable"),
+            (elf(62, 3), "ordinary program"),
             (bz_image(0x20f, 0), "64-bit"),
             (bz_image(0x200, 1), "64-bit"),
             (b"\x1f\x8b\x08rest".to_vec(), "gzip"),
