@@ -33,7 +33,7 @@ const fn line(shows: &'static str, typed: &'static str, prints: &'static str, co
 }
 
 const SESSION: &[Line] = &[
-    line("what this machine can do, and which engine will be used", "msb doctor", "engine", 0),
+    line("what this machine can do, and which engine will be used", "msb doctor", "Engines", 0),
     line("load an image; the service starts by itself", "msb image load -i busybox.tar", "busybox", 0),
     line(
         "run one command in a fresh microVM; nothing of it is left afterwards",

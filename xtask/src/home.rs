@@ -24,7 +24,8 @@ impl Home {
             end_programs_of(&folder);
             std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
-        std::fs::create_dir_all(&folder)?;
+        std::fs::create_dir_all(cache::target())?;
+        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&folder)?;
         // Socket paths end at 107 bytes, so the sockets live under /tmp.
         let runtime = tempfile::Builder::new().prefix("msb-x-").tempdir_in("/tmp")?;
         Ok(Self { folder, runtime, commands: tree.join("bin") })
