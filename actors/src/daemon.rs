@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use actix::{Actor, Addr, MailboxError};
 use msb_protocol::control::{
-    ActorRow, ActorTree, CreateRequest, ImageDetail, ImageSummary, LoadEvent, SandboxDetail, SandboxSummary,
-    StoreReport,
+    ActorRow, ActorTree, CreateRequest, GuestMetrics, ImageDetail, ImageSummary, LoadEvent, MetricsSnapshot,
+    SandboxDetail, SandboxMetrics, SandboxSummary, StoreReport,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
@@ -19,11 +19,12 @@ use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
 use tokio::sync::mpsc;
 
+use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
 use crate::images::{CheckStore, ImageActor, InspectImage, ListImages, LoadImage, RemoveImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
-use crate::metrics::MetricsActor;
+use crate::metrics::{Latest, MetricsActor};
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
 use crate::sandbox::actor::{Ask, LetGo};
 use crate::sandbox::machine::{By, Event, Then};
@@ -182,6 +183,59 @@ impl Daemon {
             *counts.entry(sandbox.view.borrow().state().as_str().to_owned()).or_default() += 1;
         }
         Ok(counts)
+    }
+
+    /// The newest sample of each sandbox that fits: one of the names, if any is given, and every term.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn metrics(&self, names: &[SandboxName], terms: &[LabelTerm]) -> Result<MetricsSnapshot, ApiError> {
+        let newest = self.surroundings.metrics.0.send(Latest).await.map_err(mailbox)?;
+        let newest: BTreeMap<_, _> = newest.into_iter().map(|newest| (newest.sample.id, newest)).collect();
+        let mut states: BTreeMap<String, u64> = BTreeMap::new();
+        let mut sandboxes = Vec::new();
+        for sandbox in self.supervisor.send(All).await.map_err(mailbox)? {
+            let view = sandbox.view.borrow().clone();
+            let summary = &view.detail.summary;
+            *states.entry(summary.status.as_str().to_owned()).or_default() += 1;
+            let wanted = (names.is_empty() || names.contains(&summary.name))
+                && terms.iter().all(|term| term.matches(&summary.labels));
+            let (true, Some(newest)) = (wanted, newest.get(&sandbox.id)) else { continue };
+            let sample = &newest.sample;
+            let live = view.detail.boot_id == Some(sample.boot_id);
+            sandboxes.push(SandboxMetrics {
+                name: summary.name.clone(),
+                id: sandbox.id,
+                boot_id: sample.boot_id,
+                vmm_pid: view.detail.vmm_pid.filter(|_| live).unwrap_or(0),
+                status: summary.status,
+                labels: summary.labels.clone(),
+                restarts: summary.restarts,
+                started_at: started_at(&sample.sample),
+                last: !live,
+                sample: sample.sample.clone(),
+                cpu_utilization: if live { newest.cpu_utilization } else { 0.0 },
+                guest: Some(GuestMetrics {
+                    memory_used_bytes: sample.beat.memory_used_bytes,
+                    memory_total_bytes: sample.beat.memory_total_bytes,
+                    root_used_bytes: sample.beat.root_used_bytes,
+                    root_free_bytes: sample.beat.root_free_bytes,
+                    processes: sample.beat.processes,
+                }),
+                boot_phases: view.detail.boot_phases.clone(),
+            });
+        }
+        sandboxes.sort_by(|a, b| a.name.cmp(&b.name));
+        let home = self.surroundings.home.home.clone();
+        let host = tokio::task::spawn_blocking(move || HostIdentity::read(&home)).await.map_err(ApiError::internal)?;
+        Ok(MetricsSnapshot {
+            host_id: host.host_id,
+            host_name: host.host_name,
+            instance_id: host.instance_id,
+            taken_at: self.surroundings.clock.wall(),
+            states,
+            sandboxes,
+        })
     }
 
     /// Starts a sandbox and waits until it is up.
@@ -451,6 +505,12 @@ impl Daemon {
 
 fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
     ApiError::new(ErrorCode::SandboxNotRunning, format!("sandbox {name} is {}", state.as_str()))
+}
+
+/// When a run's counters were zero: its uptime before its sample.
+fn started_at(sample: &msb_protocol::vmm::Sample) -> jiff::Timestamp {
+    let ns = i128::from(sample.at_ns) - i128::from(sample.uptime_ms) * 1_000_000;
+    jiff::Timestamp::from_nanosecond(ns).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
 }
 
 fn mailbox(error: MailboxError) -> ApiError {

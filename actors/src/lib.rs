@@ -16,6 +16,7 @@
 
 pub mod clock;
 pub mod daemon;
+pub mod host_identity;
 pub mod identity;
 pub mod images;
 pub mod inspect;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use actix::prelude::*;
 use msb_protocol::guest::Beat;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::vmm::Sample;
 
 use crate::inspect::{ActorReport, Inspect};
 
@@ -27,6 +28,17 @@ pub struct BeatSample {
     pub at_ms: u64,
     /// What the agent said.
     pub beat: Beat,
+    /// What the VM process counted.
+    pub sample: Sample,
+}
+
+/// The newest sample of one sandbox and what it says beside the one before it.
+#[derive(Clone, Debug)]
+pub struct Newest {
+    /// The sample.
+    pub sample: BeatSample,
+    /// vCPU seconds per second between the last two samples; 0 after the first.
+    pub cpu_utilization: f64,
 }
 
 /// The sandbox is gone.
@@ -36,7 +48,7 @@ pub struct Forget(pub SandboxId);
 
 /// The newest sample of each sandbox.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Vec<BeatSample>")]
+#[rtype(result = "Vec<Newest>")]
 pub struct Latest;
 
 /// The way to the actor that never waits: a sample it has no room for is left out.
@@ -102,8 +114,26 @@ impl Handler<Latest> for MetricsActor {
     type Result = MessageResult<Latest>;
     fn handle(&mut self, _: Latest, _: &mut Self::Context) -> Self::Result {
         self.handled += 1;
-        MessageResult(self.rings.values().filter_map(|ring| ring.back().cloned()).collect())
+        MessageResult(
+            self.rings
+                .values()
+                .filter_map(|ring| {
+                    let sample = ring.back()?.clone();
+                    let before = ring.len().checked_sub(2).and_then(|place| ring.get(place));
+                    let cpu_utilization = before.map_or(0.0, |before| utilization(&before.sample, &sample.sample));
+                    Some(Newest { sample, cpu_utilization })
+                })
+                .collect(),
+        )
     }
+}
+
+/// vCPU seconds per second between two samples of one run. Counters that went backwards say nothing.
+#[allow(clippy::cast_precision_loss, reason = "differences of a few seconds in nanoseconds are far below 2^53")]
+fn utilization(before: &Sample, after: &Sample) -> f64 {
+    let elapsed_ns = after.at_ns.saturating_sub(before.at_ns);
+    let ran_us = after.cpu_time_us.saturating_sub(before.cpu_time_us);
+    if elapsed_ns == 0 { 0.0 } else { ran_us as f64 * 1e3 / elapsed_ns as f64 }
 }
 
 impl Handler<Inspect> for MetricsActor {
@@ -113,5 +143,22 @@ impl Handler<Inspect> for MetricsActor {
             handled: self.handled,
             state: format!("samples of {} sandboxes", self.rings.len()),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn utilization_is_vcpu_seconds_per_second() {
+        let sample = |at_s: u64, cpu_ms: u64| Sample {
+            at_ns: at_s * 1_000_000_000,
+            cpu_time_us: cpu_ms * 1_000,
+            ..Sample::default()
+        };
+        assert!((utilization(&sample(10, 0), &sample(12, 3_000)) - 1.5).abs() < 1e-9);
+        assert!(utilization(&sample(10, 5), &sample(10, 9)).abs() < 1e-9, "no time, no rate");
+        assert!(utilization(&sample(10, 500), &sample(11, 0)).abs() < 1e-9, "a counter that went backwards");
     }
 }

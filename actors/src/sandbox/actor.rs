@@ -797,12 +797,15 @@ impl SandboxActor {
         }
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
-        self.surroundings.metrics.sample(BeatSample {
-            id: self.record.id,
-            name: self.record.name.clone(),
-            boot_id,
-            at_ms: now_ms,
-            beat,
+        // The VM process is asked beside the mailbox; a sample it does not answer is left out, the beat counted all the same.
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.command(VmCommand::Sample(reply));
+        let metrics = self.surroundings.metrics.clone();
+        let (id, name) = (self.record.id, self.record.name.clone());
+        tokio::spawn(async move {
+            if let Ok(Ok(sample)) = answer.await {
+                metrics.sample(BeatSample { id, name, boot_id, at_ms: now_ms, beat, sample });
+            }
         });
         if self.beat_timer.is_none() {
             self.arm_beats(ctx);

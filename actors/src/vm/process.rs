@@ -27,8 +27,8 @@ use msb_protocol::id::BootId;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
-    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Reply, Request, RequestFrame,
-    VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Phase, Reply, Request,
+    RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -107,6 +107,8 @@ struct Driver {
     agent: Option<mpsc::Sender<Shutdown>>,
     main_end: Option<ProcessEnd>,
     ready: bool,
+    /// The phases of a readiness that waits for the state to be told first.
+    ready_phases: Option<Vec<Phase>>,
 }
 
 enum Pending {
@@ -162,6 +164,7 @@ impl ProcessLauncher {
             agent: None,
             main_end: None,
             ready: false,
+            ready_phases: None,
         };
         let (commands, queue) = mpsc::channel(16);
         if let Err(error) = driver.request(Request::Launch { spec }, Some(Pending::Status)).await {
@@ -234,6 +237,7 @@ impl ProcessLauncher {
             agent: None,
             main_end: status.main_end,
             ready: status.state != VmState::Booting && status.state != VmState::SettingUp,
+            ready_phases: None,
         };
         let (commands, queue) = mpsc::channel(16);
         let handle = VmHandle { identity, commands };
@@ -375,10 +379,21 @@ impl Driver {
             Message::Reply { id, result } => {
                 let Some(place) = self.pending.iter().position(|(known, _)| *known == id) else { return true };
                 match (self.pending.swap_remove(place).1, result) {
-                    (Pending::Status, Ok(Reply::Status(status))) => VmEvent::Status(status),
+                    (Pending::Status, Ok(Reply::Status(status))) => {
+                        if events.send(VmEvent::Status(status)).await.is_err() {
+                            return false;
+                        }
+                        match self.ready_phases.take() {
+                            Some(phases) => VmEvent::AgentReady { phases },
+                            None => return true,
+                        }
+                    }
                     (Pending::Status, Err(error)) => {
-                        tracing::warn!(boot_id = %self.boot_id, error = %error.message, "the VM process refused its launch");
-                        return true;
+                        tracing::warn!(boot_id = %self.boot_id, error = %error.message, "the VM process refused to tell its state");
+                        match self.ready_phases.take() {
+                            Some(phases) => VmEvent::AgentReady { phases },
+                            None => return true,
+                        }
                     }
                     (Pending::Sample(reply), result) => {
                         let _ = reply.send(result.and_then(|reply| match reply {
@@ -401,7 +416,12 @@ impl Driver {
                 Event::AgentReady { boot_id, phases } if boot_id == self.boot_id => {
                     self.ready = true;
                     self.reach_agent(events);
-                    VmEvent::AgentReady { phases }
+                    // Only now does it know what confines it: its state goes up first, then that it is ready.
+                    self.ready_phases = Some(phases);
+                    if self.request(Request::Status, Some(Pending::Status)).await.is_ok() {
+                        return true;
+                    }
+                    VmEvent::AgentReady { phases: self.ready_phases.take().unwrap_or_default() }
                 }
                 Event::MainStarted { boot_id, .. } if boot_id == self.boot_id => VmEvent::MainStarted,
                 Event::MainExited { boot_id, end } if boot_id == self.boot_id => {

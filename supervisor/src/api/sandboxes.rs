@@ -16,7 +16,7 @@ use crate::peer::Peer;
 type Answer<T> = Result<Json<T>, Failure>;
 
 /// Most terms of one filter.
-const TERMS_MAX: usize = 64;
+pub(crate) const TERMS_MAX: usize = 64;
 
 pub(crate) fn name(text: &str) -> Result<SandboxName, Failure> {
     Ok(SandboxName::parse(text)?)
