@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use actix::{Actor, Addr, MailboxError};
 use msb_protocol::control::{
@@ -61,6 +62,22 @@ impl Daemon {
     #[must_use]
     pub fn surroundings(&self) -> &Surroundings {
         &self.surroundings
+    }
+
+    /// Waits until it is known of each sandbox whether its VM is still there, so that the first answer already is the truth. One that
+    /// cannot be known within the limit is shown as it was last seen.
+    pub async fn recovered(&self, limit: Duration) {
+        let Ok(all) = self.supervisor.send(All).await else { return };
+        let known = async {
+            for sandbox in all {
+                let mut view = sandbox.view.clone();
+                // An error is a sandbox that is gone.
+                let _ = view.wait_for(|view| view.gone || !view.recovering).await;
+            }
+        };
+        if tokio::time::timeout(limit, known).await.is_err() {
+            tracing::warn!("some sandboxes are still being looked for");
+        }
     }
 
     /// Checks what can be checked of a request before anything is made.

@@ -27,6 +27,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const WORKERS: usize = 2;
 /// Threads for blocking work: pulls, unpacking, files.
 const BLOCKING_THREADS_MAX: usize = 64;
+/// Longest time for finding the machines of a daemon before this one.
+const RECOVERY: std::time::Duration = std::time::Duration::from_secs(5);
 /// Time for answers under way after the end was asked for.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -111,6 +113,8 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         heartbeats,
     });
     let daemon = Daemon::over(surroundings, found.records);
+    // Clients that connect meanwhile wait on the socket, which is already there.
+    daemon.recovered(RECOVERY).await;
     let probe = HostProbe::new(settings.vmm_program.clone(), settings.config.text("qemu").map(Into::into));
     let state = ApiState::new(daemon.clone(), probe, settings.share_dir.clone());
     let router = api::router(state.clone());
