@@ -391,6 +391,9 @@ pub struct OpenMain {
     /// The terminal's size if the workload has one.
     #[prost(message, optional, tag = "1")]
     pub terminal: Option<TerminalSize>,
+    /// Time in milliseconds after which the workload is killed, in place of [`ExecConfig::timeout_ms`]; 0: that one.
+    #[prost(uint64, tag = "2")]
+    pub timeout_ms: u64,
 }
 
 /// Watches the main workload. A watcher that is too slow loses output ([`OutputLost`]), the workload never waits for it.

@@ -92,7 +92,7 @@ fn host_samples() -> Vec<(&'static str, HostBody)> {
         ("goodbye_ack", HostBody::GoodbyeAck(GoodbyeAck {})),
         ("open_control", open(OpenKind::Control(OpenControl {}))),
         ("open_exec", open(OpenKind::Exec(exec()))),
-        ("open_main", open(OpenKind::Main(OpenMain { terminal: Some(size) }))),
+        ("open_main", open(OpenKind::Main(OpenMain { terminal: Some(size), timeout_ms: 1500 }))),
         ("open_attach", open(OpenKind::Attach(OpenAttach { stdin: true, terminal: None }))),
         ("stdin", HostBody::Stdin(Data { data: b"in".to_vec() })),
         ("stdin_eof", HostBody::StdinEof(StdinEof {})),

@@ -84,7 +84,7 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
         }
         Some(OpenKind::Exec(config)) => exec::run(&agent.guest, stream, &config, opened),
         Some(OpenKind::Main(main)) => {
-            let caller = Caller { stream, terminal: main.terminal, opened };
+            let caller = Caller { stream, terminal: main.terminal, timeout_ms: main.timeout_ms, opened };
             match agent.run_main(Some(caller)) {
                 Ok(()) => Ok(()),
                 Err(refusal) => refusal.stream.map_or(Ok(()), |stream| Err((stream, refusal.error))),

@@ -56,6 +56,8 @@ pub struct Caller {
     pub stream: FrameStream,
     /// Its terminal's size.
     pub terminal: Option<TerminalSize>,
+    /// Time in milliseconds after which the workload is killed; 0: as configured.
+    pub timeout_ms: u64,
     /// What to answer when it runs.
     pub opened: Opened,
 }
@@ -154,9 +156,9 @@ impl MainWorkload {
     /// # Errors
     /// A typed reason with the caller's stream to say it on; `main_exited` was called if it could not be started.
     pub fn run(&self, guest: &Guest, host: &dyn Host, caller: Option<Caller>) -> Result<(), Refusal> {
-        let (stream, opened, size) = match caller {
-            Some(caller) => (Some(caller.stream), Some(caller.opened), caller.terminal),
-            None => (None, None, None),
+        let (stream, opened, size, timeout_ms) = match caller {
+            Some(caller) => (Some(caller.stream), Some(caller.opened), caller.terminal, caller.timeout_ms),
+            None => (None, None, None, 0),
         };
         if let Err(error) = self.claim() {
             return Err(Refusal { error, stream, is_end: false });
@@ -164,6 +166,9 @@ impl MainWorkload {
         let mut exec: ExecConfig = guest.config.main.as_ref().and_then(|main| main.exec.clone()).unwrap_or_default();
         if exec.terminal.is_some() && size.is_some() {
             exec.terminal = size;
+        }
+        if timeout_ms > 0 {
+            exec.timeout_ms = timeout_ms;
         }
         let number = guest.sessions.number();
         let started = Process::start(guest, &exec, "main", true).and_then(|process| {

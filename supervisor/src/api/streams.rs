@@ -100,13 +100,14 @@ async fn run(
     let first = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, next_text(&mut from_client)).await;
     let first =
         first.map_err(|_| ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants"))??;
-    let (open, activity, timeout_ms) = match (kind, first) {
-        (Kind::Exec, ClientMessage::Exec { exec }) => (OpenKind::Exec(exec_config(exec)?), ActivityKind::Exec, None),
+    let (open, activity) = match (kind, first) {
+        (Kind::Exec, ClientMessage::Exec { exec }) => (OpenKind::Exec(exec_config(exec)?), ActivityKind::Exec),
         (Kind::Main, ClientMessage::Attach { terminal, timeout_ms, stdin: _ }) => {
-            (OpenKind::Main(OpenMain { terminal: terminal.map(size) }), ActivityKind::Attach, timeout_ms)
+            let main = OpenMain { terminal: terminal.map(size), timeout_ms: timeout_ms.unwrap_or_default() };
+            (OpenKind::Main(main), ActivityKind::Attach)
         }
         (Kind::Attach, ClientMessage::Attach { stdin, terminal, timeout_ms: None }) => {
-            (OpenKind::Attach(OpenAttach { stdin, terminal: terminal.map(size) }), ActivityKind::Attach, None)
+            (OpenKind::Attach(OpenAttach { stdin, terminal: terminal.map(size) }), ActivityKind::Attach)
         }
         (Kind::Attach, ClientMessage::Attach { .. }) => {
             return Err(ApiError::new(ErrorCode::InvalidRequest, "only the main stream takes a timeout"));
@@ -114,79 +115,34 @@ async fn run(
         _ => return Err(ApiError::new(ErrorCode::InvalidRequest, "the first message does not fit this route")),
     };
     let (session, _activity) = state.daemon.open(sandbox, open, activity).await?;
-    bridge(session, client, from_client, timeout_ms).await
+    bridge(session, client, from_client).await
 }
 
-async fn bridge(
-    session: Session,
-    client: &mut Client,
-    from_client: SplitStream<WebSocket>,
-    timeout_ms: Option<u64>,
-) -> Result<(), ApiError> {
+async fn bridge(session: Session, client: &mut Client, from_client: SplitStream<WebSocket>) -> Result<(), ApiError> {
     let Session { mut reader, mut writer, .. } = session;
     // What the guest allows, as the client was told; checked, so that a client's signal is never stuck behind its own stdin.
     let credit = watch::Sender::new(u64::from(STDIN_WINDOW));
-    let (started, begun) = watch::channel(false);
-    let mut timed_out = false;
-    let outcome = {
-        let up = upwards(from_client, &mut writer, &credit, timeout_ms, begun, &mut timed_out);
-        let down = downwards(&mut reader, client, &credit, &started);
-        tokio::pin!(up, down);
+    let end = {
+        let up = upwards(from_client, &mut writer, &credit);
+        let down = downwards(&mut reader, client, &credit);
         tokio::select! {
-            end = &mut down => Some(end),
-            outcome = &mut up => match outcome {
-                Err(error) => return Err(error),
-                // The workload's time is over and the kill is sent: its end still comes.
-                Ok(Up::Killed) => Some(down.await),
-                Ok(Up::ClientGone) => None,
-            },
+            end = down => end?,
+            // The client is gone, or broke the rules.
+            outcome = up => return outcome,
         }
     };
-    match outcome {
-        None => Ok(()),
-        Some(Ok(mut end)) => {
-            end.timed_out |= timed_out;
-            tell(client, &ServerMessage::Exited { end }).await
-        }
-        Some(Err(error)) => Err(error),
-    }
-}
-
-enum Up {
-    ClientGone,
-    Killed,
+    tell(client, &ServerMessage::Exited { end }).await
 }
 
 async fn upwards(
     mut from_client: SplitStream<WebSocket>,
     writer: &mut SessionWriter,
     credit: &watch::Sender<u64>,
-    timeout_ms: Option<u64>,
-    mut begun: watch::Receiver<bool>,
-    timed_out: &mut bool,
-) -> Result<Up, ApiError> {
-    let deadline = async {
-        match timeout_ms {
-            // Counted from the start of the workload, which may have to wait for its sandbox.
-            Some(ms) if begun.wait_for(|begun| *begun).await.is_ok() => {
-                tokio::time::sleep(Duration::from_millis(ms)).await
-            }
-            _ => std::future::pending().await,
-        }
-    };
-    tokio::pin!(deadline);
+) -> Result<(), ApiError> {
     let mut sent = 0u64;
     loop {
-        let message = tokio::select! {
-            message = from_client.next() => message,
-            () = &mut deadline => {
-                *timed_out = true;
-                writer.send(HostBody::Signal(guest::Signal { number: rustix::process::Signal::KILL.as_raw() })).await?;
-                return Ok(Up::Killed);
-            }
-        };
-        let bodies = match message {
-            None | Some(Err(_) | Ok(Message::Close(_))) => return Ok(Up::ClientGone),
+        let bodies = match from_client.next().await {
+            None | Some(Err(_) | Ok(Message::Close(_))) => return Ok(()),
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
             Some(Ok(Message::Binary(data))) => {
                 sent += data.len() as u64;
@@ -217,7 +173,6 @@ async fn downwards(
     reader: &mut SessionReader,
     client: &mut Client,
     credit: &watch::Sender<u64>,
-    started: &watch::Sender<bool>,
 ) -> Result<msb_protocol::state::ProcessEnd, ApiError> {
     loop {
         let message = match reader.next().await? {
@@ -236,10 +191,7 @@ async fn downwards(
                 client.send(Message::Binary(Bytes::from(tagged))).await.map_err(|_| gone())?;
                 continue;
             }
-            Some(GuestBody::Started(begun)) => {
-                started.send_replace(true);
-                ServerMessage::Started { pid: begun.pid }
-            }
+            Some(GuestBody::Started(begun)) => ServerMessage::Started { pid: begun.pid },
             Some(GuestBody::StdinCredit(more)) => {
                 credit.send_modify(|credit| *credit = credit.saturating_add(u64::from(more.bytes)));
                 ServerMessage::StdinCredit { bytes: more.bytes }
