@@ -140,11 +140,12 @@ fn compiled(words: &[&str]) -> Result<PathBuf> {
     let mut cargo = binaries::cargo();
     cargo.args(words).args(["--locked", "--message-format", "json-render-diagnostics"]);
     let text = program::output(&mut cargo)?;
-    let executables = text.lines().filter_map(|line| {
+    // The last one named is the one that was asked for; its dependencies' build programs come before it.
+    let mut executables = text.lines().rev().filter_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
         Some(PathBuf::from(message.get("executable")?.as_str()?))
     });
-    executables.last().with_context(|| format!("cargo {} made no executable", words.join(" ")))
+    executables.next().with_context(|| format!("cargo {} made no executable", words.join(" ")))
 }
 
 /// A word that a shell takes as it is.
