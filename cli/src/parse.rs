@@ -3,29 +3,9 @@
 use std::collections::BTreeMap;
 
 use msb_protocol::id::SandboxName;
-use msb_protocol::spec::{RestartPolicy, Rlimit};
+use msb_protocol::spec::{RLIMIT_NAMES, RestartPolicy, Rlimit};
 
 use crate::failure::{Failure, invalid};
-
-/// Resources of setrlimit(2), as the guest knows them.
-pub const RESOURCES: [&str; 16] = [
-    "as",
-    "core",
-    "cpu",
-    "data",
-    "fsize",
-    "locks",
-    "memlock",
-    "msgqueue",
-    "nice",
-    "nofile",
-    "nproc",
-    "rss",
-    "rtprio",
-    "rttime",
-    "sigpending",
-    "stack",
-];
 
 /// A sandbox's name.
 ///
@@ -73,8 +53,8 @@ pub fn rlimit(text: &str) -> Result<Rlimit, String> {
     let (resource, limits) = text.split_once('=').ok_or("write it as RES=SOFT[:HARD], for example nofile=1024:4096")?;
     let resource = resource.to_ascii_lowercase();
     let resource = resource.strip_prefix("rlimit_").unwrap_or(&resource).to_owned();
-    if !RESOURCES.contains(&resource.as_str()) {
-        return Err(format!("no resource is called {resource:?}; there are {}", RESOURCES.join(", ")));
+    if !RLIMIT_NAMES.contains(&resource.as_str()) {
+        return Err(format!("no resource is called {resource:?}; there are {}", RLIMIT_NAMES.join(", ")));
     }
     let value = |text: &str| match text {
         "unlimited" | "-1" => Ok(u64::MAX),

@@ -10,7 +10,7 @@ use msb_protocol::control::ImageConfigDetail;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceLimit};
 use msb_protocol::id::{SandboxId, SandboxName};
-use msb_protocol::spec::{EngineChoice, Rlimit, SandboxSpec, Workload};
+use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, UPPER_SERIAL, VmSpec};
 
@@ -180,31 +180,13 @@ pub fn environment(image: &[String], user: &BTreeMap<String, String>) -> Vec<Env
 /// # Errors
 /// `invalid_config` naming the limit.
 pub fn resource_limits(limits: &[Rlimit]) -> Result<Vec<ResourceLimit>, ApiError> {
-    const NAMES: [&str; 16] = [
-        "as",
-        "core",
-        "cpu",
-        "data",
-        "fsize",
-        "locks",
-        "memlock",
-        "msgqueue",
-        "nice",
-        "nofile",
-        "nproc",
-        "rss",
-        "rtprio",
-        "rttime",
-        "sigpending",
-        "stack",
-    ];
     limits
         .iter()
         .map(|limit| {
-            if !NAMES.contains(&limit.resource.as_str()) {
+            if !RLIMIT_NAMES.contains(&limit.resource.as_str()) {
                 let message = format!("{:?} is not a resource limit", limit.resource);
                 return Err(ApiError::new(ErrorCode::InvalidConfig, message)
-                    .with_hint(format!("use one of {}", NAMES.join(", "))));
+                    .with_hint(format!("use one of {}", RLIMIT_NAMES.join(", "))));
             }
             if limit.soft > limit.hard {
                 return Err(ApiError::new(
