@@ -76,6 +76,7 @@ error_table! {
     ExecFailed "exec_failed" 500 false "the command could not be started" "check working directory, user and limits"
     ExecLost "exec_lost" 502 true "the connection to a running command was lost; the sandbox itself goes on" "run it again"
     ExecTimeout "exec_timeout" 504 false "the command ran longer than its --timeout and was killed" "give it more time"
+    CommandFailed "command_failed" 500 false "the command ran and ended with a failure" "see what it wrote to its standard error"
     UserNotFound "user_not_found" 400 false "the user or group does not exist in the image" "name one from the image's /etc/passwd or /etc/group, or use numbers"
     PathNotFound "path_not_found" 404 false "a path does not exist" "check the path"
     PortInUse "port_in_use" 409 true "a port to publish is taken" "choose another host port, or 0 for any"

@@ -6,6 +6,7 @@
     reason = "a command line tool for developers; it talks on its streams"
 )]
 
+mod errors;
 mod tables;
 
 use std::path::{Path, PathBuf};

@@ -6,14 +6,16 @@ use anyhow::Result;
 use msb_protocol::config::{SETTINGS, SettingKind};
 use msb_protocol::error::TABLE;
 
-/// Every generated file: its path under `docs/` and its text.
+/// Every generated file: its path from `docs/` and its text.
 pub(crate) fn files() -> Result<Vec<(String, String)>> {
-    Ok(vec![
+    let mut files = vec![
         ("commands.md".to_owned(), commands()?),
         ("errors.md".to_owned(), errors()?),
         ("metrics.md".to_owned(), format!("{MARK}\n# Metrics\n\n{}", msb_metrics::markdown_table())),
         ("settings.md".to_owned(), settings()?),
-    ])
+    ];
+    files.extend(super::errors::files());
+    Ok(files)
 }
 
 /// Said at the top of each.

@@ -1,0 +1,3 @@
+module github.com/msb-project/msb/sdk/go
+
+go 1.25

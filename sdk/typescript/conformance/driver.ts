@@ -1,0 +1,182 @@
+/**
+ * The TypeScript side of the conformance suite: reads calls as JSON lines, carries each out with the package, answers with JSON lines.
+ *
+ * Started by `cargo xtask test --only sdk`. It judges nothing: what is expected is written in `sdk/conformance/suite.json`.
+ */
+
+import { createInterface } from "node:readline";
+
+import {
+  Client,
+  type ExecHandle,
+  ExecOutput,
+  Image,
+  MsbError,
+  Sandbox,
+  type SandboxDetail,
+  type SandboxOptions,
+} from "msb";
+
+// Arguments come from the suite; each call takes what it knows.
+// eslint-disable-next-line @typescript-eslint/no-explicit-any
+type Arguments = any;
+
+let connected: Promise<Client> | undefined;
+const held: ExecHandle[] = [];
+
+async function client(): Promise<Client> {
+  const pending = (connected ??= Client.connect());
+  return pending.catch((error: unknown) => {
+    connected = undefined;
+    throw error;
+  });
+}
+
+const sandbox = async (name: string): Promise<Sandbox> => Sandbox.get(name, { client: await client() });
+
+function detailValue(detail: SandboxDetail): unknown {
+  return {
+    name: detail.name,
+    status: detail.status,
+    image: detail.image,
+    labels: detail.labels,
+    cause: detail.last_end?.cause ?? null,
+    detached: detail.spec.detached,
+  };
+}
+
+function outputValue(output: ExecOutput): unknown {
+  return {
+    exit_code: output.exitCode ?? null,
+    signal: output.signal ?? null,
+    timed_out: output.timedOut,
+    stdout: output.stdoutText,
+    stderr: output.stderrText,
+  };
+}
+
+function createOptions(args: Arguments): SandboxOptions {
+  const names: Record<string, string> = {
+    memory_mib: "memoryMib",
+    idle_timeout_ms: "idleTimeoutMs",
+    max_duration_ms: "maxDurationMs",
+    stop_grace_ms: "stopGraceMs",
+    stop_signal: "stopSignal",
+    max_retries: "maxRetries",
+  };
+  const entries = Object.entries(args).filter(([key]) => key !== "name");
+  return Object.fromEntries(entries.map(([key, value]) => [names[key] ?? key, value])) as unknown as SandboxOptions;
+}
+
+function execOptions(args: Arguments): Record<string, unknown> {
+  const { name: _name, command: _command, actions: _actions, timeout_ms, output_len_max, terminal, ...rest } = args;
+  return {
+    ...rest,
+    ...(timeout_ms === undefined ? {} : { timeoutMs: timeout_ms }),
+    ...(output_len_max === undefined ? {} : { outputLenMax: output_len_max }),
+    ...(terminal === undefined ? {} : { terminal: { rows: terminal[0], columns: terminal[1] } }),
+  };
+}
+
+async function act(handle: ExecHandle, action: Arguments): Promise<void> {
+  if (action.write !== undefined) await handle.writeStdin(action.write);
+  if (action.signal !== undefined) await handle.signal(action.signal);
+  if (action.resize !== undefined) await handle.resize(action.resize[0], action.resize[1]);
+  if (action.close_stdin) await handle.closeStdin();
+}
+
+async function on(name: string, what: (found: Sandbox) => Promise<unknown>): Promise<unknown> {
+  const found = await sandbox(name);
+  await what(found);
+  return detailValue(found.detail);
+}
+
+const calls: Record<string, (args: Arguments) => Promise<unknown>> = {
+  connect: async () => ({ api_version: (await client()).version.api_version }),
+  shutdown: async () => (await client()).shutdown(),
+  // Without a client, so that a refusal comes before any connection.
+  create: async (args) => detailValue((await Sandbox.create(args.name, createOptions(args))).detail),
+  get: async (args) => detailValue((await sandbox(args.name)).detail),
+  list: async (args) =>
+    (await Sandbox.list({ labels: args.labels ?? [], client: await client() })).map((found) => found.name),
+  exec: async (args) => outputValue(await (await sandbox(args.name)).exec(args.command, execOptions(args))),
+  exec_check: async (args) => {
+    (await (await sandbox(args.name)).exec(args.command, execOptions(args))).check();
+  },
+  shell: async (args) => outputValue(await (await sandbox(args.name)).shell(args.script)),
+  exec_many: async (args) => {
+    const found = await sandbox(args.name);
+    let good = 0;
+    for (let index = 0; index < args.count; index++) good += (await found.exec(["true"])).success ? 1 : 0;
+    return good;
+  },
+  exec_stream: async (args) => {
+    const actions: Arguments[] = [...(args.actions ?? [])];
+    await using handle = await (await sandbox(args.name)).execStream(args.command, execOptions(args));
+    const out: Buffer[] = [];
+    const err: Buffer[] = [];
+    for await (const event of handle) {
+      if (event.type === "stdout") out.push(event.data);
+      else if (event.type === "stderr") err.push(event.data);
+      else if (event.type === "exited") return outputValue(new ExecOutput(event.end, Buffer.concat(out), Buffer.concat(err)));
+      while (actions.length > 0 && Buffer.concat(out).includes(actions[0].after ?? "")) await act(handle, actions.shift());
+    }
+    throw new Error("a stream without an end");
+  },
+  exec_hold: async (args) => {
+    const handle = await (await sandbox(args.name)).execStream(args.command);
+    held.push(handle);
+    await handle[Symbol.asyncIterator]().next();
+  },
+  logs: async ({ name, ...query }) => {
+    let text = "";
+    for await (const record of (await sandbox(name)).logs(query)) text += record.data;
+    return text;
+  },
+  events: async (args) => {
+    const states: string[] = [];
+    for await (const event of (await sandbox(args.name)).events()) if (event.event === "state") states.push(event.state);
+    return states;
+  },
+  metrics: async (args) => {
+    const sample = await (await sandbox(args.name)).metrics();
+    return sample === undefined ? null : { name: sample.name, status: sample.status };
+  },
+  start: async (args) => detailValue((await Sandbox.start(args.name, { client: await client() })).detail),
+  touch: (args) => on(args.name, (found) => found.touch()),
+  detach: (args) => on(args.name, (found) => found.detach()),
+  stop: (args) => on(args.name, (found) => found.stop(args.grace_ms === undefined ? {} : { graceMs: args.grace_ms })),
+  kill: (args) => on(args.name, (found) => found.kill()),
+  restart: (args) => on(args.name, (found) => found.restart()),
+  wait: (args) => on(args.name, (found) => found.waitUntilStopped()),
+  remove: async (args) => Sandbox.remove(args.name, { force: args.force ?? false, client: await client() }),
+  image_load: async (args) => (await Image.load(args.path, { client: await client() })).map((image) => image.references),
+  image_list: async () =>
+    (await Image.list({ client: await client() })).map((image) => image.references[0] ?? image.digest),
+  image_inspect: async (args) => {
+    const image = await Image.inspect(args.reference, { client: await client() });
+    return {
+      references: image.references,
+      layers: image.layers,
+      layer_details: image.layer_details.length,
+      user: image.config.user,
+      working_dir: image.config.working_dir,
+      used_by: image.used_by,
+    };
+  },
+  image_remove: async (args) => Image.remove(args.reference, { force: args.force ?? false, client: await client() }),
+};
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const request = JSON.parse(line) as { call: string; args?: Arguments };
+  let answer: unknown;
+  try {
+    answer = { ok: (await calls[request.call]?.(request.args ?? {})) ?? null };
+  } catch (error) {
+    if (!(error instanceof MsbError)) throw error;
+    const { code, message, hint, details } = error;
+    answer = { error: code, kind: error.constructor.name, message, hint, details };
+  }
+  process.stdout.write(`${JSON.stringify(answer)}\n`);
+}
+process.exit(0);

@@ -1,0 +1,175 @@
+/** What the service answers with, as it stands in JSON. A newer service may send more fields than these. */
+
+/** The states of a sandbox. */
+export type SandboxState =
+  | "created"
+  | "starting"
+  | "running"
+  | "draining"
+  | "stopping"
+  | "stopped"
+  | "asleep"
+  | "restarting"
+  | "crashed"
+  | "paused";
+
+/** What a service is. */
+export interface VersionInfo {
+  version: string;
+  api_version: number;
+  guest_generation: number;
+  pid: number;
+  started_at: string;
+}
+
+/** How a process ended: exactly one of `code` and `signal` is set. */
+export interface ProcessEnd {
+  code?: number;
+  signal?: number;
+  core_dumped: boolean;
+  oom_killed: boolean;
+  timed_out: boolean;
+}
+
+/** How a run of a sandbox ended. */
+export interface RunEnd {
+  boot_id: string;
+  cause: string;
+  process?: ProcessEnd;
+  message: string;
+  at: string;
+}
+
+/** One sandbox in a list. */
+export interface SandboxSummary {
+  name: string;
+  id: string;
+  status: SandboxState;
+  image: string;
+  command: string[];
+  created_at: string;
+  started_at?: string;
+  last_end?: RunEnd;
+  restarts: number;
+  ports: string[];
+  labels: Record<string, string>;
+  engine?: string;
+}
+
+/** Everything about one sandbox. */
+export interface SandboxDetail extends SandboxSummary {
+  spec: Record<string, unknown>;
+  image_digest: string;
+  boot_id?: string;
+  vmm_pid?: number;
+  engine_reason?: string;
+  network: string;
+  root_allocated_bytes: number;
+  directory: string;
+  heartbeat_file: string;
+  next_try_at?: string;
+  idle_for_ms?: number;
+  stops_in_ms?: number;
+  last_activity?: string;
+}
+
+/** A line of a sandbox's log. */
+export interface LogRecord {
+  time: string;
+  boot_id: string;
+  source: "stdout" | "stderr" | "system";
+  data: string;
+}
+
+/** Something that happened to a sandbox. */
+export interface EventRecord {
+  sequence: number;
+  time: string;
+  sandbox: string;
+  sandbox_id: string;
+  boot_id?: string;
+  event: string;
+  state: SandboxState;
+  cause?: string;
+  actor: string;
+  message?: string;
+}
+
+/** What a guest says of itself. */
+export interface GuestMetrics {
+  memory_used_bytes: number;
+  memory_total_bytes: number;
+  root_used_bytes: number;
+  root_free_bytes: number;
+  processes: number;
+}
+
+/** The newest sample of one sandbox. */
+export interface SandboxMetrics {
+  name: string;
+  id: string;
+  boot_id: string;
+  vmm_pid: number;
+  status: SandboxState;
+  labels: Record<string, string>;
+  restarts: number;
+  started_at: string;
+  last: boolean;
+  sample: Record<string, unknown>;
+  cpu_utilization: number;
+  guest?: GuestMetrics;
+}
+
+/** The newest sample of every sandbox. */
+export interface MetricsSnapshot {
+  host_id: string;
+  host_name: string;
+  instance_id: string;
+  taken_at: string;
+  states: Record<string, number>;
+  sandboxes: SandboxMetrics[];
+}
+
+/** One image in a list. */
+export interface ImageHandle {
+  digest: string;
+  references: string[];
+  platform: string;
+  compressed_bytes: number;
+  unpacked_bytes: number;
+  layers: number;
+  created_at?: string;
+  loaded_at: string;
+  pinned: boolean;
+}
+
+/** What an image says about running it. */
+export interface ImageConfigDetail {
+  digest: string;
+  env: string[];
+  entrypoint: string[];
+  cmd: string[];
+  working_dir: string;
+  user: string;
+  labels: Record<string, string>;
+  stop_signal?: string;
+  exposed_ports: string[];
+  volumes: string[];
+}
+
+/** One layer of an image. */
+export interface ImageLayerDetail {
+  diff_id: string;
+  blob_digest: string;
+  media_type: string;
+  compressed_bytes: number;
+  data_bytes: number;
+  shared_by: number;
+}
+
+/** Everything about one image. */
+export interface ImageDetail extends ImageHandle {
+  config: ImageConfigDetail;
+  layer_details: ImageLayerDetail[];
+  used_by: string[];
+}
