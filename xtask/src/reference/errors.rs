@@ -58,7 +58,14 @@ fn typescript() -> String {
 fn go() -> String {
     let sentinels: String = TABLE
         .iter()
-        .map(|row| format!("\t// Err{code:?}: {}.\n\tErr{code:?} = &Error{{Code: {:?}}}\n", row.meaning, row.name, code = row.code))
+        .map(|row| {
+            format!(
+                "\t// Err{code:?}: {}.\n\tErr{code:?} = &Error{{Code: {:?}}}\n",
+                row.meaning,
+                row.name,
+                code = row.code
+            )
+        })
         .collect();
     // gofmt lines up the values of neighbouring keys.
     let width = TABLE.iter().map(|row| row.name.len()).max().unwrap_or_default();
