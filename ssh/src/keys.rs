@@ -251,7 +251,15 @@ mod tests {
     fn a_damaged_host_key_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path).unwrap().write_all(b"rubbish").unwrap();
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .unwrap()
+            .write_all(b"rubbish")
+            .unwrap();
         assert!(matches!(HostKey::load_or_create(&path), Err(KeyError::Malformed { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"rubbish");
     }
