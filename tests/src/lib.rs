@@ -12,8 +12,10 @@ mod artifacts;
 mod census;
 mod home;
 mod invocation;
+mod program;
 
 pub use artifacts::{engine, image, python_image, tree};
 pub use census::Process;
 pub use home::Home;
 pub use invocation::{Finished, Invocation, Running};
+pub use program::{exiting_program, static_program};

@@ -62,8 +62,11 @@ pub(crate) const CHECK: &[Package] = &[
     package("busybox-static", "/bin/busybox", "the programs inside the lab's machine"),
 ];
 
+/// What fuzzing needs: libFuzzer comes as C++ source.
+pub(crate) const FUZZ: &[Package] = &[package("g++", "g++", "compiles libFuzzer")];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, FUZZ];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

@@ -16,6 +16,7 @@ mod debian;
 mod demo;
 mod dependencies;
 mod docs;
+mod fuzz;
 mod home;
 mod house;
 mod images;
@@ -24,6 +25,7 @@ mod install;
 mod kernel;
 mod lab;
 mod program;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -58,6 +60,10 @@ enum Chore {
     CheckDeps,
     /// Run the whole-system cases with engine kvm, in a throw-away machine that has KVM
     Lab(lab::Arguments),
+    /// Feed hostile input to every parser a guest, a client or an image reaches, for a bounded time
+    Fuzz(fuzz::Arguments),
+    /// The proofs that take too long for every test run
+    Soak(soak::Arguments),
     /// Measure: paired runs on this machine, ratios reported
     Bench(bench::Arguments),
     /// Install the Debian packages that building and testing need
@@ -75,6 +81,8 @@ fn main() -> ExitCode {
         Chore::Docs(arguments) => docs::run(&arguments),
         Chore::CheckDeps => dependencies::run().and_then(|()| house::run()),
         Chore::Lab(arguments) => lab::run(&arguments),
+        Chore::Fuzz(arguments) => fuzz::run(&arguments),
+        Chore::Soak(arguments) => soak::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Setup => debian::ensure(debian::EVERYTHING),
     };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, house, images, install, lab, program};
+use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, program};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -61,6 +61,12 @@ const TIERS: &[Tier] = &[
         proves: "the same with engine kvm, in a throw-away machine that has KVM",
         required: true,
         run: in_the_lab,
+    },
+    Tier {
+        name: "fuzz",
+        proves: "hostile input breaks no parser and no device, each target for a few seconds",
+        required: true,
+        run: fuzzing,
     },
     Tier {
         name: "licences",
@@ -219,6 +225,17 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
         0 => Ok(Outcome::Passed),
         code => bail!("the cases ended with status {code}"),
     }
+}
+
+/// Seconds of each fuzz target in a test run; `cargo xtask soak` takes minutes.
+const FUZZ_SECONDS: u32 = 6;
+
+fn fuzzing(_: &Arguments) -> Result<Outcome> {
+    if debian::ensure(fuzz::PACKAGES).is_err() {
+        return Ok(Outcome::Skipped("g++ is not installed, and this user cannot install it".to_owned()));
+    }
+    fuzz::for_seconds(FUZZ_SECONDS, &[])?;
+    Ok(Outcome::Passed)
 }
 
 fn licences(_: &Arguments) -> Result<Outcome> {

@@ -87,22 +87,9 @@ fn a_kernel_without_virtio_is_named_as_the_likely_cause() {
     home.finish();
 }
 
-/// The smallest static program that sleeps for ever: `pause` (system call 34) in a loop, as an ELF file of one segment.
+/// A program that sleeps for ever: `pause` (system call 34) in a loop.
 fn sleeper() -> Vec<u8> {
-    let code = [0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7];
-    let (base, entry) = (0x40_0000u64, 0x40_0078u64);
-    let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 62, 0, 1, 0, 0, 0];
-    elf.extend(entry.to_le_bytes());
-    elf.extend(64u64.to_le_bytes()); // program headers
-    elf.extend(0u64.to_le_bytes()); // no sections
-    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]); // PT_LOAD, readable and executable
-    let size = 0x78 + code.len() as u64;
-    for field in [0, base, base, size, size, 0x1000] {
-        elf.extend(field.to_le_bytes());
-    }
-    elf.extend(code);
-    elf
+    msb_tests::static_program(&[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7])
 }
 
 #[test]

@@ -105,8 +105,25 @@ pub(crate) fn cases(machine: &Machine, build: binaries::Arguments, filter: &[Str
     machine.run(&payload, &script)
 }
 
+/// Runs a measuring script with the install tree, the images and a bare kernel as payload; its lines go to `each_line`.
+pub(crate) fn measure(
+    machine: &Machine,
+    build: binaries::Arguments,
+    script: &str,
+    each_line: &mut dyn FnMut(&str),
+) -> Result<i32> {
+    let mut payload = bare_payload(build)?;
+    add_tree(&mut payload, build)?;
+    payload.add(&images::small()?, "images")?;
+    machine.run_with(&payload, script, each_line)
+}
+
 /// Boots our kernel with a tiny initramfs on engine kvm, with nothing else of the product.
 fn bare(machine: &Machine, build: binaries::Arguments) -> Result<i32> {
+    machine.run(&bare_payload(build)?, BARE_SCRIPT)
+}
+
+fn bare_payload(build: binaries::Arguments) -> Result<Payload> {
     let kernel = kernel::built()?;
     let mut payload = Payload::new()?;
     payload.add(&kernel.join("vmlinux"), "vmlinux")?;
@@ -115,7 +132,7 @@ fn bare(machine: &Machine, build: binaries::Arguments) -> Result<i32> {
     let example = ["build", "--package", "msb-vmm", "--example", "bare", "--profile", profile];
     payload.add(&compiled(&example)?, "bare")?;
     payload.write("initramfs.cpio", &machine::initramfs(&[("init", 0o755, BARE_INIT.as_bytes())])?)?;
-    machine.run(&payload, BARE_SCRIPT)
+    Ok(payload)
 }
 
 /// Init of the bare guest: says that it is there and resets the machine.

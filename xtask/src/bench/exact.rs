@@ -1,0 +1,145 @@
+//! `cargo xtask bench --exact`: the figures of engine kvm in the lab that counts instructions, beside what the peers took in that same lab.
+//!
+//! A script inside measures whole commands with the shell's own clock and prints lines `FIGURE <key> <microseconds>`; this module reads
+//! them and prints the table. Because the lab's clock counts instructions, waiting is free and exits look cheap: so VM exits, page
+//! faults and system calls are counted beside the times.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+
+use crate::lab::{self, Machine};
+use crate::{binaries, debian};
+
+/// One line of the table.
+struct Figure {
+    key: &'static str,
+    what: &'static str,
+    unit: &'static str,
+    /// What the peer took in the same lab.
+    peer: &'static str,
+    reach: f64,
+    better: f64,
+}
+
+const fn figure(
+    key: &'static str,
+    what: &'static str,
+    unit: &'static str,
+    peer: &'static str,
+    reach: f64,
+    better: f64,
+) -> Figure {
+    Figure { key, what, unit, peer, reach, better }
+}
+
+/// The promises, each with the peer's figure (microsandbox 0.7.11, Firecracker 1.17) from the same lab.
+const FIGURES: &[Figure] = &[
+    figure("bare", "bare kernel and shell: process start to reset", "ms", "Firecracker 167", 150.0, 120.0),
+    figure("hello", "msb-vmm with our kernel and agent: start to agent hello", "ms", "–", 90.0, 65.0),
+    figure("run", "msb run busybox -- true", "ms", "microsandbox 973", 240.0, 160.0),
+    figure("exec", "msb exec box -- true", "ms", "microsandbox 53", 12.0, 7.0),
+    figure("ls", "msb ls", "ms", "microsandbox 36", 7.0, 4.0),
+    figure("stop", "msb stop box", "ms", "microsandbox 153", 50.0, 25.0),
+    figure("load", "msb image load of the 2 MB archive", "ms", "microsandbox 2371", 250.0, 80.0),
+    figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
+];
+
+/// What is counted beside the times.
+const COUNTS: &[(&str, &str)] = &[
+    ("run_exits", "VM exits of one `msb run busybox -- true`"),
+    ("exec_exits", "VM exits of one `msb exec box -- true`"),
+    ("exec_calls", "system calls of the client of one `msb exec`"),
+    ("ls_calls", "system calls of one `msb ls`"),
+    ("idle_exits", "VM exits of an idle sandbox in one second"),
+];
+
+/// Measures and prints; fails only when something cannot be measured at all.
+pub(super) fn run(build: binaries::Arguments) -> Result<()> {
+    debian::ensure(lab::PACKAGES)?;
+    let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
+    let mut figures: BTreeMap<String, f64> = BTreeMap::new();
+    let mut phases: Vec<(String, f64)> = Vec::new();
+    let code = lab::measure(&machine, build, SCRIPT, &mut |line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["FIGURE", key, value] => {
+                if let Ok(value) = value.parse::<f64>() {
+                    figures.insert((*key).to_owned(), value);
+                }
+            }
+            ["PHASE", name, value] => {
+                if let Ok(value) = value.parse::<f64>() {
+                    phases.push(((*name).to_owned(), value / 1000.0));
+                }
+            }
+            _ => println!("{line}"),
+        }
+    })?;
+    println!(
+        "\n{:<58} {:>10}  {:<18} {:>8} {:>8}",
+        "engine kvm, lab that counts instructions", "measured", "peer", "reach", "better"
+    );
+    for figure in FIGURES {
+        let measured = figures.get(figure.key).map(|value| value / 1000.0);
+        let shown = measured.map_or_else(|| "–".to_owned(), |value| format!("{value:.1} {}", figure.unit));
+        let verdict = match measured {
+            Some(value) if value <= figure.better => "better",
+            Some(value) if value <= figure.reach => "reached",
+            Some(_) => "MISSED",
+            None => "not measured",
+        };
+        println!(
+            "{:<58} {shown:>10}  {:<18} {:>8} {:>8}  {verdict}",
+            figure.what, figure.peer, figure.reach, figure.better
+        );
+    }
+    println!();
+    for (key, what) in COUNTS {
+        let shown = figures.get(*key).map_or_else(|| "not counted here".to_owned(), |value| format!("{value:.0}"));
+        println!("{what:<58} {shown:>10}");
+    }
+    println!("\nwhere a boot's time goes (msb inspect)");
+    for (name, value) in &phases {
+        println!("  {name:<24} {value:>8.1} ms");
+    }
+    if code != 0 {
+        bail!("the measuring script ended with status {code}");
+    }
+    Ok(())
+}
+
+/// Runs inside. Times are microseconds of the lab's clock, the median of the rounds.
+const SCRIPT: &str = r#"set -u
+export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
+mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME; mount -t debugfs debug /sys/kernel/debug
+median() { sort -n | awk '{v[NR]=$1} END {print v[int((NR+1)/2)]}'; }
+timed() { local rounds=$1 i; shift
+  for ((i = 0; i < rounds; i++)); do
+    local a=$EPOCHREALTIME; "$@" >/tmp/out 2>/tmp/err || { echo "failed: $*" >&2; cat /tmp/err >&2; }; local b=$EPOCHREALTIME
+    echo $(( ${b/./} - ${a/./} ))
+  done | median; }
+exits() { cat /sys/kernel/debug/kvm/exits 2>/dev/null || echo 0; }
+calls() { strace -f -c -o /tmp/calls "$@" >/dev/null 2>&1; awk '$NF == "total" {print $(NF-1) ~ /^[0-9]+$/ && NF > 5 ? $(NF-2) : $(NF-1)}' /tmp/calls; }
+
+for turn in 1 2 3; do a=$EPOCHREALTIME; /payload/bare /payload/vmlinux /payload/initramfs.cpio >/tmp/out 2>&1; b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE bare /'
+msb ls >/dev/null || { cat $MSB_HOME/*.log; exit 1; }
+echo FIGURE load $(timed 1 msb image load -q -i /payload/images/busybox.tar)
+timed 1 msb run --engine kvm -m 128M busybox -- true >/dev/null
+before=$(exits)
+echo FIGURE run $(timed 3 msb run --engine kvm -m 128M busybox -- true)
+after=$(exits); echo FIGURE run_exits $(( (after - before) / 3 ))
+msb create --engine kvm -m 128M --name box busybox >/dev/null
+timed 2 msb exec box -- true >/dev/null
+before=$(exits)
+echo FIGURE exec $(timed 5 msb exec box -- true)
+after=$(exits); echo FIGURE exec_exits $(( (after - before) / 5 ))
+echo FIGURE ls $(timed 5 msb ls)
+echo FIGURE exec_calls $(calls msb exec box -- true); echo FIGURE ls_calls $(calls msb ls)
+before=$(exits); sleep 5; after=$(exits); echo FIGURE idle_exits $(( (after - before) / 5 ))
+pid=$(pidof msb-vmm)
+awk '/^[0-9a-f]+-[0-9a-f]+ /{big=0} /^Size:/{big=($2 >= 120000)} /^Private_/{if (!big) sum += $2} END {print "FIGURE memory " sum * 1000 / 1024}' /proc/$pid/smaps
+msb inspect box --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]}'
+echo FIGURE stop $(timed 1 msb stop box)
+msb rm box >/dev/null
+"#;

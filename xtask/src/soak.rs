@@ -1,0 +1,79 @@
+//! `cargo xtask soak`: the proofs that take too long for every test run: long fuzzing, full-size loads, whole programs inside a guest.
+//!
+//! Each proof is a command that anybody can run by itself; this chore runs them one after the other and, with `--keep`, writes what they
+//! printed to `docs/soak/<name>.txt`, headed by the commit it speaks of. It asserts nothing of its own.
+
+use std::fmt::Write as _;
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::{cache, program};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Run only these proofs (repeatable)
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+    /// Keep what each prints under docs/soak/
+    #[arg(long)]
+    keep: bool,
+    /// List the proofs and end
+    #[arg(long)]
+    list: bool,
+}
+
+/// A long proof: its name, what it shows, and the words of the command behind `cargo`.
+struct Proof {
+    name: &'static str,
+    proves: &'static str,
+    cargo: &'static [&'static str],
+}
+
+const PROOFS: &[Proof] = &[Proof {
+    name: "fuzz",
+    proves: "ten minutes of hostile input break no parser and no device",
+    cargo: &["xtask", "fuzz", "--seconds", "600"],
+}];
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(unknown) = arguments.only.iter().find(|name| !PROOFS.iter().any(|proof| proof.name == name.as_str())) {
+        bail!("there is no proof {unknown}; `cargo xtask soak --list` lists them");
+    }
+    let mut failed = Vec::new();
+    for proof in PROOFS {
+        if arguments.list {
+            println!("{:<12} {}: cargo {}", proof.name, proof.proves, proof.cargo.join(" "));
+        } else if (arguments.only.is_empty() || arguments.only.iter().any(|name| name == proof.name))
+            && !one(proof, arguments.keep)?
+        {
+            failed.push(proof.name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn one(proof: &Proof, keep: bool) -> Result<bool> {
+    println!("\n=== {}: {}\n$ cargo {}", proof.name, proof.proves, proof.cargo.join(" "));
+    let began = Instant::now();
+    let output = program::command("cargo").args(proof.cargo).stderr(Stdio::inherit()).output()?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    print!("{printed}");
+    let took = began.elapsed().as_secs_f64();
+    println!("=== {}: {} after {took:.0} s", proof.name, if output.status.success() { "passed" } else { "FAILED" });
+    if keep {
+        let commit = program::output(program::command("git").args(["rev-parse", "HEAD"]))?;
+        let mut text = String::new();
+        writeln!(text, "{}: {}", proof.name, proof.proves)?;
+        writeln!(text, "commit {}, {took:.0} s, {}\n", commit.trim(), output.status)?;
+        writeln!(text, "$ cargo {}\n{printed}", proof.cargo.join(" "))?;
+        let folder = cache::repository().join("docs/soak");
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join(format!("{}.txt", proof.name)), text)?;
+    }
+    Ok(output.status.success())
+}
