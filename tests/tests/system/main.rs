@@ -12,6 +12,7 @@ mod exec;
 mod image;
 mod inside;
 mod output;
+mod registry;
 mod sdk;
 mod service;
 mod session;
