@@ -120,6 +120,20 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "time between the stop signal and the kill",
     },
     Setting {
+        key: "images.keep_size",
+        variable: "MSB_IMAGES_KEEP_SIZE",
+        kind: SettingKind::Size,
+        default: "",
+        meaning: "after a pull or load, remove the longest unused images until their blobs take no more than this; unset: never",
+    },
+    Setting {
+        key: "images.free_reserve",
+        variable: "MSB_IMAGES_FREE_RESERVE",
+        kind: SettingKind::Size,
+        default: "",
+        meaning: "after a pull or load, remove the longest unused images until this much of the disk is free; unset: never",
+    },
+    Setting {
         key: "logs.size_max",
         variable: "MSB_LOG_SIZE_MAX",
         kind: SettingKind::Size,

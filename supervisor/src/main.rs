@@ -101,7 +101,11 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?
-        .with_registries(settings.config.registries().clone());
+        .with_registries(settings.config.registries().clone())
+        .with_limits(
+            settings.config.text("images.keep_size").map(|_| settings.config.bytes("images.keep_size")),
+            settings.config.bytes("images.free_reserve"),
+        );
     let heartbeats =
         HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
     let surroundings = Arc::new(Surroundings {

@@ -118,15 +118,32 @@ impl Daemon {
         cancelled: CancellationToken,
         progress: mpsc::Sender<PullEvent>,
     ) -> Result<(ImageSummary, bool), ApiError> {
-        self.work(move |store| {
-            store.pull(&request, &cancelled, &mut |event| match event {
-                // The next one says the same and more.
-                PullEvent::Layer { .. } => drop(progress.try_send(event)),
-                // A caller that went away has cancelled.
-                event => drop(progress.blocking_send(event)),
+        let pulled = self
+            .work(move |store| {
+                store.pull(&request, &cancelled, &mut |event| match event {
+                    // The next one says the same and more.
+                    PullEvent::Layer { .. } => drop(progress.try_send(event)),
+                    // A caller that went away has cancelled.
+                    event => drop(progress.blocking_send(event)),
+                })
             })
-        })
-        .await
+            .await?;
+        self.relieve(std::iter::once(pulled.0.digest.clone())).await;
+        Ok(pulled)
+    }
+
+    /// Makes room where the configuration says so; what has just come stays. A failure here is none of the request's.
+    async fn relieve(&self, newest: impl Iterator<Item = String>) {
+        let outcome = match self.image_users().await {
+            Ok(mut users) => {
+                users.extend(newest.map(|digest| (digest, Vec::new())));
+                self.work(move |store| store.relieve(&users)).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, "unused images could not be removed");
+        }
     }
 
     /// Has the image of a sandbox that is to be created, as the request's policy says; the lease is of what was fetched.
@@ -206,7 +223,9 @@ impl Daemon {
         how: LoadOptions,
         progress: mpsc::Sender<LoadEvent>,
     ) -> Result<Vec<ImageSummary>, ApiError> {
-        self.images().send(LoadImage { archive, how, progress }).await.map_err(mailbox)?
+        let images = self.images().send(LoadImage { archive, how, progress }).await.map_err(mailbox)??;
+        self.relieve(images.iter().map(|image| image.digest.clone())).await;
+        Ok(images)
     }
 
     /// Checks the image store.

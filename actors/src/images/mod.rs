@@ -101,6 +101,13 @@ pub trait ImageStore: Send + Sync + 'static {
     /// # Errors
     /// `invalid_label` for a filter that is none, and what the file system says.
     fn prune(&self, request: &PruneRequest, users: &ImageUsers) -> Result<PruneReport, ApiError>;
+    /// Removes the longest unused images where the configuration sets a limit and it is passed. Returns the bytes freed.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn relieve(&self, _users: &ImageUsers) -> Result<u64, ApiError> {
+        Ok(0)
+    }
     /// What it uses on disk.
     ///
     /// # Errors

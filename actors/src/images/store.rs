@@ -27,6 +27,9 @@ pub struct ContentStore {
     store: Store,
     registries: RegistryTable,
     credentials: CredentialStore,
+    home: PathBuf,
+    keep_bytes: Option<u64>,
+    free_reserve_bytes: u64,
     /// The packed template of writable disks.
     template: PathBuf,
 }
@@ -41,6 +44,9 @@ impl ContentStore {
             store: Store::open(home)?,
             registries: RegistryTable::new(),
             credentials: CredentialStore::of_home(home),
+            home: home.to_owned(),
+            keep_bytes: None,
+            free_reserve_bytes: 0,
             template,
         })
     }
@@ -49,6 +55,13 @@ impl ContentStore {
     #[must_use]
     pub fn with_registries(self, registries: RegistryTable) -> Self {
         Self { registries, ..self }
+    }
+
+    /// The same store, which removes the longest unused images by itself when their blobs take more than `keep_bytes`, or less than
+    /// `free_reserve_bytes` of the disk are free.
+    #[must_use]
+    pub fn with_limits(self, keep_bytes: Option<u64>, free_reserve_bytes: u64) -> Self {
+        Self { keep_bytes, free_reserve_bytes, ..self }
     }
 
     fn summary(&self, summary: &msb_image::ImageSummary) -> Result<ImageSummary, ApiError> {
@@ -97,6 +110,16 @@ fn history(details: &msb_image::ImageDetails) -> Vec<ImageHistoryStep> {
         ..ImageHistoryStep::default()
     }));
     steps
+}
+
+/// How many bytes of blobs may stay, or `None` if all may. A layer's blob frees its data file too, so this is never too little.
+fn bytes_to_keep(used: u64, keep: Option<u64>, missing: u64) -> Option<u64> {
+    let by_size = keep.filter(|keep| used > *keep);
+    let by_reserve = (missing > 0).then(|| used.saturating_sub(missing));
+    match (by_size, by_reserve) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (one, other) => one.or(other),
+    }
 }
 
 fn password(credentials: &Credentials) -> Credential {
@@ -280,6 +303,16 @@ impl ImageStore for ContentStore {
         })
     }
 
+    fn relieve(&self, users: &ImageUsers) -> Result<u64, ApiError> {
+        let free = rustix::fs::statvfs(&self.home).map_or(u64::MAX, |fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+        let missing = self.free_reserve_bytes.saturating_sub(free);
+        let Some(keep) = bytes_to_keep(self.store.blob_bytes(), self.keep_bytes, missing) else { return Ok(0) };
+        let options = PruneOptions { keep_bytes: Some(keep), ..PruneOptions::default() };
+        let report = self.store.prune(&options, &digests_in_use(users))?;
+        tracing::info!(images = report.images.len(), bytes = report.bytes_reclaimed, "unused images removed");
+        Ok(report.bytes_reclaimed)
+    }
+
     fn usage(&self, users: &ImageUsers) -> Result<Vec<DiskUsageRow>, ApiError> {
         let in_use = digests_in_use(users);
         let usage = self.store.usage(&in_use)?;
@@ -353,5 +386,41 @@ impl ImageStore for ContentStore {
     fn check(&self) -> Result<StoreReport, ApiError> {
         let report = self.store.check(CheckDepth::Content)?;
         Ok(StoreReport { images: report.images, blobs: report.layers, bytes: report.bytes, problems: report.problems })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_go_by_themselves_only_past_a_limit() {
+        for (used, keep, missing, expected) in [
+            (100, None, 0, None),
+            (100, Some(100), 0, None),
+            (100, Some(60), 0, Some(60)),
+            (100, None, 30, Some(70)),
+            (100, Some(60), 30, Some(60)),
+            (100, Some(60), 80, Some(20)),
+            (100, None, 500, Some(0)),
+        ] {
+            assert_eq!(bytes_to_keep(used, keep, missing), expected, "{used} {keep:?} {missing}");
+        }
+    }
+
+    #[test]
+    fn registries_are_named_as_references_name_them() {
+        for (text, expected) in [
+            ("ghcr.io", "ghcr.io"),
+            ("https://r.test:5000/", "r.test:5000"),
+            ("", "docker.io"),
+            ("index.docker.io", "docker.io"),
+            ("localhost", "localhost"),
+        ] {
+            assert_eq!(registry_name(text).as_deref(), Ok(expected), "{text}");
+        }
+        for bad in ["plain", "r.test/path", "a b.test", "user@r.test", "http://r.test"] {
+            assert!(registry_name(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -125,7 +125,7 @@ pub async fn fetch(client: &Client, request: &PullRequest, context: &Context) ->
                 bars.done(&digest, if known { "already here" } else { "done" });
             }
             Some(PullEvent::Retry { what, reason, wait_ms }) => {
-                bars.say(&format!("{what}: {reason}; trying again in {} ms", wait_ms));
+                bars.say(&format!("{what}: {reason}; trying again in {wait_ms} ms"));
             }
             Some(PullEvent::Warning { message }) => warnings.push(message),
             Some(PullEvent::Done { image, .. }) => break *image,

@@ -218,6 +218,12 @@ impl Store {
         Ok(())
     }
 
+    /// Bytes of all original blobs, each counted once: what [`PruneOptions::keep_bytes`] is compared with.
+    #[must_use]
+    pub fn blob_bytes(&self) -> u64 {
+        unique_blob_bytes(self.state().records.values())
+    }
+
     fn labels_fit(&self, record: &ImageRecord, wanted: &[(String, Option<String>)]) -> bool {
         if wanted.is_empty() {
             return true;
