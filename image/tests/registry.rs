@@ -79,9 +79,9 @@ fn a_pulled_image_is_the_pushed_one_and_is_saved_byte_for_byte() {
     let registry = Registry::start(Kind::default());
     let scratch = tempfile::tempdir().unwrap();
     let layers = [layer(1, 900_000), layer(2, 10), layer(3, 300_000)];
-    for (name, compress) in
-        [("gzip", archive::gzip as fn(&[u8]) -> Vec<u8>), ("zstd", archive::zstd), ("plain", |bytes| bytes.to_vec())]
-    {
+    let packings: [(&str, fn(&[u8]) -> Vec<u8>); 3] =
+        [("gzip", archive::gzip), ("zstd", archive::zstd), ("plain", <[u8]>::to_vec)];
+    for (name, compress) in packings {
         let files = archive::oci("x", &layers, compress);
         registry.push(&layout(&scratch.path().join(name), &files), &format!("team/app:{name}"));
     }
@@ -278,7 +278,7 @@ fn pulls_that_share_layers_fetch_them_once_and_a_prune_takes_nothing_from_them()
             })
             .into_iter()
             .collect();
-        while !pulls.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+        while !pulls.iter().all(|pull| pull.is_finished()) {
             home.store
                 .prune(
                     &msb_image::PruneOptions { labels: vec![("none".into(), None)], ..Default::default() },

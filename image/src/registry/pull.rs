@@ -4,6 +4,7 @@
 //! whole by then is in the store under the pull's holds, what is not stays in `partial/` for the next try.
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
@@ -367,7 +368,7 @@ impl Pull<'_> {
         config: &ImageConfig,
         progress: &mut dyn FnMut(PullEvent),
     ) -> Result<(Vec<NewLayer>, Vec<Holds>), ImageError> {
-        let others = self.other_wires(resolved);
+        let others = OnceLock::new();
         let blobs = &resolved.manifest.layers;
         // A layer may occur twice in an image; it is fetched once.
         let mut distinct: Vec<(usize, &Blob)> = Vec::new();
@@ -389,8 +390,7 @@ impl Pull<'_> {
                         let mut done = Vec::new();
                         let mut holds = Holds::new(self.store);
                         while let Some((position, blob)) = distinct.get(next.fetch_add(1, Ordering::Relaxed)) {
-                            let wires = std::iter::once(&resolved.wire).chain(others.iter()).collect();
-                            let task = LayerTask { pull: self, wires, waiter: &waiter, events: &events };
+                            let task = LayerTask { pull: self, resolved, others, waiter: &waiter, events: &events };
                             match task.run(blob, config.diff_ids[*position], &mut holds) {
                                 Ok(layer) => done.push((blob.digest, layer)),
                                 Err(error) => {
@@ -438,7 +438,7 @@ impl Pull<'_> {
         Ok((ordered.collect::<Result<Vec<_>, ImageError>>()?, kept))
     }
 
-    /// The sources behind the one that answered, for layers it turns out not to have. One that cannot be reached is not one.
+    /// Opens the sources behind the one that answered, for layers it turns out not to have. One that cannot be reached is not one.
     fn other_wires(&self, resolved: &Resolved) -> Vec<Wire> {
         let repository = &resolved.repository;
         let later = self.options.sources.iter().skip(resolved.source + 1);
@@ -454,7 +454,9 @@ impl Pull<'_> {
 /// One layer, on one of the pull's threads.
 struct LayerTask<'t, 'a> {
     pull: &'t Pull<'a>,
-    wires: Vec<&'t Wire>,
+    resolved: &'t Resolved,
+    /// The sources behind the one that answered, once a layer is missing there.
+    others: &'t OnceLock<Vec<Wire>>,
     waiter: &'t Waiter,
     events: &'t Sender<PullEvent>,
 }
@@ -528,7 +530,23 @@ impl LayerTask<'_, '_> {
         }
         let watcher = Reporter { task: self, digest: blob.digest, flight, told: AtomicU64::new(0) };
         let limits = &self.pull.options.limits;
-        let layer = download::fetch(&self.wires, self.waiter, blob, &partial, self.pull.scratch, limits, &watcher)?;
+        let fetch =
+            |wires: &[&Wire]| download::fetch(wires, self.waiter, blob, &partial, self.pull.scratch, limits, &watcher);
+        let layer = match fetch(&[&self.resolved.wire]) {
+            // A mirror need not have everything that it names.
+            Err(
+                error @ (ImageError::Registry { .. }
+                | ImageError::RegistryDenied { .. }
+                | ImageError::RegistryNotFound { .. }),
+            ) => {
+                let others = self.others.get_or_init(|| self.pull.other_wires(self.resolved));
+                if others.is_empty() {
+                    return Err(error);
+                }
+                fetch(&others.iter().collect::<Vec<_>>())?
+            }
+            fetched => fetched?,
+        };
         check_diff_id(blob, diff_id, layer.diff_id)?;
         let record = LayerRecord {
             blob: blob.digest,
