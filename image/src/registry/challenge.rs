@@ -43,7 +43,7 @@ fn split(header: &str) -> Vec<Challenge> {
     let mut challenges = Vec::new();
     let mut rest = header.trim_start();
     while !rest.is_empty() {
-        let end = rest.find(|c: char| c == ' ' || c == ',').unwrap_or(rest.len());
+        let end = rest.find([' ', ',']).unwrap_or(rest.len());
         let (scheme, after) = rest.split_at(end);
         let (parameters, after) = parameters(after.trim_start());
         rest = after.trim_start_matches([' ', ',', '\t']);
