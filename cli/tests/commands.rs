@@ -215,7 +215,6 @@ fn what_is_not_built_says_so() {
         &["pause", "web"],
         &["resume", "web"],
         &["top"],
-        &["df"],
         &["template", "ls"],
         &["mcp"],
     ] {
