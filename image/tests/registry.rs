@@ -164,7 +164,7 @@ fn a_transfer_that_is_refused_cut_and_corrupted_comes_through() {
     let files = archive::oci("x", std::slice::from_ref(&big), archive::gzip);
     registry.push(&layout(scratch.path(), &files), "app:1");
     let blob = archive::gzip(&big).len();
-    let quick = |proxy: &Proxy| PullOptions { parallel: 1, ..options(&proxy.host) };
+    let quick = |proxy: &Proxy| PullOptions { parallel: 1, ..options(&proxy.origin()) };
 
     // Cut three times: each request goes on where the last one ended. The first blob is the configuration's.
     let proxy =
@@ -230,7 +230,7 @@ fn a_pull_goes_on_where_a_failed_or_killed_one_ended() {
     // The larger layer is cut for good; patience ends after two tries.
     let proxy = Proxy::start(&registry.host, Faults { cut: vec![usize::MAX, 1_200_000, 0, 0, 0], ..Faults::default() });
     let reference = format!("{}/app:1", proxy.host);
-    let mut impatient = options(&proxy.host);
+    let mut impatient = options(&proxy.origin());
     impatient.retry.tries = 2;
     impatient.parallel = 1;
     let error = pull(&home.store, &reference, &impatient).unwrap_err();
@@ -243,7 +243,7 @@ fn a_pull_goes_on_where_a_failed_or_killed_one_ended() {
     let home = support::Home { store: Store::open(directory.path()).unwrap(), directory };
     proxy.set(Faults::default());
     let before = proxy.seen().body_bytes;
-    pull(&home.store, &reference, &options(&proxy.host)).unwrap();
+    pull(&home.store, &reference, &options(&proxy.origin())).unwrap();
     let fetched = proxy.seen().body_bytes - before;
     assert!(fetched < total - 1_100_000, "{fetched} of {total}");
     assert!(partials(&home).is_empty());
@@ -274,7 +274,7 @@ fn pulls_that_share_layers_fetch_them_once_and_a_prune_takes_nothing_from_them()
         let pulls: Vec<_> = ["a", "b", "a", "b"]
             .map(|name| {
                 let (home, proxy) = (&home, &proxy);
-                scope.spawn(move || pull(&home.store, &format!("{}/{name}:1", proxy.host), &options(&proxy.host)))
+                scope.spawn(move || pull(&home.store, &format!("{}/{name}:1", proxy.host), &options(&proxy.origin())))
             })
             .into_iter()
             .collect();

@@ -154,6 +154,11 @@ impl Proxy {
         proxy
     }
 
+    /// What to pull from. It says that it is plain, because the proxy does not know TLS well enough to refuse it.
+    pub fn origin(&self) -> String {
+        format!("http://{}", self.host)
+    }
+
     pub fn seen(&self) -> Seen {
         self.seen.lock().unwrap().clone()
     }
