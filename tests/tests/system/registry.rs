@@ -70,7 +70,8 @@ fn an_image_is_pulled_run_saved_and_pruned() {
         image("busybox-oci.tar").display()
     ))
     .run()
-    .succeeds();
+    .succeeds()
+    .is_quiet();
 
     // Nobody is logged in: the registry refuses, and `run` says so.
     home.fails(&["run", &name, "true"], 125, "registry_denied");
