@@ -275,10 +275,13 @@ impl Handler<InspectImage> for ImageActor {
     }
 }
 
+/// What is asked of a store.
+type Call<T> = Box<dyn FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send>;
+
 /// Any one call of the store, on the blocking pool: the requests that need no state of the actor.
 #[derive(Message)]
 #[rtype(result = "Result<T, ApiError>")]
-pub struct Work<T: Send + 'static>(Box<dyn FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send>);
+pub struct Work<T: Send + 'static>(Call<T>);
 
 impl<T: Send + 'static> Work<T> {
     /// A call.
