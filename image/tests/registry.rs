@@ -326,6 +326,11 @@ fn credentials_certificates_and_mirrors() {
     let (pulled, _) = pull(&home.store, &reference, &with(&trusted, password("secret"))).unwrap();
     assert!(pulled.was_present);
 
+    // Plain and locked: the refusal is told, not that it does not speak TLS.
+    let plain = Registry::start(Kind { password: true, tls: false });
+    let error = pull(&home.store, &format!("{}/app:1", plain.host), &options(&plain.host)).unwrap_err();
+    assert!(matches!(error, ImageError::RegistryDenied { .. }), "{error}");
+
     // A login is checked before it is kept; then the sources have it.
     let runtime = Runtime::new().unwrap();
     let explicit =

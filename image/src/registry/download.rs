@@ -239,9 +239,7 @@ fn stream(
         take(piece, false)?;
     }
     match outcome {
-        Ok(()) if *here < blob.bytes => {
-            Err(Attempt::Again { reason: format!("{}: the answer ended early", wire.host), after: None })
-        }
+        Ok(()) if *here < blob.bytes => Err(Attempt::Again { reason: "the answer ended early".into(), after: None }),
         outcome => outcome,
     }
 }

@@ -128,7 +128,11 @@ impl Wire {
             wire.base = format!("{scheme}://{address}");
             match wire.ping() {
                 Ok(()) => return Ok(wire),
-                Err(Attempt::Final(error @ ImageError::Cancelled)) => return Err(error.into()),
+                // A registry that refuses has been understood.
+                Err(Attempt::Final(error @ (ImageError::Cancelled | ImageError::RegistryDenied { .. }))) => {
+                    return Err(error.into());
+                }
+                // Of two failures the one of the safer way is told.
                 Err(error) => last = last.or(Some(error)),
             }
         }
@@ -348,16 +352,16 @@ impl Wire {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let asked = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
         Attempt::Again {
-            reason: format!("{} answers with {}", self.host, response.status()),
+            reason: format!("it answers with {}", response.status()),
             after: asked.and_then(|text| retry_after(text, now)),
         }
     }
 
     fn broken(&self, error: &reqwest::Error) -> Attempt {
-        let reason = format!("{}: {}", self.host, chain(error));
+        let reason = chain(error);
         // A certificate does not become better by waiting, nor does a redirect that is not followed.
         if error.is_builder() || error.is_redirect() || reason.contains("certificate") {
-            return registry_error(&self.host, &chain(error)).into();
+            return registry_error(&self.host, &reason).into();
         }
         Attempt::Again { reason, after: None }
     }
