@@ -18,6 +18,9 @@ use support::{assert_empty, assert_sound, home};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
+/// How a layer is packed.
+type Packing = fn(&[u8]) -> Vec<u8>;
+
 /// Whether everything these tests talk to is here.
 fn ready() -> bool {
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -79,8 +82,7 @@ fn a_pulled_image_is_the_pushed_one_and_is_saved_byte_for_byte() {
     let registry = Registry::start(Kind::default());
     let scratch = tempfile::tempdir().unwrap();
     let layers = [layer(1, 900_000), layer(2, 10), layer(3, 300_000)];
-    let packings: [(&str, fn(&[u8]) -> Vec<u8>); 3] =
-        [("gzip", archive::gzip), ("zstd", archive::zstd), ("plain", <[u8]>::to_vec)];
+    let packings: [(&str, Packing); 3] = [("gzip", archive::gzip), ("zstd", archive::zstd), ("plain", <[u8]>::to_vec)];
     for (name, compress) in packings {
         let files = archive::oci("x", &layers, compress);
         registry.push(&layout(&scratch.path().join(name), &files), &format!("team/app:{name}"));
@@ -95,7 +97,7 @@ fn a_pulled_image_is_the_pushed_one_and_is_saved_byte_for_byte() {
         assert_eq!(pulled.digest, Digest::of(raw.as_bytes()), "{name}: the manifest is the registry's own");
         assert!(matches!(&events[0], PullEvent::Resolved { layers, .. } if layers.len() == 3), "{events:?}");
         let details = home.store.get(&reference).unwrap();
-        assert_eq!(details.summary.references, [reference.clone()]);
+        assert_eq!(details.summary.references, std::slice::from_ref(&reference));
         assert_eq!(details.config.labels["team"], "ml");
         // The digests survive a save and skopeo's reading of it.
         let saved = scratch.path().join(format!("{name}.tar"));
@@ -375,7 +377,10 @@ fn a_cancelled_pull_ends_at_once_and_a_registry_that_lies_gets_nothing_in() {
     let registry = Registry::start(Kind::default());
     let scratch = tempfile::tempdir().unwrap();
     let good = layer(1, 400_000);
-    registry.push(&layout(&scratch.path().join("good"), &archive::oci("x", &[good.clone()], archive::gzip)), "app:1");
+    registry.push(
+        &layout(&scratch.path().join("good"), &archive::oci("x", std::slice::from_ref(&good), archive::gzip)),
+        "app:1",
+    );
     // A configuration that lists another layer than the manifest brings.
     let mut lying = Files::new();
     let config = archive::config(&[layer(9, 10)]);
