@@ -1,16 +1,17 @@
 //! What a daemon can do with sandboxes and images, as plain async functions over the actors. Called by the API and by the
-//! simulator; each one is one request. They hold no state of their own and no lock across an `.await`.
+//! simulator; each one is one request. They hold no state of their own and no lock across an `.await`. Those of images are in
+//! `daemon::images`.
+
+mod images;
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, Addr, MailboxError};
 use msb_protocol::control::{
-    ActorRow, ActorTree, CreateRequest, GuestMetrics, ImageDetail, ImageSummary, LoadEvent, MetricsSnapshot,
-    SandboxDetail, SandboxMetrics, SandboxSummary, StoreReport,
+    ActorRow, ActorTree, CreateRequest, GuestMetrics, MetricsSnapshot, SandboxDetail, SandboxMetrics, SandboxSummary,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
@@ -18,11 +19,9 @@ use msb_protocol::id::SandboxName;
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
-use tokio::sync::mpsc;
 
 use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
-use crate::images::{CheckStore, ImageActor, InspectImage, ListImages, LoadImage, RemoveImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::metrics::{Latest, MetricsActor};
@@ -31,7 +30,7 @@ use crate::sandbox::actor::{Ask, LetGo};
 use crate::sandbox::machine::{By, Event, Then};
 use crate::sandbox::plan;
 use crate::sandbox::view::View;
-use crate::supervisor::{All, Create, Find, ListImageUsers, Rows, SandboxRef, SupervisorActor, Surroundings};
+use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings};
 use crate::vm::session::{self, Session};
 
 /// A handle on everything; clones are the same daemon.
@@ -129,6 +128,8 @@ impl Daemon {
         if let (Some(grace_ms), Some(name)) = (request.replace_grace_ms, request.spec.name.clone()) {
             self.replace(&name, grace_ms).await?;
         }
+        // What was fetched for this sandbox is not pruned before the sandbox itself holds it.
+        let _lease = self.fetch_for(&request).await?;
         let sandbox = self.supervisor.send(Create { request, creator }).await.map_err(mailbox)??;
         Self::until_ready(sandbox, 0, 0).await
     }
@@ -436,57 +437,6 @@ impl Daemon {
         }
     }
 
-    fn images(&self) -> &Addr<ImageActor> {
-        &self.surroundings.images
-    }
-
-    /// Every image.
-    ///
-    /// # Errors
-    /// `store_corrupt`.
-    pub async fn list_images(&self) -> Result<Vec<ImageSummary>, ApiError> {
-        self.images().send(ListImages).await.map_err(mailbox)?
-    }
-
-    /// One image.
-    ///
-    /// # Errors
-    /// `image_not_found`.
-    pub async fn inspect_image(&self, reference: String) -> Result<ImageDetail, ApiError> {
-        let users = self.supervisor.send(ListImageUsers).await.map_err(mailbox)?;
-        self.images().send(InspectImage { reference, users }).await.map_err(mailbox)?
-    }
-
-    /// Removes an image.
-    ///
-    /// # Errors
-    /// `image_in_use`, `image_not_found`.
-    pub async fn remove_image(&self, reference: String, force: bool) -> Result<(), ApiError> {
-        let users = self.supervisor.send(ListImageUsers).await.map_err(mailbox)?;
-        self.images().send(RemoveImage { reference, force, users }).await.map_err(mailbox)?
-    }
-
-    /// Takes an archive in.
-    ///
-    /// # Errors
-    /// What is wrong with the archive or the disk.
-    pub async fn load_image(
-        &self,
-        archive: Box<dyn Read + Send>,
-        tag: Option<String>,
-        progress: mpsc::Sender<LoadEvent>,
-    ) -> Result<Vec<ImageSummary>, ApiError> {
-        self.images().send(LoadImage { archive, tag, progress }).await.map_err(mailbox)?
-    }
-
-    /// Checks the image store.
-    ///
-    /// # Errors
-    /// It cannot be read at all.
-    pub async fn check_store(&self) -> Result<StoreReport, ApiError> {
-        self.images().send(CheckStore).await.map_err(mailbox)?
-    }
-
     /// Every actor.
     ///
     /// # Errors
@@ -501,7 +451,7 @@ impl Daemon {
             }
             actors.push(row);
         }
-        let images = self.images().send(Inspect).await.map_err(mailbox)?;
+        let images = self.surroundings.images.send(Inspect).await.map_err(mailbox)?;
         let metrics: &Addr<MetricsActor> = &self.surroundings.metrics.0;
         let metrics = metrics.send(Inspect).await.map_err(mailbox)?;
         for (name, report) in [("images", images), ("metrics", metrics)] {

@@ -16,6 +16,7 @@ use msb_protocol::control::{CreateRequest, SandboxDetail};
 use msb_protocol::error::ErrorCode;
 use msb_protocol::guest::{ExecConfig, OpenKind};
 use msb_protocol::id::SandboxName;
+use msb_protocol::images::PullPolicy;
 use msb_protocol::spec::{OnIdle, RestartPolicy, SandboxSpec, Workload};
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 
@@ -51,7 +52,10 @@ fn words(text: &str) -> Option<Vec<String>> {
 
 impl World {
     async fn create(&self, spec: SandboxSpec) -> SandboxDetail {
-        self.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, None).await.unwrap()
+        self.daemon
+            .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing }, None)
+            .await
+            .unwrap()
     }
 
     async fn state(&self, text: &str) -> Option<SandboxState> {
@@ -155,7 +159,10 @@ fn a_workload_that_ends_before_anybody_looks_was_still_a_success() {
 fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
     simulate(|world| async move {
         let create = |spec: SandboxSpec| {
-            world.daemon.create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, None)
+            world.daemon.create(
+                CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
+                None,
+            )
         };
         assert_eq!(
             create(SandboxSpec { image: "nginx".into(), ..detached("a") }).await.unwrap_err().code,
@@ -180,7 +187,12 @@ fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
         assert_eq!(std::fs::read_dir(world.directory.path().join("sandboxes")).map_or(0, Iterator::count), 0);
         world.create(detached("a")).await;
         assert_eq!(create(detached("a")).await.unwrap_err().code, ErrorCode::SandboxAlreadyExists);
-        let replace = CreateRequest { spec: detached("a"), hold_main: false, replace_grace_ms: Some(1_000) };
+        let replace = CreateRequest {
+            spec: detached("a"),
+            hold_main: false,
+            replace_grace_ms: Some(1_000),
+            pull: PullPolicy::IfMissing,
+        };
         world.daemon.create(replace, None).await.unwrap();
         assert_eq!(world.launcher.alive(), 1);
     });
@@ -190,7 +202,12 @@ fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
 fn a_boot_that_fails_is_told_and_keeps_a_named_sandbox() {
     simulate(|world| async move {
         world.launcher.fault(|faults| faults.boot = true);
-        let request = CreateRequest { spec: detached("ill"), hold_main: false, replace_grace_ms: None };
+        let request = CreateRequest {
+            spec: detached("ill"),
+            hold_main: false,
+            replace_grace_ms: None,
+            pull: PullPolicy::IfMissing,
+        };
         assert_eq!(world.daemon.create(request, None).await.unwrap_err().code, ErrorCode::BootFailed);
         world.until("ill", SandboxState::Crashed).await;
         world.launcher.fault(|faults| faults.boot = false);
@@ -373,7 +390,10 @@ fn a_creators_death_stops_what_is_attached_and_removes_what_is_ephemeral() {
         {
             world
                 .daemon
-                .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+                .create(
+                    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
+                    Some(creator(&child)),
+                )
                 .await
                 .unwrap();
         }
@@ -397,7 +417,10 @@ fn a_creator_that_dies_while_the_daemon_is_away_is_noticed_by_the_next_one() {
         let spec = SandboxSpec { detached: false, ..detached("named") };
         world
             .daemon
-            .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+            .create(
+                CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
+                Some(creator(&child)),
+            )
             .await
             .unwrap();
         let world = world.restart_daemon().await;
@@ -419,7 +442,10 @@ fn five_hundred_creators_dying_at_once() {
             let spec = SandboxSpec { detached: false, ephemeral: true, ..detached(&format!("s{number}")) };
             world
                 .daemon
-                .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None }, Some(creator(&child)))
+                .create(
+                    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
+                    Some(creator(&child)),
+                )
                 .await
                 .unwrap();
             children.push(child);
@@ -456,7 +482,15 @@ fn a_daemon_killed_in_each_phase_finds_the_truth_and_nothing_half_made_survives(
         let daemon = world.daemon.clone();
         let booting = tokio::task::spawn_local(async move {
             daemon
-                .create(CreateRequest { spec: detached("booting"), hold_main: false, replace_grace_ms: None }, None)
+                .create(
+                    CreateRequest {
+                        spec: detached("booting"),
+                        hold_main: false,
+                        replace_grace_ms: None,
+                        pull: PullPolicy::IfMissing,
+                    },
+                    None,
+                )
                 .await
         });
         world.until("booting", SandboxState::Starting).await;

@@ -1,6 +1,7 @@
 //! The command tree. Each command's own options are beside the code that reads them, in `commands/`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
     bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
@@ -18,6 +19,24 @@ pub enum Format {
     Text,
     /// For programs: JSON, RFC 3339 times; errors as one line of JSON on stderr
     Json,
+    /// Of `save` only: as `docker save` writes
+    #[value(hide = true)]
+    Docker,
+    /// Of `save` only: an OCI layout
+    #[value(hide = true)]
+    Oci,
+}
+
+impl Format {
+    /// The layout of an archive, if it names one.
+    #[must_use]
+    pub fn layout(self) -> Option<ArchiveFormat> {
+        match self {
+            Self::Docker => Some(ArchiveFormat::Docker),
+            Self::Oci => Some(ArchiveFormat::Oci),
+            Self::Text | Self::Json => None,
+        }
+    }
 }
 
 /// Sandboxes in microVMs, from OCI images
@@ -105,7 +124,7 @@ pub enum Command {
     /// Let a halted sandbox go on (not built yet)
     Resume(Unbuilt),
 
-    /// Load, list, inspect and remove images
+    /// Pull, load, save, list, inspect and remove images
     Image {
         /// What to do with images.
         #[command(subcommand)]
@@ -119,12 +138,16 @@ pub enum Command {
     Rmi(image::ImageRemoveArgs),
     /// Load images from an archive (as `image load`)
     Load(image::LoadArgs),
-    /// Fetch an image from a registry (not built yet)
-    Pull(Unbuilt),
-    /// Write images to an archive (not built yet)
-    Save(Unbuilt),
-    /// Log in to and out of registries (not built yet)
-    Registry(Unbuilt),
+    /// Fetch an image from a registry (as `image pull`)
+    Pull(crate::commands::pull::PullArgs),
+    /// Write images to an archive (as `image save`)
+    Save(crate::commands::save::SaveArgs),
+    /// Log in to and out of registries
+    Registry {
+        /// What to do with registries.
+        #[command(subcommand)]
+        command: crate::commands::registry::RegistryCommand,
+    },
 
     /// Create, list and remove volumes (not built yet)
     #[command(visible_alias = "vol")]
@@ -134,8 +157,8 @@ pub enum Command {
     Snapshot(Unbuilt),
     /// Make sandboxes that start warm (not built yet)
     Template(Unbuilt),
-    /// Show what takes disk space (not built yet)
-    Df(Unbuilt),
+    /// Show what takes disk space, and what could go
+    Df,
 
     /// Show what a sandbox wrote
     Logs(logs::LogsArgs),

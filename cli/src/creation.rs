@@ -24,9 +24,9 @@ pub enum Engine {
 /// When to fetch the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Pull {
-    /// Even if the store has it (not built yet)
+    /// Even if the store has it: a tag may have moved
     Always,
-    /// If the store does not have it (until fetching is built: an error then)
+    /// If the store does not have it
     #[default]
     IfMissing,
     /// Never
@@ -242,9 +242,6 @@ impl CreationArgs {
         if let Some((field, part)) = self.unbuilt.given() {
             return refuse(&format!("--{}", field.replace('_', "-")), part);
         }
-        if self.pull == Pull::Always {
-            return refuse("--pull always", "fetching from registries");
-        }
         if self.security == Security::Restricted {
             return refuse("--security restricted", "restricted workloads");
         }
@@ -424,7 +421,6 @@ mod tests {
             &["--secret", "A@b"],
             &["--snapshot", "s"],
             &["--health-cmd", "true"],
-            &["--pull", "always"],
             &["--security", "restricted"],
         ] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");

@@ -8,7 +8,7 @@
 //! | [`creation`] | the options that `run` and `create` share |
 //! | [`env_file`], [`parse`] | docker's environment files; small values |
 //! | [`attached`], [`detach_keys`], [`terminal`] | a running command joined to this process's streams, signals and terminal |
-//! | [`printer`], [`table`], [`time`] | everything that is written |
+//! | [`printer`], [`table`], [`bars`], [`time`] | everything that is written |
 //! | [`failure`] | errors and exit codes |
 //!
 //! Its only way to sandboxes and images is `msb_sdk`. It links no code of the daemon, writes data to stdout and everything else to
@@ -18,6 +18,7 @@
 
 pub mod arguments;
 pub mod attached;
+pub mod bars;
 pub mod commands;
 pub mod context;
 pub mod creation;
@@ -38,7 +39,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches};
 use msb_protocol::error::{ApiError, ErrorCode};
 
-use crate::arguments::{Cli, Format};
+use crate::arguments::{Cli, Command, Format};
+use crate::commands::image::ImageCommand;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 use crate::printer::Printer;
@@ -62,7 +64,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> ExitStatus {
     let printer = Printer::new(cli.global.format, cli.global.quiet);
-    let Some(command) = cli.command else {
+    let Some(mut command) = cli.command else {
         let result = if cli.tree {
             printer.text(&groups::tree(&self::command()))
         } else {
@@ -71,6 +73,14 @@ fn run(cli: Cli) -> ExitStatus {
         return result.map_or_else(|failure| failure.report(&printer, false), |()| ExitStatus::SUCCESS);
     };
     let workload = command.is_workload();
+    if let Some(layout) = cli.global.format.layout() {
+        let (Command::Save(save) | Command::Image { command: ImageCommand::Save(save) }) = &mut command else {
+            let error = ApiError::new(ErrorCode::InvalidRequest, "this command's --format is text or json");
+            printer.error(&error.with_hint("docker and oci are layouts of `msb save`"));
+            return if workload { ExitStatus::OURS } else { ExitStatus::USAGE };
+        };
+        save.layout = layout;
+    }
     // One thread is enough: what blocks (stdin, stdout, files) has threads of its own.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

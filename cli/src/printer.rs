@@ -12,6 +12,7 @@ use msb_protocol::error::ApiError;
 use serde::Serialize;
 
 use crate::arguments::Format;
+use crate::bars::Bars;
 use crate::failure::Failure;
 use crate::table::Table;
 
@@ -183,6 +184,12 @@ impl Printer {
         }
         bar.set_message(plain(text));
         Progress(bar)
+    }
+
+    /// A headline with a bar for each of several things, on a terminal only. They are gone when dropped.
+    #[must_use]
+    pub fn bars(&self, text: &str) -> Bars {
+        Bars::new(text, self.progress)
     }
 
     fn stderr(&self, text: &str) {

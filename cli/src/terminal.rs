@@ -1,9 +1,9 @@
 //! The terminal of this process: its size, and raw mode that is given back on every way out.
 
-use std::io::IsTerminal;
+use std::io::{BufRead, IsTerminal, Write};
 
 use msb_protocol::control::TerminalSize;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::failure::{Failure, invalid};
 
@@ -22,6 +22,41 @@ pub fn size() -> Option<TerminalSize> {
     } else {
         TerminalSize { rows: size.ws_row, columns: size.ws_col }
     })
+}
+
+/// Asks for a line.
+///
+/// # Errors
+/// `invalid_config` if nobody can be asked.
+pub fn ask(prompt: &str) -> Result<String, Failure> {
+    if !stdin_is_terminal() {
+        return Err(invalid("nobody can be asked here; use --username and --password-stdin"));
+    }
+    // Nobody can be told that stderr is gone.
+    let _ = std::io::stderr().write_all(prompt.as_bytes());
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).map_err(Failure::Output)?;
+    Ok(line.trim_end_matches(['\n', '\r']).to_owned())
+}
+
+/// Asks for a line that is not shown.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_secret(prompt: &str) -> Result<String, Failure> {
+    let refuse = |error: rustix::io::Errno| invalid(format!("the terminal cannot be used: {error}"));
+    if !stdin_is_terminal() {
+        return ask(prompt);
+    }
+    let before = tcgetattr(std::io::stdin()).map_err(refuse)?;
+    let mut silent = before.clone();
+    silent.local_modes.remove(LocalModes::ECHO);
+    tcsetattr(std::io::stdin(), OptionalActions::Now, &silent).map_err(refuse)?;
+    // Restores on every way out.
+    let _terminal = RawTerminal { before };
+    let line = ask(prompt);
+    let _ = std::io::stderr().write_all(b"\n");
+    line
 }
 
 /// A terminal in raw mode. Dropping it restores what was before; `msb` ends only by returning, so it is always dropped.

@@ -100,6 +100,49 @@ pub enum ImageError {
         /// Digest of its manifest or configuration.
         digest: String,
     },
+    /// A registry broke off, answered nonsense, or could not be reached.
+    #[error("registry {registry}: {reason}")]
+    Registry {
+        /// Its host.
+        registry: String,
+        /// What happened.
+        reason: String,
+    },
+    /// A registry wants credentials, or other ones.
+    #[error("registry {registry}: {reason}{}", as_whom(.as_user))]
+    RegistryDenied {
+        /// Its host.
+        registry: String,
+        /// What it said.
+        reason: String,
+        /// Who was logged in.
+        as_user: Option<String>,
+    },
+    /// A registry does not have the image.
+    #[error("registry {registry} has no {what}")]
+    RegistryNotFound {
+        /// Its host.
+        registry: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// A registry has the image for other platforms only.
+    #[error("the image is not there for {wanted}; it is for {}", list_or(.available, "none"))]
+    RegistryPlatform {
+        /// The platform that was looked for.
+        wanted: String,
+        /// What there is.
+        available: Vec<String>,
+    },
+    /// A manifest or index of a registry breaks its format.
+    #[error("the manifest cannot be used: {0}")]
+    Manifest(String),
+    /// Credentials could not be stored or fetched.
+    #[error("credentials: {0}")]
+    Credentials(String),
+    /// The caller went away or changed its mind.
+    #[error("cancelled; what has come is kept for the next pull")]
+    Cancelled,
     /// The store contradicts itself.
     #[error("the image store is damaged: {0}")]
     Corrupt(String),
@@ -138,6 +181,14 @@ fn known_images(known: &[String]) -> String {
     if known.is_empty() { "; it holds none yet".into() } else { format!("; it holds {}", known.join(", ")) }
 }
 
+fn as_whom(user: &Option<String>) -> String {
+    match user.as_deref() {
+        None => " (nobody is logged in)".into(),
+        Some("") => " (with an identity token)".into(),
+        Some(user) => format!(" (as {user:?})"),
+    }
+}
+
 fn list_or(items: &[String], otherwise: &str) -> String {
     if items.is_empty() { otherwise.into() } else { items.join(", ") }
 }
@@ -164,6 +215,12 @@ impl ImageError {
             Self::Size { .. } | Self::Platform { .. } | Self::Unnamed { .. } => ErrorCode::InvalidArchive,
             Self::Digest { .. } => ErrorCode::DigestMismatch,
             Self::Limit { .. } => ErrorCode::LimitExceeded,
+            Self::Registry { .. } => ErrorCode::RegistryFailed,
+            Self::RegistryDenied { .. } => ErrorCode::RegistryDenied,
+            Self::RegistryNotFound { .. } | Self::RegistryPlatform { .. } => ErrorCode::ImageNotFound,
+            Self::Manifest(_) => ErrorCode::InvalidArchive,
+            Self::Credentials(_) => ErrorCode::RegistryFailed,
+            Self::Cancelled => ErrorCode::Cancelled,
             Self::Corrupt(_) => ErrorCode::StoreCorrupt,
             Self::Busy(_) => ErrorCode::DaemonRunning,
             Self::Format { .. } => ErrorCode::HomeUnusable,
@@ -185,6 +242,13 @@ impl ImageError {
             }
             Self::Unnamed { .. } => Some("name it with --tag NAME"),
             Self::Platform { .. } => Some("make the archive for this platform, or choose another with --platform"),
+            Self::RegistryNotFound { .. } => {
+                Some("check name and tag; of a private image nobody says that it exists before a login")
+            }
+            Self::RegistryPlatform { .. } => Some("choose one of those with --platform"),
+            Self::Manifest(_) => {
+                Some("the registry sent something that is no image: check the name, or tell its owner")
+            }
             Self::Ambiguous { .. } => Some("give more digits of the digest"),
             Self::Format { .. } => Some("use the msb that made it, or move the directory away"),
             Self::Layer { .. } => {

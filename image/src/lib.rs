@@ -1,4 +1,4 @@
-//! Images: references, archives, the content store, and the root disks made of them (design: ARCHITECTURE.md, "Images and root disks").
+//! Images: references, archives, registries, the content store, and the root disks made of them (design: ARCHITECTURE.md, "Images and root disks").
 //!
 //! Used by `actors` (the image actor), by `xtask` ([`pack_template`]) and by nothing else. Everything blocks: call it from a thread that
 //! may. Input is hostile: names from an image never reach the host's file system, every count and size is bounded by [`limits`], and
@@ -10,6 +10,7 @@
 //!    lock                            flock, exclusive, for as long as the store is open
 //!    format                          "1"; a later number is refused
 //!    tmp/                            work under way; emptied when the store opens
+//!    partial/<hex>                   downloads that are not finished
 //!    blobs/sha256/<hex>              original bytes: manifests, configurations, layers as they came
 //!    layers/v1/<diff_id>/{data,tree} a layer taken apart: contents in 4 KiB blocks, and everything else
 //!    roots/v1/<chain>                merged EROFS metadata of a chain of layers
@@ -17,7 +18,7 @@
 //!    templates/<hex>                 unpacked template of writable disks
 //! ```
 //! **Roots.** A record keeps its manifest, configuration, layer blobs, layer files and merged metadata. Beside records, *holds* keep what
-//! a running load relies on, *leases* keep images that something is being made from, and the caller says which images sandboxes use.
+//! a running load or pull relies on, *leases* keep images that something is being made from, and the caller says which images sandboxes use.
 //!
 //! **Locks.** `lock` against other processes; inside, one mutex over records, holds and leases. It is held while parts are renamed
 //! into place and the record is written, and while a sweep renames parts away, so each sees all of the other or nothing. It is never held
@@ -39,9 +40,11 @@ mod crc32c;
 mod digest;
 mod erofs;
 mod error;
+mod intake;
 mod layer;
 pub mod limits;
 mod reference;
+pub mod registry;
 mod store;
 mod tar_stream;
 mod upper;
@@ -55,7 +58,7 @@ pub use layer::Dropped;
 pub use limits::Limits;
 pub use reference::ImageReference;
 pub use store::{
-    CheckDepth, CheckReport, ImageDetails, ImageLease, ImageSummary, LayerDetails, PruneOptions, PruneReport,
-    PrunedImage, RemoveOutcome, RootImage, Store, StoreUsage,
+    CheckDepth, CheckReport, ImageDetails, ImageLease, ImageSummary, LayerDetails, PartUsage, PruneOptions,
+    PruneReport, PrunedImage, RemoveOutcome, RootImage, Store, StoreUsage,
 };
 pub use upper::{MKE2FS_ARGUMENTS, TEMPLATE_BYTES, pack_template};

@@ -69,6 +69,12 @@ impl ImageReference {
         text
     }
 
+    /// The name alone, for a reference that has one and pins no digest.
+    #[must_use]
+    pub fn tagged(&self) -> Option<Self> {
+        (self.tag.is_some() && self.digest.is_none()).then(|| self.clone())
+    }
+
     fn push_suffix(&self, text: &mut String) {
         if let Some(tag) = &self.tag {
             text.push(':');

@@ -188,7 +188,7 @@ fn prune_chooses_by_age_label_and_size() {
     assert_eq!(take(PruneOptions { keep_bytes: Some(all - 1), ..PruneOptions::default() }), ["two:latest"]);
     let usage = store.usage(&nobody()).unwrap();
     assert_eq!(take(PruneOptions { keep_bytes: Some(0), ..PruneOptions::default() }).len(), 3);
-    assert!(usage.reclaimable_bytes > 0 && usage.images == 3);
+    assert!(usage.reclaimable_bytes() > 0 && usage.images == 3);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ApiError, ErrorCode};
+use crate::images::RegistryTable;
 use crate::quantity;
 
 /// What kind of value a setting takes.
@@ -119,6 +120,20 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "time between the stop signal and the kill",
     },
     Setting {
+        key: "images.keep_size",
+        variable: "MSB_IMAGES_KEEP_SIZE",
+        kind: SettingKind::Size,
+        default: "",
+        meaning: "after a pull or load, remove the longest unused images until their blobs take no more than this; unset: never",
+    },
+    Setting {
+        key: "images.free_reserve",
+        variable: "MSB_IMAGES_FREE_RESERVE",
+        kind: SettingKind::Size,
+        default: "",
+        meaning: "after a pull or load, remove the longest unused images until this much of the disk is free; unset: never",
+    },
+    Setting {
         key: "logs.size_max",
         variable: "MSB_LOG_SIZE_MAX",
         kind: SettingKind::Size,
@@ -133,6 +148,9 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "rotated logs kept for each sandbox",
     },
 ];
+
+/// The one key of a file that is no setting: tables of registries.
+const REGISTRIES: &str = "registries";
 
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,11 +186,20 @@ impl fmt::Display for Origin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     values: BTreeMap<&'static str, (String, Origin)>,
+    registries: RegistryTable,
+}
+
+/// The tables of registries in a file; the rest of the file is the settings' business.
+#[derive(Deserialize)]
+struct RegistryTables {
+    #[serde(default)]
+    registries: RegistryTable,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { values: SETTINGS.iter().map(|s| (s.key, (s.default.to_owned(), Origin::Default))).collect() }
+        let values = SETTINGS.iter().map(|s| (s.key, (s.default.to_owned(), Origin::Default))).collect();
+        Self { values, registries: RegistryTable::new() }
     }
 }
 
@@ -202,6 +229,12 @@ impl Config {
             let line = line_of(error.span().map_or(0, |span| span.start));
             at(line, error.message())
         })?;
+        let tables: RegistryTables = toml::from_str(text).map_err(|error| {
+            let line = line_of(error.span().map_or(0, |span| span.start));
+            at(line, error.message())
+        })?;
+        // A later layer says everything about a registry or nothing.
+        self.registries.extend(tables.registries);
         let mut found = Vec::new();
         flatten("", document.get_ref(), &mut found);
         for (key, position, value) in found {
@@ -215,6 +248,12 @@ impl Config {
             self.values.insert(setting.key, (value, Origin::File { path: path.into(), line }));
         }
         Ok(())
+    }
+
+    /// Settings of registries: the tables `[registries."host:port"]`.
+    #[must_use]
+    pub fn registries(&self) -> &RegistryTable {
+        &self.registries
     }
 
     /// Every setting with its value and where that came from, in the order of the table. Unset values are empty.
@@ -255,6 +294,9 @@ fn refuse(message: String) -> ApiError {
 
 fn flatten(prefix: &str, table: &toml::de::DeTable<'_>, found: &mut Vec<(String, usize, Option<String>)>) {
     for (key, value) in table {
+        if prefix.is_empty() && key.get_ref() == REGISTRIES {
+            continue;
+        }
         let name = if prefix.is_empty() { key.get_ref().to_string() } else { format!("{prefix}.{}", key.get_ref()) };
         match value.get_ref() {
             toml::de::DeValue::Table(inner) => flatten(&name, inner, found),
@@ -322,6 +364,21 @@ mod tests {
         assert_eq!(origins["sandbox.memory"], "~/c:3");
         assert_eq!(origins["sandbox.cpus"], "$MSB_CPUS");
         assert_eq!(origins["kernel"], "default");
+    }
+
+    #[test]
+    fn registries_have_tables_of_their_own() {
+        let text = "engine = \"qemu\"\n[registries.\"r.test:5000\"]\nmirrors = [\"m.test\"]\ninsecure = true\n";
+        let later = "[registries.\"r.test:5000\"]\nusername = \"me\"\npassword_env = \"R\"\n";
+        let config = Config::merge(&[("a", text)], |_| None).unwrap();
+        assert_eq!(config.registries()["r.test:5000"].mirrors, ["m.test"]);
+        assert_eq!(config.text("engine"), Some("qemu"));
+        let config = Config::merge(&[("a", text), ("b", later)], |_| None).unwrap();
+        let merged = &config.registries()["r.test:5000"];
+        assert_eq!((merged.username.as_deref(), merged.mirrors.len(), merged.insecure), (Some("me"), 0, false));
+        let wrong = "[registries.r]\ninsecure = true\npassword = \"x\"\n";
+        let error = Config::merge(&[("f", wrong)], |_| None).unwrap_err();
+        assert!(error.message.starts_with("f:3: unknown field `password`"), "{error}");
     }
 
     #[test]

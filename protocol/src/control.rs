@@ -25,8 +25,17 @@
 //! | `GET /v1/metrics?name=&label=` | | [`MetricsSnapshot`]: one request for the whole fleet |
 //! | `GET /v1/images` | | [`ImageList`] |
 //! | `GET /v1/image?reference=` | | [`ImageDetail`] |
-//! | `DELETE /v1/image?reference=&force=` | | `{}` |
-//! | `POST /v1/images/load?tag=` | an archive | lines of [`LoadEvent`], the last `done` or `error` |
+//! | `DELETE /v1/image?reference=&force=` | | [`ImageRemoval`](crate::images::ImageRemoval) |
+//! | `POST /v1/images/load?tag=&platform=` | an archive | lines of [`LoadEvent`], the last `done` or `error` |
+//! | `POST /v1/images/pull` | [`PullRequest`](crate::images::PullRequest) | lines of [`PullEvent`](crate::images::PullEvent), the last `done` or `error` |
+//! | `POST /v1/images/save` | [`SaveRequest`](crate::images::SaveRequest) | an archive; one that breaks off is not whole |
+//! | `POST /v1/images/tag` | [`TagRequest`](crate::images::TagRequest) | [`ImageSummary`] |
+//! | `POST /v1/images/pin` | [`PinRequest`](crate::images::PinRequest) | [`ImageSummary`] |
+//! | `POST /v1/images/prune` | [`PruneRequest`](crate::images::PruneRequest) | [`PruneReport`](crate::images::PruneReport) |
+//! | `GET /v1/registries` | | [`RegistryList`](crate::images::RegistryList) |
+//! | `POST /v1/registries/login` | [`LoginRequest`](crate::images::LoginRequest) | [`LoginReport`](crate::images::LoginReport) |
+//! | `DELETE /v1/registries/login?registry=` | | `{}` |
+//! | `GET /v1/store/usage` | | [`DiskUsage`](crate::images::DiskUsage) |
 //! | `GET /v1/store/check` | | [`StoreReport`] |
 //! | `GET /v1/debug/actors` | | [`ActorTree`] |
 //! | `GET /openapi.json` | | OpenAPI 3.1 |
@@ -100,6 +109,9 @@ pub struct CreateRequest {
     /// Remove an existing sandbox of this name first, giving it this many milliseconds to stop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replace_grace_ms: Option<u64>,
+    /// When to fetch the image from its registry.
+    #[serde(default)]
+    pub pull: crate::images::PullPolicy,
 }
 
 /// How to start.
@@ -533,6 +545,9 @@ pub struct ImageDetail {
     pub layer_details: Vec<ImageLayerDetail>,
     /// Sandboxes that use it.
     pub used_by: Vec<SandboxName>,
+    /// How it was built, oldest step first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<crate::images::ImageHistoryStep>,
 }
 
 /// What an image says about running it.
@@ -572,6 +587,9 @@ pub struct ImageLayerDetail {
     pub media_type: String,
     /// Bytes of the blob.
     pub compressed_bytes: u64,
+    /// Bytes of the tar once unpacked.
+    #[serde(default)]
+    pub unpacked_bytes: u64,
     /// Bytes of the data file, as allocated.
     pub data_bytes: u64,
     /// Images of the store that have it, this one counted.
@@ -618,7 +636,7 @@ pub struct StoreReport {
     pub images: u64,
     /// Blobs checked.
     pub blobs: u64,
-    /// Bytes read.
+    /// Bytes of the images' blobs, each counted once.
     pub bytes: u64,
     /// What is wrong; empty if nothing.
     pub problems: Vec<String>,

@@ -65,6 +65,7 @@ error_table! {
     LimitExceeded "limit_exceeded" 413 false "an input is larger than the documented limit" "see the limits in docs/images.md"
     StoreCorrupt "store_corrupt" 500 false "the image store fails its own check" "`msb doctor --store` names the damaged part; load the image again"
     RegistryFailed "registry_failed" 502 true "the registry refused or broke off" "check the name, the credentials and the network"
+    RegistryDenied "registry_denied" 401 false "the registry wants credentials, or other ones" "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist"
     DiskFull "disk_full" 507 true "a file system is full" "free space on the named file system, for example with `msb image prune`"
     PermissionDenied "permission_denied" 403 false "the operating system or msb's rules refuse this to you" "check owner and mode of the named path"
     HomeUnusable "home_unusable" 500 false "the home directory of msb cannot be used" "set MSB_HOME to a directory that is yours and writable"

@@ -2,7 +2,7 @@
 //!
 //! | module | border | form on the wire |
 //! |---|---|---|
-//! | [`control`] | `msb`, SDKs ↔ `msbd` | HTTP + WebSocket on a Unix socket, JSON |
+//! | [`control`], [`images`] | `msb`, SDKs ↔ `msbd` | HTTP + WebSocket on a Unix socket, JSON |
 //! | [`vmm`] | `msbd` ↔ `msb-vmm` | frames with JSON bodies on a Unix socket |
 //! | [`guest`] | host ↔ `msb-agent` | frames with protobuf bodies on vsock |
 //! | [`frame`] | all framed borders | u32 big-endian length, then the body, 1 MiB at most |
@@ -19,6 +19,7 @@ pub mod error;
 pub mod frame;
 pub mod guest;
 pub mod id;
+pub mod images;
 pub mod labels;
 pub mod network;
 pub mod paths;

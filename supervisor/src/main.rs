@@ -65,6 +65,8 @@ fn main() -> ExitCode {
 fn run() -> Result<(), ApiError> {
     // Whatever this process and the VM processes make is their owner's alone, however the caller's mask was set.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    // One provider of cryptography in the whole process; whoever was first stays.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let settings = Settings::load()?;
     let filter =
         tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
@@ -98,7 +100,12 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone() });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
-    let store = ContentStore::open(&settings.home.home, settings.upper_template())?;
+    let store = ContentStore::open(&settings.home.home, settings.upper_template())?
+        .with_registries(settings.config.registries().clone())
+        .with_limits(
+            settings.config.text("images.keep_size").map(|_| settings.config.bytes("images.keep_size")),
+            settings.config.bytes("images.free_reserve"),
+        );
     let heartbeats =
         HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
     let surroundings = Arc::new(Surroundings {

@@ -376,6 +376,39 @@ fn archives_are_streamed_in_and_their_progress_out() {
 }
 
 #[test]
+fn images_are_pulled_saved_named_and_pruned() {
+    serve(|world| async move {
+        let pull = json!({"reference": "busybox", "credentials": {"username": "me", "password": "secret"}});
+        let (status, text) = raw(&world.socket(), "POST", "/v1/images/pull", pull.to_string().as_bytes()).await;
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((status, &lines[0]["type"], &lines[1]["type"]), (200, &json!("resolved"), &json!("layer_done")));
+        assert_eq!(lines.last().unwrap()["image"]["digest"], "sha256:b0");
+        assert!(!text.contains("secret"));
+        let (_, gone) = world.call("POST", "/v1/images/pull", json!({"reference": "nothing"})).await;
+        assert_eq!(gone["error"]["code"], "image_not_found", "{gone}");
+        let (status, archive) = world.call("POST", "/v1/images/save", json!({"references": ["busybox", "app"]})).await;
+        assert_eq!((status, archive), (200, json!("busybox,app")));
+        let (status, error) = world.call("POST", "/v1/images/save", json!({"references": ["nothing"]})).await;
+        assert_eq!((status, &error["code"]), (404, &json!("image_not_found")));
+        assert_eq!(world.call("POST", "/v1/images/save", json!({"references": []})).await.0, 400);
+        let (status, error) = world.create("x", json!({"image": "nothing"})).await;
+        assert_eq!((status, &error["code"]), (404, &json!("image_not_found")), "{error}");
+        assert!(error["message"].as_str().unwrap().contains("fetching it failed"), "{error}");
+        world.create("web", json!({})).await;
+        let (_, report) = world.call("POST", "/v1/images/prune", json!({"dry_run": true})).await;
+        assert_eq!((&report["dry_run"], &report["manifests_removed"]), (&json!(true), &json!(1)), "one is in use");
+        let (_, usage) = world.call("GET", "/v1/store/usage", Value::Null).await;
+        let kinds: Vec<_> = usage["rows"].as_array().unwrap().iter().map(|row| row["kind"].clone()).collect();
+        assert_eq!(kinds, ["images", "sandboxes", "logs"]);
+        let login =
+            |password: &str| json!({"registry": "r.test", "credentials": {"username": "me", "password": password}});
+        assert_eq!(world.call("POST", "/v1/registries/login", login("wrong")).await.0, 401);
+        assert_eq!(world.call("POST", "/v1/registries/login", login("right")).await.0, 200);
+        assert_eq!(world.call("DELETE", "/v1/registries/login?registry=r.test", Value::Null).await.0, 200);
+    });
+}
+
+#[test]
 fn the_service_describes_itself() {
     serve(|world| async move {
         let (_, version) = world.call("GET", "/v1/version", Value::Null).await;

@@ -7,7 +7,7 @@ pub mod store;
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,8 +15,13 @@ use actix::prelude::*;
 use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::ApiError;
 use msb_protocol::id::SandboxName;
+use msb_protocol::images::{
+    DiskUsageRow, ImageRemoval, LoginReport, LoginRequest, PruneReport, PruneRequest, PullEvent, PullRequest,
+    RegistryRow, SaveRequest,
+};
 use msb_protocol::vmm::DiskPart;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::inspect::{ActorReport, Inspect};
 
@@ -65,7 +70,7 @@ pub trait ImageStore: Send + Sync + 'static {
     ///
     /// # Errors
     /// `image_in_use` naming who uses it, `image_not_found`.
-    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<(), ApiError>;
+    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<ImageRemoval, ApiError>;
     /// Takes an archive in.
     ///
     /// # Errors
@@ -73,14 +78,85 @@ pub trait ImageStore: Send + Sync + 'static {
     fn load(
         &self,
         archive: &mut dyn Read,
-        tag: Option<&str>,
+        how: &LoadOptions,
         progress: &mut dyn FnMut(LoadEvent),
     ) -> Result<Vec<ImageSummary>, ApiError>;
+    /// Writes images as one archive. Nothing is written before every name is known to exist.
+    ///
+    /// # Errors
+    /// As [`ImageStore::prepare`].
+    fn save(&self, what: &SaveRequest, out: &mut dyn Write) -> Result<(), ApiError>;
+    /// Gives an image another name.
+    ///
+    /// # Errors
+    /// As [`ImageStore::inspect`].
+    fn tag(&self, reference: &str, name: &str) -> Result<ImageSummary, ApiError>;
+    /// Keeps prune from an image, or no more.
+    ///
+    /// # Errors
+    /// As [`ImageStore::inspect`].
+    fn pin(&self, reference: &str, pinned: bool) -> Result<ImageSummary, ApiError>;
+    /// Removes what the request allows and nobody needs.
+    ///
+    /// # Errors
+    /// `invalid_label` for a filter that is none, and what the file system says.
+    fn prune(&self, request: &PruneRequest, users: &ImageUsers) -> Result<PruneReport, ApiError>;
+    /// Removes the longest unused images where the configuration sets a limit and it is passed. Returns the bytes freed.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn relieve(&self, _users: &ImageUsers) -> Result<u64, ApiError> {
+        Ok(0)
+    }
+    /// What it uses on disk.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn usage(&self, users: &ImageUsers) -> Result<Vec<DiskUsageRow>, ApiError>;
+    /// Whether it has an image.
+    ///
+    /// # Errors
+    /// `invalid_reference`.
+    fn has(&self, reference: &str) -> Result<bool, ApiError>;
+    /// Fetches an image from its registry. What has come when it fails is kept for the next try.
+    ///
+    /// # Errors
+    /// `registry_failed`, `registry_denied`, `image_not_found`, `digest_mismatch`, `limit_exceeded`, `disk_full`, `cancelled`.
+    fn pull(
+        &self,
+        request: &PullRequest,
+        cancelled: &CancellationToken,
+        progress: &mut dyn FnMut(PullEvent),
+    ) -> Result<(ImageSummary, bool), ApiError>;
+    /// Keeps a credential for a registry, once the registry has taken it.
+    ///
+    /// # Errors
+    /// `registry_denied`, `registry_failed`.
+    fn login(&self, request: &LoginRequest) -> Result<LoginReport, ApiError>;
+    /// Forgets the credential of a registry.
+    ///
+    /// # Errors
+    /// `registry_failed` where there is none, or the keyring refuses.
+    fn logout(&self, registry: &str) -> Result<(), ApiError>;
+    /// Registries that there are credentials or settings for.
+    ///
+    /// # Errors
+    /// The file of logins cannot be read.
+    fn registries(&self) -> Result<Vec<RegistryRow>, ApiError>;
     /// Checks everything.
     ///
     /// # Errors
     /// The store cannot be read at all.
     fn check(&self) -> Result<StoreReport, ApiError>;
+}
+
+/// How an archive is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    /// `NAME` for the first image of the archive, or `OLD=NEW`.
+    pub tags: Vec<String>,
+    /// The platform where the archive has several; the host's if absent.
+    pub platform: Option<String>,
 }
 
 /// Owns the store.
@@ -199,22 +275,25 @@ impl Handler<InspectImage> for ImageActor {
     }
 }
 
-/// Remove an image.
+/// What is asked of a store.
+type Call<T> = Box<dyn FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send>;
+
+/// Any one call of the store, on the blocking pool: the requests that need no state of the actor.
 #[derive(Message)]
-#[rtype(result = "Result<(), ApiError>")]
-pub struct RemoveImage {
-    /// Which.
-    pub reference: String,
-    /// Even if a sandbox uses it (it keeps its layers until that is gone).
-    pub force: bool,
-    /// Who uses which image.
-    pub users: ImageUsers,
+#[rtype(result = "Result<T, ApiError>")]
+pub struct Work<T: Send + 'static>(Call<T>);
+
+impl<T: Send + 'static> Work<T> {
+    /// A call.
+    pub fn new(work: impl FnOnce(&dyn ImageStore) -> Result<T, ApiError> + Send + 'static) -> Self {
+        Self(Box::new(work))
+    }
 }
 
-impl Handler<RemoveImage> for ImageActor {
-    type Result = ResponseFuture<Result<(), ApiError>>;
-    fn handle(&mut self, message: RemoveImage, _: &mut Self::Context) -> Self::Result {
-        self.blocking(move |store| store.remove(&message.reference, message.force, &message.users))
+impl<T: Send + 'static> Handler<Work<T>> for ImageActor {
+    type Result = ResponseFuture<Result<T, ApiError>>;
+    fn handle(&mut self, Work(work): Work<T>, _: &mut Self::Context) -> Self::Result {
+        self.blocking(work)
     }
 }
 
@@ -224,8 +303,8 @@ impl Handler<RemoveImage> for ImageActor {
 pub struct LoadImage {
     /// The archive.
     pub archive: Box<dyn Read + Send>,
-    /// A name for it.
-    pub tag: Option<String>,
+    /// What to take of it and how to call that.
+    pub how: LoadOptions,
     /// Where progress goes; what it has no room for is left out.
     pub progress: mpsc::Sender<LoadEvent>,
 }
@@ -235,7 +314,7 @@ impl Handler<LoadImage> for ImageActor {
     fn handle(&mut self, mut message: LoadImage, _: &mut Self::Context) -> Self::Result {
         self.blocking(move |store| {
             let progress = message.progress;
-            store.load(&mut *message.archive, message.tag.as_deref(), &mut |event| match event {
+            store.load(&mut *message.archive, &message.how, &mut |event| match event {
                 // The next one says the same and more.
                 LoadEvent::Progress { .. } => drop(progress.try_send(event)),
                 // A client that went away ends the load at its next read.

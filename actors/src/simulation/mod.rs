@@ -8,22 +8,28 @@ mod agent;
 mod clock;
 mod launcher;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
 use actix::Actor;
 use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::images::{
+    DiskUsageRow, ImageRemoval, LoginReport, LoginRequest, PruneReport, PruneRequest, PullEvent, PullLayer,
+    PullRequest, RegistryRow, SaveRequest,
+};
 use msb_protocol::paths::HomeLayout;
 use msb_protocol::spec::EngineChoice;
+
+use tokio_util::sync::CancellationToken;
 
 pub use clock::TurnedClock;
 pub use launcher::{FakeLauncher, Faults};
 
 use crate::clock::Clock;
 use crate::daemon::Daemon;
-use crate::images::{ImageActor, ImageStore, ImageUsers, PreparedImage};
+use crate::images::{ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
 use crate::metrics::{MetricsActor, MetricsHandle};
 use crate::sandbox::heartbeat::HeartbeatWriter;
@@ -79,22 +85,69 @@ impl ImageStore for FakeImages {
             loaded_at: jiff::Timestamp::UNIX_EPOCH,
             pinned: false,
         };
-        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new() })
+        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new(), history: Vec::new() })
     }
-    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<(), ApiError> {
+    fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<ImageRemoval, ApiError> {
         let (digest, _) = Self::find(reference)?;
         match users.get(digest) {
             Some(names) if !force => {
                 let names: Vec<String> = names.iter().map(ToString::to_string).collect();
                 Err(ApiError::new(ErrorCode::ImageInUse, format!("{reference} is in use by {}", names.join(", "))))
             }
-            _ => Ok(()),
+            _ => Ok(ImageRemoval { untagged: vec![reference.into()], ..ImageRemoval::default() }),
         }
+    }
+    fn save(&self, what: &SaveRequest, out: &mut dyn Write) -> Result<(), ApiError> {
+        for reference in &what.references {
+            Self::find(reference)?;
+        }
+        out.write_all(what.references.join(",").as_bytes()).map_err(ApiError::internal)
+    }
+    fn tag(&self, reference: &str, _: &str) -> Result<ImageSummary, ApiError> {
+        self.inspect(reference).map(|detail| detail.summary)
+    }
+    fn pin(&self, reference: &str, pinned: bool) -> Result<ImageSummary, ApiError> {
+        self.inspect(reference).map(|detail| ImageSummary { pinned, ..detail.summary })
+    }
+    fn prune(&self, request: &PruneRequest, users: &ImageUsers) -> Result<PruneReport, ApiError> {
+        let unused = self.list()?.into_iter().filter(|image| !users.contains_key(&image.digest)).count() as u64;
+        Ok(PruneReport { dry_run: request.dry_run, manifests_removed: unused, ..PruneReport::default() })
+    }
+    fn usage(&self, _: &ImageUsers) -> Result<Vec<DiskUsageRow>, ApiError> {
+        Ok(vec![DiskUsageRow { kind: "images".into(), count: 2, bytes: 2, ..DiskUsageRow::default() }])
+    }
+    fn has(&self, reference: &str) -> Result<bool, ApiError> {
+        Ok(Self::find(reference).is_ok())
+    }
+    /// The only registry of this world has what the store has.
+    fn pull(
+        &self,
+        request: &PullRequest,
+        _: &CancellationToken,
+        progress: &mut dyn FnMut(PullEvent),
+    ) -> Result<(ImageSummary, bool), ApiError> {
+        let summary = self.inspect(&request.reference)?.summary;
+        let layers = vec![PullLayer { digest: "sha256:1a".into(), bytes: 10 }];
+        progress(PullEvent::Resolved { digest: summary.digest.clone(), platform: summary.platform.clone(), layers });
+        progress(PullEvent::LayerDone { digest: "sha256:1a".into(), known: true });
+        Ok((summary, true))
+    }
+    fn login(&self, request: &LoginRequest) -> Result<LoginReport, ApiError> {
+        if request.credentials.password != "right" {
+            return Err(ApiError::new(ErrorCode::RegistryDenied, "it refuses the name or the password"));
+        }
+        Ok(LoginReport { registry: request.registry.clone(), stored_in: "nowhere".into() })
+    }
+    fn logout(&self, _: &str) -> Result<(), ApiError> {
+        Ok(())
+    }
+    fn registries(&self) -> Result<Vec<RegistryRow>, ApiError> {
+        Ok(vec![RegistryRow { registry: "r.test".into(), ..RegistryRow::default() }])
     }
     fn load(
         &self,
         archive: &mut dyn Read,
-        _: Option<&str>,
+        _: &LoadOptions,
         progress: &mut dyn FnMut(LoadEvent),
     ) -> Result<Vec<ImageSummary>, ApiError> {
         let mut buffer = vec![0; 64 << 10];

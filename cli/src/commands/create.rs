@@ -2,10 +2,12 @@
 
 use clap::Args;
 use msb_protocol::control::{CreateRequest, SandboxDetail};
+use msb_protocol::error::ErrorCode;
+use msb_protocol::images::{PullPolicy, PullRequest};
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
 use crate::context::{Context, host_variable};
-use crate::creation::CreationArgs;
+use crate::creation::{CreationArgs, Pull};
 use crate::failure::{ExitStatus, Failure};
 use crate::parse;
 
@@ -33,7 +35,7 @@ pub async fn run(args: CreateArgs, context: &Context) -> Result<ExitStatus, Fail
         spec.command = Some(command);
         spec.workload = Workload::Main;
     }
-    let detail = create(spec, false, args.creation.replace_grace_ms(), context).await?;
+    let detail = create(spec, false, &args.creation, context).await?;
     if context.printer.is_json() {
         context.printer.json(&detail)?
     } else {
@@ -50,19 +52,30 @@ pub fn split(mut words: Vec<String>) -> (String, Vec<String>) {
     (words.pop().unwrap_or_default(), parse::words(command))
 }
 
-/// Checks a spec and has the service create the sandbox; a sign turns meanwhile. Software emulation is said once.
+/// Checks a spec, has its image fetched if the options say so, and has the service create the sandbox; a sign turns meanwhile. Software emulation is said once.
 ///
 /// # Errors
 /// Those of the spec and of the service.
 pub async fn create(
     spec: SandboxSpec,
     hold_main: bool,
-    replace_grace_ms: Option<u64>,
+    options: &CreationArgs,
     context: &Context,
 ) -> Result<SandboxDetail, Failure> {
     spec.check()?;
-    let request = CreateRequest { spec, hold_main, replace_grace_ms };
     let client = context.client().await?;
+    // Fetched here first, because here somebody watches; should it be pruned before the next line, the service fetches it again.
+    let pull = match options.pull {
+        Pull::Never => PullPolicy::Never,
+        Pull::Always | Pull::IfMissing => PullPolicy::IfMissing,
+    };
+    let missing = options.pull == Pull::IfMissing
+        && matches!(client.image(&spec.image).await, Err(error) if error.code() == ErrorCode::ImageNotFound);
+    if missing || options.pull == Pull::Always {
+        let wanted = PullRequest { reference: spec.image.clone(), ..PullRequest::default() };
+        super::pull::fetch(&client, &wanted, context).await?;
+    }
+    let request = CreateRequest { spec, hold_main, replace_grace_ms: options.replace_grace_ms(), pull };
     let progress = context.printer.spinner(&format!("booting {}", request.spec.image));
     let detail = client.create(&request).await?;
     drop(progress);

@@ -9,13 +9,16 @@ use clap::{Args, Subcommand};
 use futures_util::{Stream, StreamExt};
 use msb_protocol::control::{ImageDetail, ImageSummary, LoadEvent};
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::images::{PinRequest, TagRequest};
 use msb_protocol::quantity::show_bytes;
+use msb_sdk::client::LoadOptions;
 use msb_sdk::image::ARCHIVE_CHUNK_LEN;
 use tokio_util::io::ReaderStream;
 
+use super::prune::{self, PruneArgs};
+use super::pull::{self, PullArgs};
+use super::save::{self, SaveArgs};
 use super::status::quoted;
-use super::unbuilt;
-use crate::arguments::Unbuilt;
 use crate::context::Context;
 use crate::failure::{self, ExitStatus, Failure, invalid};
 use crate::printer::plain;
@@ -38,14 +41,20 @@ pub enum ImageCommand {
     /// Remove images
     #[command(name = "rm", visible_alias = "remove")]
     Remove(ImageRemoveArgs),
-    /// Fetch an image from a registry (not built yet)
-    Pull(Unbuilt),
-    /// Write images to an archive (not built yet)
-    Save(Unbuilt),
-    /// Remove what nothing uses (not built yet)
-    Prune(Unbuilt),
-    /// Keep an image from being pruned (not built yet)
-    Pin(Unbuilt),
+    /// Fetch an image from a registry
+    Pull(PullArgs),
+    /// Write images to an archive, byte for byte as they came
+    Save(SaveArgs),
+    /// Give an image another name
+    Tag(ImageTagArgs),
+    /// Show how an image was built
+    History(ImageInspectArgs),
+    /// Remove images that nothing uses
+    Prune(PruneArgs),
+    /// Keep images from being pruned
+    Pin(ImagePinArgs),
+    /// Let prune take images again
+    Unpin(ImagePinArgs),
 }
 
 /// Options of `image load`.
@@ -54,9 +63,31 @@ pub struct LoadArgs {
     /// The archive; stdin if there is none
     #[arg(short, long, value_name = "FILE")]
     pub input: Option<PathBuf>,
-    /// Name the image so, in place of what the archive says
-    #[arg(short, long, value_name = "NAME[:TAG]")]
-    pub tag: Option<String>,
+    /// Name the first image so, in place of what the archive says; OLD=NEW renames the one called OLD
+    #[arg(short, long, value_name = "[OLD=]NAME[:TAG]")]
+    pub tag: Vec<String>,
+    /// Platform to take where the archive has several
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    pub platform: Option<String>,
+}
+
+/// Options of `image tag`.
+#[derive(Debug, Args)]
+pub struct ImageTagArgs {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub reference: String,
+    /// Its new name
+    #[arg(value_name = "NAME[:TAG]")]
+    pub name: String,
+}
+
+/// Options of `image pin` and `image unpin`.
+#[derive(Debug, Args)]
+pub struct ImagePinArgs {
+    /// Images
+    #[arg(required = true, value_name = "IMAGE")]
+    pub references: Vec<String>,
 }
 
 /// Options of `image ls`.
@@ -96,10 +127,13 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<ExitStatus,
         ImageCommand::List(args) => list(args, context).await,
         ImageCommand::Inspect(args) => inspect(args, context).await,
         ImageCommand::Remove(args) => remove(args, context).await,
-        ImageCommand::Pull(_) => unbuilt("msb image pull"),
-        ImageCommand::Save(_) => unbuilt("msb image save"),
-        ImageCommand::Prune(_) => unbuilt("msb image prune"),
-        ImageCommand::Pin(_) => unbuilt("msb image pin"),
+        ImageCommand::Pull(args) => pull::run(args, context).await,
+        ImageCommand::Save(args) => save::run(args, context).await,
+        ImageCommand::Tag(args) => tag(args, context).await,
+        ImageCommand::History(args) => history(args, context).await,
+        ImageCommand::Prune(args) => prune::run(args, context).await,
+        ImageCommand::Pin(args) => pin(args, true, context).await,
+        ImageCommand::Unpin(args) => pin(args, false, context).await,
     }
 }
 
@@ -127,7 +161,8 @@ pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failu
     };
     let client = context.client().await?;
     let progress = context.printer.bytes_bar("loading", sum);
-    let mut events = client.load_image(archive.fuse(), args.tag.as_deref()).await?;
+    let how = LoadOptions { tags: args.tag, platform: args.platform };
+    let mut events = client.load_image(archive.fuse(), &how).await?;
     let mut warnings = Vec::new();
     let images = loop {
         match events.next().await? {
@@ -207,7 +242,7 @@ pub async fn remove(args: ImageRemoveArgs, context: &Context) -> Result<ExitStat
     let mut failed = false;
     for reference in args.references {
         match client.remove_image(&reference, args.force).await {
-            Ok(()) => removed.push(reference),
+            Ok(removal) => removed.push(removal),
             Err(error) => {
                 context.printer.error(error.api());
                 failed = true;
@@ -217,9 +252,66 @@ pub async fn remove(args: ImageRemoveArgs, context: &Context) -> Result<ExitStat
     if context.printer.is_json() {
         context.printer.json(&removed)?;
     } else {
-        context.printer.text(&plain(&removed.iter().map(|name| format!("{name}\n")).collect::<String>()))?;
+        let mut text = String::new();
+        for removal in &removed {
+            text.extend(removal.untagged.iter().map(|name| format!("Untagged: {name}\n")));
+            text.extend(removal.deleted.iter().map(|digest| format!("Deleted: {digest}\n")));
+        }
+        context.printer.text(&plain(&text))?;
     }
     Ok(if failed { ExitStatus::FAILURE } else { ExitStatus::SUCCESS })
+}
+
+async fn tag(args: ImageTagArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let request = TagRequest { reference: args.reference, name: args.name };
+    let image = context.client().await?.tag_image(&request).await?;
+    if context.printer.is_json() {
+        context.printer.json(&image)?;
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+async fn pin(args: ImagePinArgs, pinned: bool, context: &Context) -> Result<ExitStatus, Failure> {
+    let client = context.client().await?;
+    let mut done = Vec::new();
+    let mut failed = false;
+    for reference in args.references {
+        match client.pin_image(&PinRequest { reference: reference.clone(), pinned }).await {
+            Ok(_) => done.push(reference),
+            Err(error) => {
+                context.printer.error(error.api());
+                failed = true;
+            }
+        }
+    }
+    if context.printer.is_json() {
+        context.printer.json(&done)?;
+    } else {
+        context.printer.text(&plain(&done.iter().map(|name| format!("{name}\n")).collect::<String>()))?;
+    }
+    Ok(if failed { ExitStatus::FAILURE } else { ExitStatus::SUCCESS })
+}
+
+async fn history(args: ImageInspectArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let detail = context.client().await?.image(&args.reference).await?;
+    if context.printer.is_json() {
+        context.printer.json(&detail.history)?;
+        return Ok(ExitStatus::SUCCESS);
+    }
+    let zone = context.zone();
+    let mut table = Table::new(&["CREATED", "LAYER", "SIZE", "CREATED BY", "COMMENT"]);
+    // Newest first, as docker shows it.
+    for step in detail.history.iter().rev() {
+        table.row(vec![
+            step.created_at.map(|at| time::local(at, &zone)).unwrap_or_default(),
+            step.diff_id.as_deref().map(short_digest).unwrap_or_default(),
+            show_bytes(step.bytes),
+            step.created_by.clone(),
+            step.comment.clone(),
+        ]);
+    }
+    context.printer.table(&table)?;
+    Ok(ExitStatus::SUCCESS)
 }
 
 /// The names of an image, or its digest if it has none.
@@ -228,7 +320,7 @@ fn names(image: &ImageSummary) -> Vec<String> {
 }
 
 /// Twelve digits of a digest, as docker shows them.
-fn short_digest(digest: &str) -> String {
+pub(super) fn short_digest(digest: &str) -> String {
     digest.split_once(':').map_or(digest, |(_, digits)| digits).chars().take(12).collect()
 }
 
@@ -243,6 +335,7 @@ fn render(detail: &ImageDetail, zone: &jiff::tz::TimeZone) -> String {
         ("Size", format!("{} ({} packed)", show_bytes(summary.unpacked_bytes), show_bytes(summary.compressed_bytes))),
         ("Made", summary.created_at.map(|at| time::local(at, zone)).unwrap_or_default()),
         ("Loaded", time::local(summary.loaded_at, zone)),
+        ("Pinned", if summary.pinned { "yes".into() } else { String::new() }),
         ("Entrypoint", words(&config.entrypoint)),
         ("Command", words(&config.cmd)),
         ("User", config.user.clone()),
@@ -270,7 +363,12 @@ fn render(detail: &ImageDetail, zone: &jiff::tz::TimeZone) -> String {
             if layer.shared_by > 1 { format!(", shared by {} images", layer.shared_by) } else { String::new() };
         (
             if index == 0 { "Layers" } else { "" },
-            format!("{} {}{shared}", short_digest(&layer.diff_id), show_bytes(layer.data_bytes)),
+            format!(
+                "{} {} ({} packed){shared}",
+                short_digest(&layer.diff_id),
+                show_bytes(layer.unpacked_bytes),
+                show_bytes(layer.compressed_bytes)
+            ),
         )
     }));
     rows.push(("Used by", detail.used_by.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")));

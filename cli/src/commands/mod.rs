@@ -7,6 +7,7 @@ pub mod config;
 pub mod create;
 pub mod debug;
 pub mod detach;
+pub mod df;
 pub mod doctor;
 pub mod events;
 pub mod exec;
@@ -14,9 +15,13 @@ pub mod image;
 pub mod inspect;
 pub mod list;
 pub mod logs;
+pub mod prune;
+pub mod pull;
+pub mod registry;
 pub mod remove;
 pub mod restart;
 pub mod run;
+pub mod save;
 pub mod shell;
 pub mod start;
 pub mod status;
@@ -68,13 +73,13 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Fork(_) => unbuilt("msb fork"),
         Command::Pause(_) => unbuilt("msb pause"),
         Command::Resume(_) => unbuilt("msb resume"),
-        Command::Pull(_) => unbuilt("msb pull"),
-        Command::Save(_) => unbuilt("msb save"),
-        Command::Registry(_) => unbuilt("msb registry"),
+        Command::Pull(args) => pull::run(args, context).await,
+        Command::Save(args) => save::run(args, context).await,
+        Command::Registry { command } => registry::run(command, context).await,
         Command::Volume(_) => unbuilt("msb volume"),
         Command::Snapshot(_) => unbuilt("msb snapshot"),
         Command::Template(_) => unbuilt("msb template"),
-        Command::Df(_) => unbuilt("msb df"),
+        Command::Df => df::run(context).await,
         Command::Metrics(_) => unbuilt("msb metrics"),
         Command::Top(_) => unbuilt("msb top"),
         Command::Net(_) => unbuilt("msb net"),

@@ -78,7 +78,7 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<ExitStatus, Failure
         spec.env.entry("TERM".into()).or_insert(kind);
     }
     if args.detach {
-        let detail = create(spec, false, args.creation.replace_grace_ms(), context).await?;
+        let detail = create(spec, false, &args.creation, context).await?;
         if context.printer.is_json() {
             context.printer.json(&detail)?
         } else {
@@ -89,7 +89,7 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<ExitStatus, Failure
     let mut signals = Signals::take();
     // Until there is a workload a signal ends msb, and with its creator gone the daemon takes back what was begun.
     let detail = tokio::select! {
-        detail = create(spec, true, args.creation.replace_grace_ms(), context) => detail?,
+        detail = create(spec, true, &args.creation, context) => detail?,
         number = signals.ending() => return Err(Failure::Silent(ExitStatus::of_signal(number))),
     };
     let name = &detail.summary.name;

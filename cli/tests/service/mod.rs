@@ -1,6 +1,8 @@
 //! A service made of canned answers, for the tests of `msb`: the routes of `msb_protocol::control` with its own types, on a Unix
 //! socket. It knows four sandboxes and one image, and runs "commands" that are instructions to itself. It boots nothing.
 
+mod images;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,6 +22,7 @@ use msb_protocol::control::{
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::images::{ImageHistoryStep, ImageRemoval};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
@@ -77,6 +80,14 @@ fn router() -> Router {
         .route("/v1/events", get(events))
         .route("/v1/images", get(|| async { Json(ImageList { images: vec![image()] }) }))
         .route("/v1/images/load", post(load))
+        .route("/v1/images/pull", post(images::pull))
+        .route("/v1/registries", get(images::registries))
+        .route("/v1/registries/login", post(images::login).delete(images::logout))
+        .route("/v1/images/save", post(images::save))
+        .route("/v1/images/tag", post(images::tag))
+        .route("/v1/images/pin", post(images::pin))
+        .route("/v1/images/prune", post(images::prune))
+        .route("/v1/store/usage", get(images::usage))
         .route("/v1/image", delete(remove_image).get(inspect_image))
         .route(
             "/v1/store/check",
@@ -472,7 +483,12 @@ async fn load(body: Body) -> Response {
 
 async fn remove_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
     match pairs.iter().find(|(key, _)| key == "reference").map(|(_, name)| name.as_str()) {
-        Some("busybox") => Json(serde_json::json!({})).into_response(),
+        Some("busybox") => Json(ImageRemoval {
+            untagged: vec!["busybox:latest".into()],
+            deleted: Some(DIGEST.into()),
+            bytes_reclaimed: 4096,
+        })
+        .into_response(),
         Some("used") => {
             let error = ApiError::new(ErrorCode::ImageInUse, "sandboxes use used")
                 .with_details(["web".to_owned(), "box".to_owned()]);
@@ -491,6 +507,7 @@ async fn inspect_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
         blob_digest: format!("sha256:{:064}", number + 1),
         media_type: "application/vnd.oci.image.layer.v1.tar+gzip".into(),
         compressed_bytes: 450_000,
+        unpacked_bytes: 1 << 20,
         data_bytes: 1 << 20,
         shared_by: u32::from(number),
     };
@@ -511,6 +528,20 @@ async fn inspect_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
         config,
         layer_details: vec![layer(1), layer(2)],
         used_by: vec![SandboxName::parse("web").unwrap()],
+        history: vec![
+            ImageHistoryStep {
+                created_at: Some(time("2026-01-01T00:00:00Z")),
+                created_by: "ADD busybox /".into(),
+                diff_id: Some(format!("sha256:{:064}", 1)),
+                bytes: 1 << 20,
+                ..ImageHistoryStep::default()
+            },
+            ImageHistoryStep {
+                created_by: "CMD [\"sh\"]".into(),
+                comment: "by\nhand".into(),
+                ..ImageHistoryStep::default()
+            },
+        ],
     })
     .into_response()
 }

@@ -25,6 +25,7 @@ use crate::reference::ImageReference;
 use crate::store::{Holds, NewImage, Store};
 
 pub use input::LoadSource;
+pub(crate) use resolve::{OCI_MANIFEST, is_layer_type, platform_of};
 pub use save::SaveFormat;
 
 /// How an archive is to be loaded.

@@ -9,18 +9,19 @@ use std::collections::HashSet;
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::{Deserialize, Serialize};
 
-use crate::archive::session::{ReadyLayer, Session, shown};
+use crate::archive::session::{Session, shown};
 use crate::archive::{Platform, TagRule};
 use crate::compression::Compression;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::error::{ImageError, io_error};
+use crate::intake::ReadyLayer;
 use crate::layer::Dropped;
 use crate::limits::INDEX_DEPTH;
 use crate::reference::ImageReference;
 use crate::store::{LayerRecord, NewImage, NewLayer};
 
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// Full name of an image, as containerd and buildx write it.
 const NAME_ANNOTATION: &str = "io.containerd.image.name";
@@ -474,6 +475,7 @@ impl Session<'_> {
             config_bytes,
             platform: platform_of(config).to_string(),
             references: Vec::new(),
+            indexes: Vec::new(),
             dropped,
             blobs: Vec::new(),
             layers,
@@ -515,7 +517,7 @@ fn merge_references(known: &mut Vec<ImageReference>, more: Vec<ImageReference>) 
     }
 }
 
-fn platform_of(config: &ImageConfig) -> Platform {
+pub(crate) fn platform_of(config: &ImageConfig) -> Platform {
     Platform { os: config.os.clone(), architecture: config.architecture.clone(), variant: config.variant.clone() }
 }
 
@@ -524,7 +526,7 @@ fn media_type_of(compression: Compression) -> String {
 }
 
 /// OCI and docker file system layers, whatever their compression: that is told by their bytes.
-fn is_layer_type(media_type: &str) -> bool {
+pub(crate) fn is_layer_type(media_type: &str) -> bool {
     media_type.starts_with("application/vnd.oci.image.layer.")
         || media_type.starts_with("application/vnd.docker.image.rootfs.")
 }

@@ -1,44 +1,26 @@
 //! One load under way: files of the archive become temporary blobs, and what looks like a layer is unpacked while it streams.
 //!
-//! Two threads: the caller's reads, hashes and stores the blob; a worker unpacks the same pieces. Between them at most
-//! [`PIECES_QUEUED`] pieces wait, so memory stays the same whatever the archive's size.
+//! Two threads: the caller's reads, hashes and stores the blob; a worker unpacks the same pieces ([`crate::intake`]).
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use crate::archive::input::Input;
 use crate::archive::{LoadEvent, LoadOptions};
 use crate::compression::{Compression, SNIFF_BYTES, sniff};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::error::{ImageError, io_error};
-use crate::layer::{Hashing, import_layer};
-use crate::store::{Holds, LayerRecord, Part, Store, read_bounded};
+use crate::intake::{Intake, PIECE_BYTES, ReadyLayer, unpack};
+use crate::store::{Holds, Part, Store, read_bounded};
 use crate::tar_stream::{BLOCK, EntryKind, TarError, TarReader};
 
-/// Bytes that go to the worker at a time.
-const PIECE_BYTES: usize = 256 << 10;
-/// Pieces that may wait for the worker.
-const PIECES_QUEUED: usize = 8;
 /// Bytes between two progress events.
 const PROGRESS_BYTES: u64 = 4 << 20;
 /// Links in the archive followed for one name.
 const LINK_HOPS: usize = 8;
-
-/// A layer's two files in the scratch directory, or in the store.
-#[derive(Clone, Debug)]
-pub(super) struct ReadyLayer {
-    pub(super) diff_id: Digest,
-    pub(super) compression: Compression,
-    pub(super) tar_bytes: u64,
-    pub(super) data_bytes: u64,
-    pub(super) dropped: crate::layer::Dropped,
-    /// `None` when the store has it.
-    pub(super) files: Option<PathBuf>,
-}
 
 /// A file of the archive, by content.
 pub(super) struct FoundBlob {
@@ -171,7 +153,7 @@ impl<'a> Session<'a> {
         let limits = &self.options.limits;
         let seen = self.bytes_seen;
         let (digest, layer) = std::thread::scope(|scope| {
-            let mut intake = Intake { file, path: &path, hasher: Hasher::default(), worker: None };
+            let mut intake = Intake::new(file, &path);
             let mut worker = None;
             let mut done = 0;
             let mut next_report = PROGRESS_BYTES;
@@ -184,14 +166,9 @@ impl<'a> Session<'a> {
                 if done == 0
                     && let Some(compression) = layer_compression(&piece)
                 {
-                    let (sender, receiver) = sync_channel(PIECES_QUEUED);
-                    let (give_back, spares) = sync_channel(PIECES_QUEUED + 1);
-                    intake.worker = Some((sender, spares));
+                    let source = intake.start_worker();
                     let (directory, label) = (&layer_directory, &label);
-                    worker = Some(scope.spawn(move || {
-                        let source = Pieces { receiver, give_back, current: Vec::new(), position: 0 };
-                        unpack(source, compression, directory, limits, label)
-                    }));
+                    worker = Some(scope.spawn(move || unpack(source, compression, directory, limits, label)));
                 }
                 done += want as u64;
                 intake.put(piece)?;
@@ -244,7 +221,7 @@ impl<'a> Session<'a> {
             if !Store::hold_layer(&mut self.holds, &record) {
                 return false;
             }
-            Some(Ok(ready_from_store(&record, dropped)))
+            Some(Ok(ReadyLayer::of_store(&record, dropped)))
         } else if self.store.known_document(digest) && self.holds.take(Part::Blob(digest)) {
             None
         } else {
@@ -311,115 +288,6 @@ impl<'a> Session<'a> {
             Some(Err(error)) => Err(error),
             None => Err(ImageError::Archive(format!("layer {name} is not a layer"))),
         }
-    }
-}
-
-fn ready_from_store(record: &LayerRecord, dropped: crate::layer::Dropped) -> ReadyLayer {
-    ReadyLayer {
-        diff_id: record.diff_id,
-        compression: record.compression,
-        tar_bytes: record.tar_bytes,
-        data_bytes: record.data_bytes,
-        dropped,
-        files: None,
-    }
-}
-
-fn unpack(
-    source: impl BufRead,
-    compression: Compression,
-    directory: &Path,
-    limits: &crate::limits::Limits,
-    name: &str,
-) -> Result<ReadyLayer, ImageError> {
-    fs::create_dir(directory).map_err(|error| io_error("create", directory, error))?;
-    let hashing = if compression == Compression::None { Hashing::Caller } else { Hashing::Here };
-    let imported = import_layer(source, compression, directory, limits, name, hashing)?;
-    Ok(ReadyLayer {
-        // Where the caller hashes, the caller sets it.
-        diff_id: imported.diff_id.unwrap_or(Digest::of(b"")),
-        compression,
-        tar_bytes: imported.tree.tar_bytes,
-        data_bytes: imported.tree.data_bytes,
-        dropped: imported.tree.dropped,
-        files: Some(directory.to_path_buf()),
-    })
-}
-
-/// Pieces to the worker, and empty ones back from it.
-type WorkerEnd = (SyncSender<Vec<u8>>, Receiver<Vec<u8>>);
-
-/// The reading side's half of a blob.
-struct Intake<'p> {
-    file: File,
-    path: &'p Path,
-    hasher: Hasher,
-    worker: Option<WorkerEnd>,
-}
-
-impl Intake<'_> {
-    /// A piece that came back from the worker, or a new one.
-    fn empty_piece(&self) -> Vec<u8> {
-        self.worker
-            .as_ref()
-            .and_then(|(_, spares)| spares.try_recv().ok())
-            .unwrap_or_else(|| Vec::with_capacity(PIECE_BYTES))
-    }
-
-    fn put(&mut self, piece: Vec<u8>) -> Result<(), ImageError> {
-        self.hasher.update(&piece);
-        self.file.write_all(&piece).map_err(|error| io_error("write", self.path, error))?;
-        if let Some((sender, _)) = &self.worker
-            && sender.send(piece).is_err()
-        {
-            // The worker gave up: its error counts only if the blob turns out to be a layer.
-            self.worker = None;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Digest {
-        drop(self.worker);
-        self.hasher.finish()
-    }
-}
-
-/// The worker's half: pieces in order, then the end.
-struct Pieces {
-    receiver: Receiver<Vec<u8>>,
-    give_back: SyncSender<Vec<u8>>,
-    current: Vec<u8>,
-    position: usize,
-}
-
-impl BufRead for Pieces {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.position == self.current.len()
-            && let Ok(next) = self.receiver.recv()
-        {
-            let mut old = std::mem::replace(&mut self.current, next);
-            self.position = 0;
-            if old.capacity() > 0 {
-                old.clear();
-                // A full channel or a reader that is done: the piece is simply freed.
-                let _ = self.give_back.try_send(old);
-            }
-        }
-        Ok(&self.current[self.position..])
-    }
-
-    fn consume(&mut self, amount: usize) {
-        self.position = (self.position + amount).min(self.current.len());
-    }
-}
-
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let available = self.fill_buf()?;
-        let count = available.len().min(buffer.len());
-        buffer[..count].copy_from_slice(&available[..count]);
-        self.consume(count);
-        Ok(count)
     }
 }
 

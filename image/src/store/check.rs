@@ -29,6 +29,8 @@ pub struct CheckReport {
     pub images: u64,
     /// Distinct layers looked at.
     pub layers: u64,
+    /// Bytes of the images' blobs, each counted once.
+    pub bytes: u64,
     /// What is wrong, one sentence each; empty for a sound store.
     pub problems: Vec<String>,
 }
@@ -57,6 +59,7 @@ impl Store {
                 }
             }
         }
+        report.bytes = super::prune::unique_blob_bytes(records.iter());
         let mut seen = std::collections::BTreeSet::new();
         for record in &records {
             report.layers += record.layers.iter().filter(|layer| seen.insert(layer.diff_id)).count() as u64;

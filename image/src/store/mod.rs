@@ -4,7 +4,9 @@
 //! waits for another process, and the one mutex is never held while a stream is read or a layer unpacked.
 
 mod check;
+mod flights;
 mod flush;
+mod partial;
 mod paths;
 mod prune;
 mod publish;
@@ -26,8 +28,9 @@ use crate::layer::LayerTree;
 use crate::limits::Limits;
 
 pub use check::{CheckDepth, CheckReport};
+pub(crate) use flights::{Claim, Flight, Flights};
 pub(crate) use paths::{Part, Paths};
-pub use prune::{PruneOptions, PruneReport, PrunedImage, StoreUsage};
+pub use prune::{PartUsage, PruneOptions, PruneReport, PrunedImage, StoreUsage};
 pub(crate) use publish::{NewImage, NewLayer};
 pub use query::{ImageDetails, ImageSummary, LayerDetails, RemoveOutcome};
 pub(crate) use record::{ImageRecord, LayerRecord, TagRecord};
@@ -44,6 +47,7 @@ pub struct Store {
 struct Inner {
     shared: Arc<Shared>,
     flusher: flush::Flusher,
+    flights: Flights,
 }
 
 /// What the flusher thread sees too.
@@ -190,9 +194,11 @@ impl Store {
         clear_directory(&paths.temporary())?;
         let shared = Arc::new(Shared { paths, boot_id: boot_id(), state: Mutex::default(), _lock: lock });
         let flusher = flush::Flusher::start(Arc::clone(&shared))?;
-        let store = Self { inner: Arc::new(Inner { shared, flusher }) };
+        let store = Self { inner: Arc::new(Inner { shared, flusher, flights: Flights::default() }) };
         store.read_records()?;
+        store.keep_orphan_blobs()?;
         store.sweep_orphans()?;
+        store.drop_old_partials()?;
         Ok(store)
     }
 
@@ -202,6 +208,10 @@ impl Store {
 
     pub(crate) fn paths(&self) -> &Paths {
         &self.inner.shared.paths
+    }
+
+    pub(crate) fn flights(&self) -> &Flights {
+        &self.inner.flights
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -64,8 +64,17 @@ impl Paths {
         self.top.join("templates")
     }
 
-    pub(crate) fn all(&self) -> [PathBuf; 6] {
-        [self.temporary(), self.blobs(), self.layers(), self.roots(), self.records(), self.templates()]
+    /// Downloads that are not finished.
+    pub(crate) fn partials(&self) -> PathBuf {
+        self.top.join("partial")
+    }
+
+    pub(crate) fn all(&self) -> [PathBuf; 7] {
+        [self.temporary(), self.blobs(), self.layers(), self.roots(), self.records(), self.templates(), self.partials()]
+    }
+
+    pub(crate) fn partial(&self, digest: Digest) -> PathBuf {
+        self.partials().join(digest.hex())
     }
 
     pub(crate) fn blob(&self, digest: Digest) -> PathBuf {

@@ -42,6 +42,9 @@ pub struct PruneReport {
     pub layers_removed: u64,
     /// Merged metadata images.
     pub fsmeta_removed: u64,
+    /// Unfinished downloads.
+    #[serde(default)]
+    pub partials_removed: u64,
     /// Bytes freed on disk.
     pub bytes_reclaimed: u64,
     /// The images.
@@ -57,18 +60,41 @@ pub struct PrunedImage {
     pub references: Vec<String>,
 }
 
-/// What the store uses on disk.
+/// What the store uses on disk. *Active* is what sandboxes, pins and leases need; the rest a prune without options would take.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreUsage {
     /// Images.
     pub images: u64,
-    /// Bytes of original blobs.
-    pub blob_bytes: u64,
-    /// Bytes of layer data files and tree indexes, as allocated.
-    pub layer_bytes: u64,
-    /// Bytes of merged metadata.
-    pub root_bytes: u64,
+    /// Images that something needs.
+    pub active_images: u64,
+    /// Original blobs: manifests, configurations, layers as they came.
+    pub blobs: PartUsage,
+    /// Data files and tree indexes of layers.
+    pub layers: PartUsage,
+    /// Merged metadata.
+    pub roots: PartUsage,
+    /// Unfinished downloads.
+    pub partials: PartUsage,
+}
+
+impl StoreUsage {
     /// Bytes that a prune without options would free.
+    #[must_use]
+    pub fn reclaimable_bytes(&self) -> u64 {
+        [self.blobs, self.layers, self.roots, self.partials].iter().map(|part| part.reclaimable_bytes).sum()
+    }
+}
+
+/// One kind of part on disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartUsage {
+    /// How many.
+    pub count: u64,
+    /// How many of them something needs.
+    pub active: u64,
+    /// Bytes as allocated.
+    pub bytes: u64,
+    /// Bytes that could go.
     pub reclaimable_bytes: u64,
 }
 
@@ -122,7 +148,7 @@ fn choose(
 }
 
 /// Bytes of blobs, each counted once however many images share it.
-fn unique_blob_bytes<'a>(records: impl Iterator<Item = &'a ImageRecord>) -> u64 {
+pub(super) fn unique_blob_bytes<'a>(records: impl Iterator<Item = &'a ImageRecord>) -> u64 {
     let mut sizes: HashMap<Digest, u64> = HashMap::new();
     for record in records {
         sizes.insert(record.digest, record.manifest_bytes);
@@ -167,6 +193,8 @@ impl Store {
                 }
                 report.bytes_reclaimed += allocated_bytes(&self.paths().part(part));
             }
+            drop(state);
+            self.prune_partials(options, &mut report)?;
             return Ok(report);
         }
         let swept = self.delete_records(&mut state, &chosen)?;
@@ -174,7 +202,26 @@ impl Store {
         report.layers_removed = swept.layers;
         report.fsmeta_removed = swept.roots;
         report.bytes_reclaimed = swept.discard();
+        self.prune_partials(options, &mut report)?;
         Ok(report)
+    }
+
+    /// Unfinished downloads have no labels and count for no limit; their age is that of their last byte.
+    fn prune_partials(&self, options: &PruneOptions, report: &mut PruneReport) -> Result<(), ImageError> {
+        if !options.labels.is_empty() {
+            return Ok(());
+        }
+        let moment = options.unused_since_ms.map(|ms| std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms));
+        let (usage, gone) = self.remove_partials(options.dry_run, |last| moment.is_none_or(|moment| last < moment))?;
+        report.partials_removed = gone;
+        report.bytes_reclaimed += usage.reclaimable_bytes;
+        Ok(())
+    }
+
+    /// Bytes of all original blobs, each counted once: what [`PruneOptions::keep_bytes`] is compared with.
+    #[must_use]
+    pub fn blob_bytes(&self) -> u64 {
+        unique_blob_bytes(self.state().records.values())
     }
 
     fn labels_fit(&self, record: &ImageRecord, wanted: &[(String, Option<String>)]) -> bool {
@@ -196,16 +243,24 @@ impl Store {
     pub fn usage(&self, in_use: &BTreeSet<Digest>) -> Result<StoreUsage, ImageError> {
         let state = self.state();
         let chosen = choose(&state.records, &state.leases, in_use, &|_| true, &PruneOptions::default());
-        let mut usage = StoreUsage { images: state.records.len() as u64, ..StoreUsage::default() };
-        for part in self.dead_parts(&state, &chosen)? {
-            usage.reclaimable_bytes += allocated_bytes(&self.paths().part(part));
-        }
+        let images = state.records.len() as u64;
+        let active_images = images - chosen.len() as u64;
+        let (partials, _) = self.remove_partials(true, |_| true)?;
+        let mut usage = StoreUsage { images, active_images, partials, ..StoreUsage::default() };
+        let dead: BTreeSet<Part> = self.dead_parts(&state, &chosen)?.into_iter().collect();
         for part in self.present_parts()? {
             let bytes = allocated_bytes(&self.paths().part(part));
-            match part {
-                Part::Blob(_) => usage.blob_bytes += bytes,
-                Part::Layer(_) => usage.layer_bytes += bytes,
-                Part::Root(_) => usage.root_bytes += bytes,
+            let row = match part {
+                Part::Blob(_) => &mut usage.blobs,
+                Part::Layer(_) => &mut usage.layers,
+                Part::Root(_) => &mut usage.roots,
+            };
+            row.count += 1;
+            row.bytes += bytes;
+            if dead.contains(&part) {
+                row.reclaimable_bytes += bytes;
+            } else {
+                row.active += 1;
             }
         }
         Ok(usage)
@@ -279,7 +334,7 @@ impl Store {
 }
 
 /// Bytes that a file, or a directory of files, occupies on disk.
-fn allocated_bytes(path: &Path) -> u64 {
+pub(super) fn allocated_bytes(path: &Path) -> u64 {
     let own = fs::symlink_metadata(path).map_or(0, |metadata| metadata.blocks() * 512);
     let inside = fs::read_dir(path).map_or(0, |entries| {
         entries.flatten().map(|entry| entry.metadata().map_or(0, |metadata| metadata.blocks() * 512)).sum()

@@ -41,6 +41,8 @@ pub(crate) struct NewImage {
     pub(crate) layers: Vec<NewLayer>,
     pub(crate) platform: String,
     pub(crate) references: Vec<ImageReference>,
+    /// Indexes that led to it.
+    pub(crate) indexes: Vec<Digest>,
     pub(crate) dropped: Dropped,
     /// Blobs that the store may lack, as temporary files.
     pub(crate) blobs: Vec<(Digest, PathBuf)>,
@@ -77,6 +79,7 @@ impl Store {
                 .iter()
                 .map(|reference| TagRecord { reference: reference.clone(), since_ms: now })
                 .collect(),
+            indexes: image.indexes.clone(),
             loaded_ms: now,
             used_ms: now,
             pinned: false,
@@ -117,6 +120,11 @@ impl Store {
                     merged.tags.retain(|known| known.reference != tag.reference);
                     merged.tags.push(tag);
                 }
+                for index in record.indexes {
+                    if !merged.indexes.contains(&index) {
+                        merged.indexes.push(index);
+                    }
+                }
                 merged.layers = record.layers;
                 merged.flushed = false;
                 merged.boot_id = record.boot_id;
@@ -131,6 +139,30 @@ impl Store {
         drop(state);
         self.inner.flusher.submit(image.digest);
         Ok(existing.is_some())
+    }
+
+    /// Gives a fetched layer its final names before its image is whole, so that other pulls can use it. `holds` keeps it until there
+    /// is a record; `scratch` takes what it replaces.
+    pub(crate) fn publish_layer(
+        &self,
+        record: &LayerRecord,
+        blob: &Path,
+        files: &Path,
+        scratch: &Path,
+        holds: &mut super::Holds,
+    ) -> Result<(), ImageError> {
+        holds.reserve(Part::Blob(record.blob));
+        holds.reserve(Part::Layer(record.diff_id));
+        let _state = self.state();
+        rename_if_there(blob, &self.paths().blob(record.blob))?;
+        // rename(2) leaves both names where they are one file already.
+        let _ = fs::remove_file(blob);
+        if !self.layer_is_whole(record) {
+            let target = self.paths().layer(record.diff_id);
+            rename_if_there(&target, &scratch.join(format!("replaced-{}", record.diff_id.hex())))?;
+            rename_if_there(files, &target)?;
+        }
+        Ok(())
     }
 
     fn merge_new(

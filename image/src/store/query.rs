@@ -89,9 +89,14 @@ impl State {
     pub(super) fn find(&self, query: &str) -> Result<&ImageRecord, ImageError> {
         let reference = query.parse::<ImageReference>();
         if let Ok(reference) = &reference {
-            let by_tag = self.records.values().find(|record| match reference.digest() {
-                Some(digest) => record.digest == digest,
+            let fits = |record: &&ImageRecord| match reference.digest() {
+                Some(digest) => record.is_pinned_by(digest),
                 None => record.tags.iter().any(|tag| tag.reference == *reference),
+            };
+            // An index can have led to images of several platforms: a sandbox wants this machine's.
+            let host = crate::archive::Platform::host().to_string();
+            let by_tag = self.records.values().filter(fits).reduce(|first, next| {
+                if next.platform.starts_with(&host) && first.platform != host { next } else { first }
             });
             if let Some(record) = by_tag {
                 return Ok(record);
@@ -188,6 +193,18 @@ impl Store {
             config,
             dropped: record.dropped.clone(),
         })
+    }
+
+    /// Whether the store has what `query` names.
+    ///
+    /// # Errors
+    /// `InvalidReference`, `Ambiguous`.
+    pub fn contains(&self, query: &str) -> Result<bool, ImageError> {
+        match self.state().find(query) {
+            Ok(_) => Ok(true),
+            Err(ImageError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) fn record(&self, digest: Digest) -> Result<ImageRecord, ImageError> {

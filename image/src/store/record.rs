@@ -27,6 +27,9 @@ pub(crate) struct ImageRecord {
     /// As `linux/amd64`.
     pub(crate) platform: String,
     pub(crate) tags: Vec<TagRecord>,
+    /// Digests of indexes in a registry that led to this image: a reference may pin one of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) indexes: Vec<Digest>,
     pub(crate) loaded_ms: u64,
     pub(crate) used_ms: u64,
     pub(crate) pinned: bool,
@@ -68,6 +71,11 @@ impl ImageRecord {
         [Part::Blob(self.digest), Part::Blob(self.config), Part::Root(self.chain())]
             .into_iter()
             .chain(self.layers.iter().flat_map(|layer| [Part::Blob(layer.blob), Part::Layer(layer.diff_id)]))
+    }
+
+    /// Whether a pinned digest means this image.
+    pub(crate) fn is_pinned_by(&self, digest: Digest) -> bool {
+        self.digest == digest || self.indexes.contains(&digest)
     }
 
     /// Bytes of all original blobs.

@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "shared by several test crates")]
 
 pub mod archive;
+pub mod registry;
 pub mod tools;
 pub mod tree;
 

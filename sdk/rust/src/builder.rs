@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use msb_protocol::control::CreateRequest;
 use msb_protocol::id::SandboxName;
+use msb_protocol::images::PullPolicy;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
 
 use crate::client::Client;
@@ -19,11 +20,12 @@ pub struct SandboxBuilder {
     spec: SandboxSpec,
     hold_main: bool,
     replace_grace_ms: Option<u64>,
+    pull: PullPolicy,
 }
 
 impl SandboxBuilder {
     pub(crate) fn new(name: Option<String>) -> Self {
-        Self { name, spec: SandboxSpec::new(""), hold_main: false, replace_grace_ms: None }
+        Self { name, spec: SandboxSpec::new(""), hold_main: false, replace_grace_ms: None, pull: PullPolicy::default() }
     }
 
     /// The image. Required.
@@ -224,6 +226,13 @@ impl SandboxBuilder {
         self
     }
 
+    /// When to fetch the image from its registry; if the store does not have it, if not said.
+    #[must_use]
+    pub fn pull(mut self, policy: PullPolicy) -> Self {
+        self.pull = policy;
+        self
+    }
+
     /// Checks the description and gives the request. Makes no connection.
     ///
     /// # Errors
@@ -234,7 +243,7 @@ impl SandboxBuilder {
             spec.name = Some(SandboxName::parse(&name).map_err(Error::InvalidConfig)?);
         }
         spec.check().map_err(Error::InvalidConfig)?;
-        Ok(CreateRequest { spec, hold_main: self.hold_main, replace_grace_ms: self.replace_grace_ms })
+        Ok(CreateRequest { spec, hold_main: self.hold_main, replace_grace_ms: self.replace_grace_ms, pull: self.pull })
     }
 
     /// Creates and boots it on the service of this environment.

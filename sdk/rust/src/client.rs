@@ -17,11 +17,15 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, SandboxDetail, SandboxList, StartRequest, StopRequest,
-    StoreReport, TerminalSize, VersionInfo,
+    ImageSummary, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, SandboxDetail, SandboxList, StartRequest,
+    StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
+use msb_protocol::images::{
+    DiskUsage, ImageRemoval, LoginReport, LoginRequest, PinRequest, PruneReport, PruneRequest, PullEvent, PullRequest,
+    RegistryList, SaveRequest, TagRequest,
+};
 use msb_protocol::version::CONTROL_API_VERSION;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -301,22 +305,101 @@ impl Client {
     /// Removes an image; `force` untags it even where sandboxes use it.
     ///
     /// # Errors
-    /// `image_not_found`, `image_in_use`.
-    pub async fn remove_image(&self, reference: &str, force: bool) -> Result<(), Error> {
+    /// `image_not_found`, `image_in_use` with the sandboxes as details.
+    pub async fn remove_image(&self, reference: &str, force: bool) -> Result<ImageRemoval, Error> {
         let mut pairs = vec![("reference", reference.to_owned())];
         pairs.extend(flag("force", force));
-        self.delete(&with_query("/v1/image", &pairs)).await
+        let request = request(Method::DELETE, &with_query("/v1/image", &pairs), connection::empty())?;
+        parse(&self.call(request).await?)
+    }
+
+    /// Gives an image another name.
+    ///
+    /// # Errors
+    /// `image_not_found`, `invalid_reference`.
+    pub async fn tag_image(&self, request: &TagRequest) -> Result<ImageSummary, Error> {
+        self.post("/v1/images/tag", request).await
+    }
+
+    /// Keeps prune from an image, or no more.
+    ///
+    /// # Errors
+    /// `image_not_found`, `invalid_reference`.
+    pub async fn pin_image(&self, request: &PinRequest) -> Result<ImageSummary, Error> {
+        self.post("/v1/images/pin", request).await
+    }
+
+    /// Removes the images that the request allows and nothing needs.
+    ///
+    /// # Errors
+    /// `invalid_label` for a filter that is none.
+    pub async fn prune_images(&self, request: &PruneRequest) -> Result<PruneReport, Error> {
+        self.post("/v1/images/prune", request).await
+    }
+
+    /// What uses how much of the disk.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn disk_usage(&self) -> Result<DiskUsage, Error> {
+        self.get("/v1/store/usage").await
+    }
+
+    /// Fetches an image from its registry. The last event is `done` or `error`; dropping the lines cancels the pull, and what has come is
+    /// kept for the next one.
+    ///
+    /// # Errors
+    /// `invalid_request` and others of the service, here or as the last event.
+    pub async fn pull_image(&self, request: &PullRequest) -> Result<JsonLines<PullEvent>, Error> {
+        let mut connection = self.fresh().await?;
+        let response = connection::send(&mut connection, json_request("/v1/images/pull", request)?).await?;
+        Ok(JsonLines::new(response, Some(connection)))
+    }
+
+    /// Logs in to a registry; the service keeps the credential.
+    ///
+    /// # Errors
+    /// `registry_denied`, `registry_failed`.
+    pub async fn login(&self, request: &LoginRequest) -> Result<LoginReport, Error> {
+        self.post("/v1/registries/login", request).await
+    }
+
+    /// Forgets the credential of a registry.
+    ///
+    /// # Errors
+    /// `invalid_config` if there is none.
+    pub async fn logout(&self, registry: &str) -> Result<(), Error> {
+        self.delete(&with_query("/v1/registries/login", &[("registry", registry.to_owned())])).await
+    }
+
+    /// Registries that the service has credentials or settings for; never a secret.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn registries(&self) -> Result<RegistryList, Error> {
+        self.get("/v1/registries").await
+    }
+
+    /// Saves images as one archive. An archive is whole only if [`Archive::next`] came to its end.
+    ///
+    /// # Errors
+    /// `image_not_found`, `invalid_reference`.
+    pub async fn save_images(&self, request: &SaveRequest) -> Result<Archive, Error> {
+        let mut connection = self.fresh().await?;
+        let response = connection::send(&mut connection, json_request("/v1/images/save", request)?).await?;
+        Ok(Archive { body: response.into_body(), _connection: connection })
     }
 
     /// Loads an archive (docker or OCI, also compressed) into the store. The last event is `done` or `error`.
     ///
     /// # Errors
     /// `invalid_archive` and others of the service, here or as the last event.
-    pub async fn load_image<S>(&self, archive: S, tag: Option<&str>) -> Result<JsonLines<LoadEvent>, Error>
+    pub async fn load_image<S>(&self, archive: S, how: &LoadOptions) -> Result<JsonLines<LoadEvent>, Error>
     where
         S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     {
-        let pairs: Vec<_> = tag.map(|tag| ("tag", tag.to_owned())).into_iter().collect();
+        let mut pairs: Vec<_> = how.tags.iter().map(|tag| ("tag", tag.clone())).collect();
+        pairs.extend(how.platform.clone().map(|platform| ("platform", platform)));
         let body = StreamBody::new(archive.map_ok(Frame::data)).boxed_unsync();
         // An upload is not sent on an idle connection: the service may have closed it, and the archive can be read only once.
         let mut connection = self.fresh().await?;
@@ -358,10 +441,7 @@ impl Client {
     }
 
     async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
-        let body = serde_json::to_vec(body).map_err(Error::protocol)?;
-        let mut request = request(Method::POST, path, connection::full(body))?;
-        request.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
-        parse(&self.call(request).await?)
+        parse(&self.call(json_request(path, body)?).await?)
     }
 
     async fn delete(&self, path: &str) -> Result<(), Error> {
@@ -397,6 +477,42 @@ impl Client {
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Option<Connection>> {
         self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How an archive is loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// `NAME` for the first image of the archive, or `OLD=NEW` for the one it calls OLD.
+    pub tags: Vec<String>,
+    /// The platform where the archive has several, as `linux/amd64`; the host's if absent.
+    pub platform: Option<String>,
+}
+
+/// The bytes of an archive as they come.
+pub struct Archive {
+    body: Incoming,
+    /// Held so that the connection lives as long as its answer.
+    _connection: Connection,
+}
+
+impl Archive {
+    /// The next piece; `None` at the end of a whole archive.
+    ///
+    /// # Errors
+    /// `daemon_unavailable` if it broke off: what came before is not an archive.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+                Some(Err(error)) => return Err(Error::unavailable(format!("the archive broke off: {error}"))),
+                None => return Ok(None),
+            }
+        }
     }
 }
 
@@ -479,6 +595,13 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
 fn request(method: Method, path: &str, body: RequestBody) -> Result<Request<RequestBody>, Error> {
     // The host is not looked at on a Unix socket, but HTTP/1.1 wants one (RFC 9112, section 3.2).
     Request::builder().method(method).uri(path).header(header::HOST, "msbd").body(body).map_err(Error::protocol)
+}
+
+fn json_request<B: Serialize>(path: &str, body: &B) -> Result<Request<RequestBody>, Error> {
+    let body = serde_json::to_vec(body).map_err(Error::protocol)?;
+    let mut request = request(Method::POST, path, connection::full(body))?;
+    request.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    Ok(request)
 }
 
 fn attach_message(options: AttachOptions) -> ClientMessage {

@@ -51,6 +51,12 @@ impl Error {
         matches!(self.code(), ErrorCode::SandboxNotFound | ErrorCode::ImageNotFound | ErrorCode::PathNotFound)
     }
 
+    /// Who uses the image, if that is why it was not removed.
+    #[must_use]
+    pub fn image_users(&self) -> Option<&[String]> {
+        (self.code() == ErrorCode::ImageInUse).then_some(self.api().details.as_slice())
+    }
+
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::Client(ApiError::new(ErrorCode::DaemonUnavailable, message))
     }

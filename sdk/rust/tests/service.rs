@@ -18,6 +18,7 @@ use msb_protocol::guest::STDIN_WINDOW;
 use msb_protocol::id::SandboxName;
 use msb_protocol::state::ProcessEnd;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
+use msb_sdk::client::LoadOptions;
 use msb_sdk::{Client, Error, Exec, SessionEvent};
 
 fn version(api_version: u32) -> VersionInfo {
@@ -223,7 +224,8 @@ async fn a_load_reports_while_the_archive_is_still_being_sent() {
     let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<bytes::Bytes>>(1);
     let archive = tokio_stream::wrappers::ReceiverStream::new(receiver);
     sender.send(Ok("first".into())).await.unwrap();
-    let mut events = client.load_image(archive, Some("a:b")).await.unwrap();
+    let mut events =
+        client.load_image(archive, &LoadOptions { tags: vec!["a:b".into()], ..LoadOptions::default() }).await.unwrap();
     assert_eq!(events.next().await.unwrap(), Some(LoadEvent::Progress { bytes: 5 }));
     sender.send(Ok("second".into())).await.unwrap();
     assert_eq!(events.next().await.unwrap(), Some(LoadEvent::Progress { bytes: 11 }));

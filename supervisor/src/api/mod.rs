@@ -8,6 +8,7 @@ mod failure;
 mod host;
 mod images;
 mod logs;
+mod registries;
 mod sandboxes;
 mod streams;
 
@@ -80,7 +81,8 @@ impl ApiState {
         msb_protocol::control::ServerMessage,
         msb_protocol::control::LogRecord,
         msb_protocol::control::EventRecord,
-        msb_protocol::control::LoadEvent
+        msb_protocol::control::LoadEvent,
+        msb_protocol::images::PullEvent
     ))
 )]
 struct Document;
@@ -107,6 +109,14 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))
+        .routes(routes!(images::tag))
+        .routes(routes!(images::pin))
+        .routes(routes!(images::prune))
+        .routes(routes!(images::save))
+        .routes(routes!(registries::pull))
+        .routes(routes!(registries::list))
+        .routes(routes!(registries::login, registries::logout))
+        .routes(routes!(images::usage))
         .routes(routes!(images::check_store))
         .split_for_parts()
 }

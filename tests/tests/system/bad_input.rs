@@ -13,7 +13,7 @@ fn names_images_and_amounts_that_cannot_be_are_refused() {
         assert!(!finished.stderr.is_empty(), "{name:?}: {}", finished.account());
     }
     home.fails(&["create", "--name", "a/b", "busybox"], 1, "invalid_name");
-    let complaint = home.fails(&["run", "no-such-image", "true"], 125, "image_not_found");
+    let complaint = home.fails(&["run", "--pull", "never", "no-such-image", "true"], 125, "image_not_found");
     assert!(
         complaint.contains("busybox") && complaint.contains("image load"),
         "says what there is and what to do: {complaint}"

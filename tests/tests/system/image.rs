@@ -48,6 +48,6 @@ fn an_image_in_use_is_not_removed() {
     assert!(complaint.contains("box"), "{complaint}");
     home.succeeds(&["rm", "--force", "box"]);
     home.succeeds(&["image", "rm", "busybox"]);
-    home.fails(&["run", "busybox", "true"], 125, "image_not_found");
+    home.fails(&["run", "--pull", "never", "busybox", "true"], 125, "image_not_found");
     home.finish();
 }

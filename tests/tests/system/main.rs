@@ -13,6 +13,7 @@ mod image;
 mod inside;
 mod machine;
 mod output;
+mod registry;
 mod sdk;
 mod service;
 mod session;
