@@ -62,8 +62,11 @@ pub(crate) const CHECK: &[Package] = &[
     package("busybox-static", "/bin/busybox", "the programs inside the lab's machine"),
 ];
 
+/// What whole-system cases use beside the product.
+pub(crate) const SYSTEM: &[Package] = &[package("tmux", "tmux", "the terminal whose screen a case reads")];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, SYSTEM];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///
