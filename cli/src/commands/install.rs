@@ -204,10 +204,11 @@ fn quote(word: &str) -> String {
 /// Written beside its place and renamed, so that a command that is being run is never half a script.
 fn write(directory: &Path, name: &str, script: &str) -> std::io::Result<()> {
     std::fs::create_dir_all(directory)?;
-    let temporary = directory.join(format!(".{name}.{}", uuid::Uuid::new_v4().simple()));
+    let temporary = directory.join(format!(".{name}.{}", std::process::id()));
     let outcome = std::fs::File::options()
         .write(true)
-        .create_new(true)
+        .create(true)
+        .truncate(true)
         .mode(0o755)
         .open(&temporary)
         .and_then(|mut file| file.write_all(script.as_bytes()))
