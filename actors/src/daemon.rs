@@ -87,9 +87,6 @@ impl Daemon {
         let spec = &request.spec;
         spec.check()?;
         let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidConfig, message));
-        if spec.tty {
-            return Err(ApiError::not_implemented("a terminal for the main workload"));
-        }
         if spec.ephemeral && spec.restart != RestartPolicy::Default {
             return refuse("a sandbox that is removed when it ends cannot have a restart policy");
         }

@@ -172,10 +172,6 @@ fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
         assert_eq!(create(detached("a")).await.unwrap_err().code, ErrorCode::EngineUnavailable);
         world.launcher.fault(|faults| *faults = Default::default());
         assert_eq!(
-            create(SandboxSpec { tty: true, ..detached("a") }).await.unwrap_err().code,
-            ErrorCode::NotImplemented
-        );
-        assert_eq!(
             create(SandboxSpec { detached: false, ..detached("a") }).await.unwrap_err().code,
             ErrorCode::CreatorUnwatchable
         );

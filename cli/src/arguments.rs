@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
-    start, status, stop, wait,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, remove,
+    restart, run, start, status, stop, uninstall, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -179,10 +179,10 @@ pub enum Command {
         #[command(subcommand)]
         command: config::ConfigCommand,
     },
-    /// Make a command of the host that runs an image (not built yet)
-    Install(Unbuilt),
-    /// Remove such a command (not built yet)
-    Uninstall(Unbuilt),
+    /// Make a command of the host that runs an image
+    Install(install::InstallArgs),
+    /// Remove such a command
+    Uninstall(uninstall::UninstallArgs),
     /// Update or remove msb itself (not built yet)
     #[command(name = "self")]
     Itself(Unbuilt),

@@ -7,6 +7,7 @@
 //!     └────── agent ──► agent/   hello, set-up, listener, control, the end
 //!                         ├─► root/      disks, overlay, volumes, what a container finds in /
 //!                         ├─► session/   one process with its streams: exec and the main workload
+//!                         ├─► files/     what the host reads and changes, as a user of the guest
 //!                         ├─► account, command, limits    pure: who runs what with which environment
 //!                         └─► sys/       the only unsafe code
 //! ```
@@ -21,6 +22,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod command;
 pub mod failure;
+pub mod files;
 pub mod init;
 pub mod limits;
 pub mod root;

@@ -497,6 +497,30 @@ fn the_main_workload_has_one_primary_a_log_and_watchers() {
 }
 
 #[test]
+fn the_main_workloads_terminal_takes_the_size_of_whoever_came_last() {
+    let terminal = Some(TerminalSize { rows: 24, columns: 80 });
+    let (agent, _) = agent_with(main_config(ExecConfig {
+        stdin: true,
+        terminal,
+        ..shell("stty size; while read x; do stty size; done")
+    }));
+    let size = |rows, columns| Some(TerminalSize { rows, columns });
+    let mut primary = Caller::open(&agent, OpenKind::Main(OpenMain { terminal: size(40, 100), timeout_ms: 0 }));
+    primary.hear_until("40 100");
+    let mut watcher = Caller::open(&agent, OpenKind::Attach(OpenAttach { stdin: true, terminal: size(50, 120) }));
+    watcher.send(HostBody::Stdin(Data { data: b"\n".to_vec() }));
+    watcher.hear_until("50 120");
+    primary.hear_until("50 120");
+    // The one who only looks has no say in the size.
+    let mut third = Caller::open(&agent, OpenKind::Attach(OpenAttach::default()));
+    watcher.send(HostBody::Stdin(Data { data: b"\n".to_vec() }));
+    third.hear_until("50 120");
+    drop(primary);
+    watcher.send(HostBody::Stdin(Data { data: vec![4] }));
+    assert_eq!(watcher.hear().end.unwrap().code, 0, "Ctrl-D ends the shell's input");
+}
+
+#[test]
 fn the_main_workload_goes_on_without_its_caller() {
     let (agent, collector) = agent_with(main_config(shell("echo begun; sleep 0.5; echo ended")));
     let mut primary = Caller::open(&agent, OpenKind::Main(OpenMain::default()));

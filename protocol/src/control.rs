@@ -21,6 +21,10 @@
 //! | `GET /v1/sandboxes/{name}/main` | WebSocket | the same; starts the main workload |
 //! | `GET /v1/sandboxes/{name}/attach` | WebSocket | the same; watches the main workload |
 //! | `GET /v1/sandboxes/{name}/logs?…` | [`LogQuery`] | lines of [`LogRecord`] (`application/x-ndjson`) |
+//! | `POST /v1/sandboxes/{name}/files` | [`crate::file_api::FileCallRequest`] | [`crate::file_api::FileAnswer`] |
+//! | `GET /v1/sandboxes/{name}/files/content?path=…` | | the bytes |
+//! | `PUT /v1/sandboxes/{name}/files/content?path=…` | the bytes | [`crate::file_api::FileAnswer`] |
+//! | `GET /v1/sandboxes/{name}/files/watch?path=…` | | lines of [`crate::file_api::WatchRecord`] |
 //! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
 //! | `GET /v1/metrics?name=&label=` | | [`MetricsSnapshot`]: one request for the whole fleet |
 //! | `GET /v1/images` | | [`ImageList`] |
@@ -365,6 +369,8 @@ pub struct LogQuery {
     pub until: Option<Timestamp>,
     /// `stdout`, `stderr`, `output` (both), `system` (agent, vmm, console) or `all`; several with commas. `output` if absent.
     pub source: Option<String>,
+    /// Only lines that contain this text.
+    pub grep: Option<String>,
 }
 
 /// A line of a sandbox's log; also the form in the log file.

@@ -80,6 +80,8 @@ error_table! {
     CommandFailed "command_failed" 500 false "the command ran and ended with a failure" "see what it wrote to its standard error"
     UserNotFound "user_not_found" 400 false "the user or group does not exist in the image" "name one from the image's /etc/passwd or /etc/group, or use numbers"
     PathNotFound "path_not_found" 404 false "a path does not exist" "check the path"
+    PathExists "path_exists" 409 false "a path exists already, or a directory is not empty" "choose another path, or remove what is there"
+    FileFailed "file_failed" 400 false "a file operation in the sandbox failed" "see errno: what the sandbox's system answered"
     PortInUse "port_in_use" 409 true "a port to publish is taken" "choose another host port, or 0 for any"
     CreatorUnwatchable "creator_unwatchable" 400 false "the creating process cannot be watched from here" "create the sandbox detached"
     RuntimeNotFound "runtime_not_found" 503 false "msb is not installed where the client looks" "install msb, or set MSB_PATH"
@@ -129,13 +131,23 @@ pub struct ApiError {
     /// What belongs to the error beyond its text: names of sandboxes in use, the console's tail.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub details: Vec<String>,
+    /// errno(3) of the system call in the sandbox that failed, for a file operation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub errno: Option<i32>,
 }
 
 impl ApiError {
     /// An error with the table's own hint.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let row = code.entry();
-        Self { code, message: message.into(), hint: row.hint.into(), retryable: row.retryable, details: Vec::new() }
+        Self {
+            code,
+            message: message.into(),
+            hint: row.hint.into(),
+            retryable: row.retryable,
+            details: Vec::new(),
+            errno: None,
+        }
     }
 
     /// Replaces the hint by a better one.
@@ -149,6 +161,13 @@ impl ApiError {
     #[must_use]
     pub fn with_details(mut self, details: impl IntoIterator<Item = String>) -> Self {
         self.details.extend(details);
+        self
+    }
+
+    /// Adds the number the system gave.
+    #[must_use]
+    pub fn with_errno(mut self, errno: i32) -> Self {
+        self.errno = Some(errno);
         self
     }
 

@@ -97,6 +97,16 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Whether a whole body has arrived (or one that is too long, which [`Self::next_body`] says).
+    #[must_use]
+    pub fn holds_body(&self) -> bool {
+        let waiting = &self.buffer[self.start..];
+        waiting.first_chunk::<PREFIX_LEN>().is_some_and(|prefix| {
+            let len = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
+            len > self.len_max || waiting.len() - PREFIX_LEN >= len
+        })
+    }
+
     /// The next whole body, if it has arrived.
     ///
     /// # Errors

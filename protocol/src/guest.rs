@@ -4,7 +4,7 @@
 //!  guest port 1024  ◄── CONNECT ── msbd and its callers: one stream per control link, exec, attach
 //!  host  port 1025  ◄── connect ── agent, once per boot, before any workload exists: the agent link, ended by msb-vmm
 //!
-//!  agent link                              control stream                session stream (exec, main, attach)
+//!  agent link                              control stream                session stream (exec, main, attach); files: crate::files
 //!   agent → AgentHello                      host  → Open{control}         host  → Open{exec|main|attach}
 //!   vmm   → Welcome, parts of GuestConfig   guest → Opened                guest → Opened | Refused
 //!   agent → Ready | BootFailed              guest → Beat (each second)    guest → Started
@@ -41,7 +41,7 @@ pub const BEAT_INTERVAL_MS: u64 = 1_000;
 #[derive(Clone, PartialEq, Message)]
 pub struct HostMessage {
     /// What it is.
-    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 20")]
     pub body: Option<HostBody>,
 }
 
@@ -75,13 +75,15 @@ pub enum HostBody {
     Ping(Ping),
     #[prost(message, tag = "11")]
     Part(Part),
+    #[prost(message, tag = "20")]
+    File(crate::files::FileRequest),
 }
 
 /// Anything the guest sends.
 #[derive(Clone, PartialEq, Message)]
 pub struct GuestMessage {
     /// What it is.
-    #[prost(oneof = "GuestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
+    #[prost(oneof = "GuestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 30")]
     pub body: Option<GuestBody>,
 }
 
@@ -125,6 +127,8 @@ pub enum GuestBody {
     Part(Part),
     #[prost(message, tag = "18")]
     Log(Log),
+    #[prost(message, tag = "30")]
+    File(crate::files::FileReply),
 }
 
 /// One piece of a message that is longer than a frame. The pieces, put together, are an encoded message of the same side.
@@ -363,7 +367,7 @@ pub struct Open {
     #[prost(bytes = "vec", tag = "2")]
     pub boot_id: Vec<u8>,
     /// What the stream is for.
-    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6")]
+    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10")]
     pub kind: Option<OpenKind>,
 }
 
@@ -379,6 +383,8 @@ pub enum OpenKind {
     Main(OpenMain),
     #[prost(message, tag = "6")]
     Attach(OpenAttach),
+    #[prost(message, tag = "10")]
+    Files(crate::files::OpenFiles),
 }
 
 /// The control stream: beats, shutdown. The newest one wins; an older one is closed.

@@ -3,8 +3,10 @@
 //! | module | border | form on the wire |
 //! |---|---|---|
 //! | [`control`], [`images`] | `msb`, SDKs ↔ `msbd` | HTTP + WebSocket on a Unix socket, JSON |
+//! | [`file_api`] | the control API's file routes | the same |
 //! | [`vmm`] | `msbd` ↔ `msb-vmm` | frames with JSON bodies on a Unix socket |
 //! | [`guest`] | host ↔ `msb-agent` | frames with protobuf bodies on vsock |
+//! | [`files`] | the guest border's file sessions | the same |
 //! | [`frame`] | all framed borders | u32 big-endian length, then the body, 1 MiB at most |
 //! | [`version`] | all borders | a generation number and what each one brought |
 //!
@@ -16,6 +18,8 @@
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod file_api;
+pub mod files;
 pub mod frame;
 pub mod guest;
 pub mod id;

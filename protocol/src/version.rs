@@ -5,7 +5,7 @@
 use crate::error::{ApiError, ErrorCode};
 
 /// The guest border of this build.
-pub const GUEST_GENERATION: u32 = 1;
+pub const GUEST_GENERATION: u32 = 2;
 /// The oldest guest border this build still speaks.
 pub const GUEST_GENERATION_MIN: u32 = 1;
 /// The VMM border of this build.

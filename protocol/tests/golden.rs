@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::files::*;
 use msb_protocol::guest::*;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::spec::EngineChoice;
@@ -178,6 +179,118 @@ fn the_guest_border_of_generation_1_is_frozen() {
     hold("host-gen-1.txt", host.map(|(name, bytes)| (name, hex(&bytes))).collect());
     let guest = guest_samples().into_iter().map(|(name, body)| (name, GuestMessage::from(body).encode_to_vec()));
     hold("guest-gen-1.txt", guest.map(|(name, bytes)| (name, hex(&bytes))).collect());
+}
+
+/// What generation 2 brought: file sessions.
+fn file_host_samples() -> Vec<(&'static str, HostBody)> {
+    let open = OpenFiles { user: "ann".into(), at_home: true };
+    let request = |operation| HostBody::File(FileRequest { id: 7, operation: Some(operation) });
+    let path = || FilePath { path: b"/p".to_vec(), no_follow: true };
+    let link = || FileLink { target: b"t".to_vec(), path: b"/p".to_vec() };
+    let handle = FileHandle { handle: 3 };
+    let time = Some(FileTime { seconds: 4, nanoseconds: 5 });
+    let change =
+        FileChange { mode: Some(0o644), uid: Some(1), gid: Some(2), size: Some(3), accessed: time, modified: time };
+    let flags = FileOpen {
+        path: b"/p".to_vec(),
+        read: true,
+        write: true,
+        append: true,
+        create: true,
+        truncate: true,
+        exclusive: true,
+        no_follow: true,
+        mode: Some(0o600),
+    };
+    let set = FileSetStat { path: b"/p".to_vec(), no_follow: true, change: Some(change) };
+    let make = FileMakeDirectory { path: b"/p".to_vec(), mode: Some(0o755), parents: true };
+    let rename = FileRename { from: b"/a".to_vec(), to: b"/b".to_vec(), no_replace: true };
+    let watch = FileWatch { path: b"/p".to_vec(), recursive: true };
+    vec![
+        ("open_files", HostBody::Open(Open { generation: 2, boot_id: vec![7; 16], kind: Some(OpenKind::Files(open)) })),
+        ("open", request(FileOperation::Open(flags))),
+        ("close", request(FileOperation::Close(handle))),
+        ("read", request(FileOperation::Read(FileRead { handle: 3, offset: 4, len: 5 }))),
+        ("write", request(FileOperation::Write(FileWrite { handle: 3, offset: 4, data: b"d".to_vec() }))),
+        ("stat", request(FileOperation::Stat(path()))),
+        ("stat_handle", request(FileOperation::StatHandle(handle))),
+        ("set_stat", request(FileOperation::SetStat(set))),
+        (
+            "set_stat_handle",
+            request(FileOperation::SetStatHandle(FileSetStatHandle { handle: 3, change: Some(change) })),
+        ),
+        ("open_directory", request(FileOperation::OpenDirectory(path()))),
+        ("read_directory", request(FileOperation::ReadDirectory(handle))),
+        ("make_directory", request(FileOperation::MakeDirectory(make))),
+        ("remove", request(FileOperation::Remove(FileRemove { path: b"/p".to_vec(), kind: 2 }))),
+        ("rename", request(FileOperation::Rename(rename))),
+        ("symlink", request(FileOperation::Symlink(link()))),
+        ("hard_link", request(FileOperation::HardLink(link()))),
+        ("read_link", request(FileOperation::ReadLink(path()))),
+        ("real_path", request(FileOperation::RealPath(path()))),
+        ("sync", request(FileOperation::Sync(handle))),
+        ("stat_file_system", request(FileOperation::StatFileSystem(path()))),
+        ("watch", request(FileOperation::Watch(watch))),
+    ]
+}
+
+fn file_guest_samples() -> Vec<(&'static str, GuestBody)> {
+    let reply = |outcome| GuestBody::File(FileReply { id: 7, outcome: Some(outcome) });
+    let time = FileTime { seconds: 4, nanoseconds: 5 };
+    let attributes = FileAttributes {
+        mode: 0o100_644,
+        uid: 1,
+        gid: 2,
+        size: 3,
+        accessed: time,
+        modified: time,
+        changed: time,
+        links: 6,
+        device: 7,
+        inode: 8,
+        allocated: 9,
+    };
+    let entry = FileEntry { name: b"n".to_vec(), attributes: Some(attributes) };
+    let system = FileSystemStat {
+        block_size: 1,
+        fragment_size: 2,
+        blocks: 3,
+        blocks_free: 4,
+        blocks_available: 5,
+        files: 6,
+        files_free: 7,
+        name_max: 8,
+        flags: 9,
+        id: 10,
+    };
+    let change = FileChangeSeen { kind: 2, path: b"/p".to_vec(), directory: true };
+    vec![
+        ("failed", reply(FileOutcome::Failed(FileFailure { errno: 2, message: "no".into() }))),
+        ("done", reply(FileOutcome::Done(FileDone {}))),
+        ("handle", reply(FileOutcome::Handle(FileHandle { handle: 3 }))),
+        ("data", reply(FileOutcome::Data(b"d".to_vec()))),
+        ("attributes", reply(FileOutcome::Attributes(attributes))),
+        ("entries", reply(FileOutcome::Entries(FileEntries { entries: vec![entry] }))),
+        ("path", reply(FileOutcome::Path(b"/p".to_vec()))),
+        ("file_system", reply(FileOutcome::FileSystem(system))),
+        ("changes", reply(FileOutcome::Changes(FileChanges { changes: vec![change] }))),
+    ]
+}
+
+#[test]
+fn the_files_of_generation_2_are_frozen_and_read_back() {
+    let host = file_host_samples().into_iter().map(|(name, body)| (name, HostMessage::from(body).encode_to_vec()));
+    hold("host-files-gen-2.txt", host.map(|(name, bytes)| (name, hex(&bytes))).collect());
+    let guest = file_guest_samples().into_iter().map(|(name, body)| (name, GuestMessage::from(body).encode_to_vec()));
+    hold("guest-files-gen-2.txt", guest.map(|(name, bytes)| (name, hex(&bytes))).collect());
+    for (name, body) in file_host_samples() {
+        let bytes = HostMessage::from(body.clone()).encode_to_vec();
+        assert_eq!(HostMessage::decode(bytes.as_slice()).unwrap().body, Some(body), "{name}");
+    }
+    for (name, body) in file_guest_samples() {
+        let bytes = GuestMessage::from(body.clone()).encode_to_vec();
+        assert_eq!(GuestMessage::decode(bytes.as_slice()).unwrap().body, Some(body), "{name}");
+    }
 }
 
 #[test]

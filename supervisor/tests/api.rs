@@ -174,13 +174,6 @@ fn what_cannot_be_understood_is_refused_with_a_code() {
             (
                 "POST",
                 "/v1/sandboxes",
-                json!({"spec": {"image": "busybox", "detached": true, "tty": true}}),
-                501,
-                ErrorCode::NotImplemented,
-            ),
-            (
-                "POST",
-                "/v1/sandboxes",
                 json!({"spec": {"image": "busybox", "detached": true, "labels": {"service.x": ""}}}),
                 400,
                 ErrorCode::InvalidLabel,

@@ -68,8 +68,11 @@ pub(crate) const CHECK: &[Package] = &[
 /// What fuzzing needs: libFuzzer comes as C++ source.
 pub(crate) const FUZZ: &[Package] = &[package("g++", "g++", "compiles libFuzzer")];
 
+/// What whole-system cases use beside the product.
+pub(crate) const SYSTEM: &[Package] = &[package("tmux", "tmux", "the terminal whose screen a case reads")];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, FUZZ];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, SYSTEM, FUZZ];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

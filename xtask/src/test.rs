@@ -181,6 +181,8 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     if debian::ensure(&[debian::RUN]).is_err() {
         return Ok(Outcome::Skipped("qemu-system-x86_64 is not installed, and this user cannot install it".to_owned()));
     }
+    // Its case says that it was skipped where this is missing.
+    let _ = debian::ensure(&[debian::SYSTEM]);
     let tree = cache::development_tree();
     install::install(&tree, arguments.build)?;
     let small = images::small()?;

@@ -3,6 +3,7 @@
 //! | what | counts |
 //! |---|---|
 //! | exec, attach, main streams | from open to close ([`ActivityGuard`]) |
+//! | file sessions that do more than watch | from open to close |
 //! | touch | once |
 //! | everything else | never: it has no guard to hold |
 
@@ -20,6 +21,8 @@ pub enum ActivityKind {
     Exec,
     /// A client on the main workload's streams.
     Attach,
+    /// Files are read or changed.
+    Files,
     /// `msb touch`.
     Touch,
 }
@@ -31,6 +34,7 @@ impl ActivityKind {
         match self {
             Self::Exec => "exec",
             Self::Attach => "attach",
+            Self::Files => "files",
             Self::Touch => "touch",
         }
     }

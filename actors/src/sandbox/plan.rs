@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use msb_protocol::control::ImageConfigDetail;
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceLimit};
+use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceLimit, TerminalSize};
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
@@ -128,7 +128,9 @@ pub fn guest_config(
                 }
                 Some((_, None)) => libc_sigterm(),
             };
-            let exec = ExecConfig { argv, stdin: spec.stdin_open, ..ExecConfig::default() };
+            // Whoever starts it or attaches brings the true size.
+            let terminal = spec.tty.then_some(TerminalSize { rows: 24, columns: 80 });
+            let exec = ExecConfig { argv, stdin: spec.stdin_open, terminal, ..ExecConfig::default() };
             Some(MainConfig { exec: Some(exec), autostart: !run.hold_main, stop_signal })
         }
     };

@@ -62,6 +62,14 @@ async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce
         OpenKind::Exec(exec) => exec.argv.clone(),
         OpenKind::Main(_) | OpenKind::Attach(_) => vec!["echo".into(), "main".into()],
         OpenKind::Control(_) => Vec::new(),
+        // It speaks generation 1, and answers what that did not know as an agent of that age does.
+        OpenKind::Files(_) => {
+            let message = "this agent (generation 1) does not know what the stream is for";
+            let code = "unsupported_operation".into();
+            return stream
+                .send(GuestBody::Refused(Failure { code, message: message.into(), ..Failure::default() }))
+                .await;
+        }
     };
     if argv.first().is_some_and(|program| program == "missing") {
         let failure =

@@ -5,6 +5,7 @@
 //! that the next actor (or daemon) can adopt it.
 
 pub mod agent;
+pub mod files;
 pub mod process;
 pub mod session;
 

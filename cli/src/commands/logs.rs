@@ -1,9 +1,13 @@
 //! `msb logs`: what a sandbox wrote, also after it stopped.
 
+use std::io::IsTerminal;
+
+use anstyle::AnsiColor;
 use clap::Args;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use msb_protocol::control::{LogQuery, LogRecord, LogSource};
+use msb_protocol::id::BootId;
 
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure, invalid};
@@ -33,6 +37,12 @@ pub struct LogsArgs {
     /// stdout, stderr, output (both), system (msb itself) or all; several with commas
     #[arg(long, value_name = "SOURCES", default_value = "output")]
     pub source: String,
+    /// Only lines that contain this text
+    #[arg(long, value_name = "TEXT")]
+    pub grep: Option<String>,
+    /// Give the lines of each run of the sandbox a colour of its own, on a terminal
+    #[arg(long)]
+    pub color_sessions: bool,
     /// One line of JSON for each record, as with --format json
     #[arg(long)]
     pub json: bool,
@@ -56,22 +66,54 @@ pub async fn run(args: LogsArgs, context: &Context) -> Result<ExitStatus, Failur
         since: point(&args.since)?,
         until: point(&args.until)?,
         source: Some(args.source),
+        grep: args.grep,
     };
     let name = parse::name(&args.name)?;
     let mut records = context.client().await?.logs(&name, &query).await?;
     let mut lines = Lines { timestamps: args.timestamps, zone, unfinished: None };
+    let mut colours = args.color_sessions.then(RunColours::default);
     while let Some(record) = records.next().await? {
         if args.json || context.printer.is_json() {
             context.printer.json_line(&record)?;
             continue;
         }
-        let text = lines.render(&record);
+        let mut text = lines.render(&record);
+        let to_terminal = match record.source {
+            LogSource::Stdout => std::io::stdout().is_terminal(),
+            LogSource::Stderr | LogSource::System => std::io::stderr().is_terminal(),
+        };
+        if let Some(colours) = colours.as_mut().filter(|_| to_terminal) {
+            text = colours.paint(record.boot_id, &text);
+        }
         match record.source {
             LogSource::Stdout => context.printer.bytes(text.as_bytes())?,
             LogSource::Stderr | LogSource::System => context.printer.error_bytes(text.as_bytes())?,
         }
     }
     Ok(ExitStatus::SUCCESS)
+}
+
+/// A colour for each run, in turn.
+#[derive(Default)]
+struct RunColours {
+    last: Option<BootId>,
+    runs: usize,
+}
+
+impl RunColours {
+    const COLOURS: [AnsiColor; 6] =
+        [AnsiColor::Cyan, AnsiColor::Yellow, AnsiColor::Green, AnsiColor::Magenta, AnsiColor::Blue, AnsiColor::Red];
+
+    fn paint(&mut self, run: BootId, text: &str) -> String {
+        if self.last != Some(run) {
+            self.runs += usize::from(self.last.is_some());
+            self.last = Some(run);
+        }
+        let style = Self::COLOURS[self.runs % Self::COLOURS.len()].on_default();
+        // The line's end stays outside, so that a terminal that stops here is left as it was.
+        let (line, end) = text.strip_suffix('\n').map_or((text, ""), |line| (line, "\n"));
+        format!("{style}{line}{style:#}{end}")
+    }
 }
 
 /// Puts times before lines, not before pieces of lines.
@@ -96,9 +138,17 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
-    use msb_protocol::id::BootId;
-
     use super::*;
+
+    #[test]
+    fn each_run_has_its_colour() {
+        let mut colours = RunColours::default();
+        let runs = [1, 1, 2].map(|number| BootId(uuid::Uuid::from_u128(number)));
+        let painted = runs.map(|run| colours.paint(run, "x\n"));
+        assert_eq!(painted[0], "\u{1b}[36mx\u{1b}[0m\n");
+        assert_eq!(painted[0], painted[1]);
+        assert_ne!(painted[1], painted[2]);
+    }
 
     #[test]
     fn a_line_in_pieces_has_one_time() {

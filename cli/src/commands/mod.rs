@@ -13,6 +13,7 @@ pub mod events;
 pub mod exec;
 pub mod image;
 pub mod inspect;
+pub mod install;
 pub mod list;
 pub mod logs;
 pub mod prune;
@@ -26,6 +27,7 @@ pub mod shell;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod uninstall;
 pub mod version;
 pub mod wait;
 
@@ -83,8 +85,8 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Metrics(_) => unbuilt("msb metrics"),
         Command::Top(_) => unbuilt("msb top"),
         Command::Net(_) => unbuilt("msb net"),
-        Command::Install(_) => unbuilt("msb install"),
-        Command::Uninstall(_) => unbuilt("msb uninstall"),
+        Command::Install(args) => install::run(args, context).await,
+        Command::Uninstall(args) => uninstall::run(args, context).await,
         Command::Itself(_) => unbuilt("msb self"),
         Command::Mcp(_) => unbuilt("msb mcp"),
     }

@@ -90,7 +90,8 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
                 Err(refusal) => refusal.stream.map_or(Ok(()), |stream| Err((stream, refusal.error))),
             }
         }
-        Some(OpenKind::Attach(attach)) => agent.main.attach(stream, attach.stdin, opened),
+        Some(OpenKind::Files(open)) => crate::files::run(&agent.guest, &agent.files, stream, &open, opened),
+        Some(OpenKind::Attach(attach)) => agent.main.attach(stream, &attach, opened),
         None => {
             let message = format!("this agent (generation {GUEST_GENERATION}) does not know what the stream is for");
             Err((stream, GuestError::new(ErrorCode::UnsupportedOperation, message)))

@@ -85,6 +85,8 @@ pub(crate) fn run(agent: &Agent, link: &Link, flush: impl FnOnce() -> Result<(),
         agent.main.wait_finished(FAREWELL_LIMIT);
     }
     agent.guest.sessions.wait_empty(FAREWELL_LIMIT);
+    // A file that is open to write would keep the disk from being made read-only.
+    agent.files.close_all(FAREWELL_LIMIT);
     link.drain(DRAIN_LIMIT);
     if let Err(error) = flush() {
         crate::session::workload::Host::log(link, &format!("the disks could not be made read-only: {error}"));

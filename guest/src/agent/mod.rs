@@ -5,7 +5,7 @@
 //!                                             ├─ ending.rs      thread: sleeps until the sandbox's end is due, then flushes and resets
 //!                                             ├─ main workload  thread: if it starts by itself
 //!                                             └─ accept loop ──► connection.rs, one thread each ─┬─ control.rs  beats, shutdown
-//!                                                                                                └─ session/    exec, main, attach
+//!                                                                                                └─ session/, files/    exec, main, attach, files
 //! ```
 
 pub mod boot;
@@ -41,6 +41,8 @@ pub struct Agent {
     pub host: Arc<dyn Host>,
     /// Streams that are open.
     pub(crate) connections: AtomicUsize,
+    /// File sessions that live.
+    pub(crate) files: crate::files::FileSessions,
     /// The newest control stream.
     pub(crate) controls: control::Controls,
     /// Whether and why the end is due.
@@ -64,7 +66,7 @@ impl Agent {
     pub fn new(guest: Guest, host: Arc<dyn Host>) -> Result<Self, Errno> {
         let main = MainWorkload::new(guest.config.main.is_some())?;
         let (controls, end) = (control::Controls::new()?, ending::EndSwitch::default());
-        Ok(Self { guest, main, host, connections: AtomicUsize::new(0), controls, end })
+        Ok(Self { guest, main, host, connections: AtomicUsize::new(0), files: Default::default(), controls, end })
     }
 
     /// Runs the main workload in the calling thread; its end is the sandbox's.

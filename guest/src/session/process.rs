@@ -221,12 +221,12 @@ fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, GuestError> {
     Ok(fd)
 }
 
-fn from_io(what: &str, error: &io::Error) -> GuestError {
+pub(crate) fn from_io(what: &str, error: &io::Error) -> GuestError {
     GuestError::system(ErrorCode::ExecFailed, what, error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-/// Reads the account files and puts the command together.
-fn prepare(guest: &Guest, exec: &ExecConfig) -> Result<Command, GuestError> {
+/// The texts of /etc/passwd and /etc/group; empty where the image has none.
+pub(crate) fn read_accounts(guest: &Guest) -> Result<(Vec<u8>, Vec<u8>), GuestError> {
     let read = |path: &str| match guest.root.read(Path::new(path), account::FILE_LEN_MAX) {
         Ok(text) => Ok(text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -236,7 +236,13 @@ fn prepare(guest: &Guest, exec: &ExecConfig) -> Result<Command, GuestError> {
             errno: error.raw_os_error().unwrap_or_default(),
         }),
     };
-    command::prepare(&guest.config, exec, &read("/etc/passwd")?, &read("/etc/group")?)
+    Ok((read("/etc/passwd")?, read("/etc/group")?))
+}
+
+/// Reads the account files and puts the command together.
+fn prepare(guest: &Guest, exec: &ExecConfig) -> Result<Command, GuestError> {
+    let (passwd, group) = read_accounts(guest)?;
+    command::prepare(&guest.config, exec, &passwd, &group)
 }
 
 /// The words for a failed start.

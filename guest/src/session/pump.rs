@@ -16,7 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use msb_protocol::guest::{Exited, GuestBody, HostBody, OutputLost, OutputStream, StdinCredit};
+use msb_protocol::guest::{Exited, GuestBody, HostBody, OutputLost, OutputStream, StdinCredit, TerminalSize};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
@@ -56,19 +56,21 @@ pub struct Client {
     lag: Option<Lag>,
     number: u64,
     lost: bool,
+    /// The size of its terminal, told when it is admitted: the newest client's counts.
+    size: Option<TerminalSize>,
 }
 
 impl Client {
     /// A client that loses nothing and for which the process waits.
     #[must_use]
     pub fn primary(stream: FrameStream) -> Self {
-        Self { stream, credit: Credit::default(), sends_stdin: true, lag: None, number: 0, lost: false }
+        Self { stream, credit: Credit::default(), sends_stdin: true, lag: None, number: 0, lost: false, size: None }
     }
 
     /// A client that only watches, and may send input if `stdin` says so.
     #[must_use]
-    pub fn watcher(stream: FrameStream, stdin: bool) -> Self {
-        Self { lag: Some(Lag::default()), sends_stdin: stdin, ..Self::primary(stream) }
+    pub fn watcher(stream: FrameStream, stdin: bool, size: Option<TerminalSize>) -> Self {
+        Self { lag: Some(Lag::default()), sends_stdin: stdin, size, ..Self::primary(stream) }
     }
 
     /// Queues a message.
@@ -209,6 +211,9 @@ impl<'a> Pump<'a> {
         }
         self.clients_seen += 1;
         client.number = self.clients_seen;
+        if let Some(size) = client.size {
+            self.process.resize(size);
+        }
         self.clients.push(client);
         self.obey_all(self.clients.len() - 1, Ok(()));
     }

@@ -90,6 +90,11 @@ impl FrameStream {
         Ok(None)
     }
 
+    /// Whether a whole frame has arrived and waits: no event will announce it again.
+    pub fn holds_message(&self) -> bool {
+        self.decoder.holds_body()
+    }
+
     /// Queues a message. Owners keep the outbox small by [`Self::has_room`]; what is sent without asking is small and rare.
     pub fn send(&mut self, body: GuestBody) {
         // The agent makes no message near the limit, and a message that cannot be sent has no receiver to tell.

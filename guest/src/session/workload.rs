@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::ErrorCode;
-use msb_protocol::guest::{ExecConfig, Exited, GuestBody, Opened, Started, TerminalSize};
+use msb_protocol::guest::{ExecConfig, Exited, GuestBody, OpenAttach, Opened, Started, TerminalSize};
 use rustix::io::Errno;
 
 use super::Guest;
@@ -209,13 +209,18 @@ impl MainWorkload {
     ///
     /// # Errors
     /// `sandbox_not_running` with the stream to say it on.
-    pub fn attach(&self, stream: FrameStream, stdin: bool, opened: Opened) -> Result<(), (FrameStream, GuestError)> {
+    pub fn attach(
+        &self,
+        stream: FrameStream,
+        attach: &OpenAttach,
+        opened: Opened,
+    ) -> Result<(), (FrameStream, GuestError)> {
         let refuse = |message: &str| GuestError::new(ErrorCode::SandboxNotRunning, message);
         let pid = self.pid();
         if pid == 0 {
             return Err((stream, refuse("the main workload is not running")));
         }
-        let mut client = Client::watcher(stream, stdin);
+        let mut client = Client::watcher(stream, attach.stdin, attach.terminal);
         client.send(GuestBody::Opened(opened));
         client.send(GuestBody::Started(Started { pid }));
         self.door.hand_in(client).map_err(|client| {

@@ -21,6 +21,7 @@ use msb_protocol::control::{
     StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::{
     DiskUsage, ImageRemoval, LoginReport, LoginRequest, PinRequest, PruneReport, PruneRequest, PullEvent, PullRequest,
@@ -273,7 +274,51 @@ impl Client {
         pairs.extend(query.since.map(|since| ("since", since.to_string())));
         pairs.extend(query.until.map(|until| ("until", until.to_string())));
         pairs.extend(query.source.clone().map(|source| ("source", source)));
+        pairs.extend(query.grep.clone().map(|grep| ("grep", grep)));
         self.lines(&with_query(&sandbox(name, "/logs"), &pairs)).await
+    }
+
+    /// One call on a sandbox's files.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, and what the sandbox's system answered, with its errno.
+    pub async fn file_call(&self, name: &SandboxName, request: &FileCallRequest) -> Result<FileAnswer, Error> {
+        self.post(&sandbox(name, "/files"), request).await
+    }
+
+    pub(crate) async fn file_content(
+        &self,
+        name: &SandboxName,
+        pairs: &[(&str, String)],
+    ) -> Result<(Incoming, Connection), Error> {
+        let mut connection = self.fresh().await?;
+        let path = with_query(&sandbox(name, "/files/content"), pairs);
+        let response = connection::send(&mut connection, request(Method::GET, &path, connection::empty())?).await?;
+        Ok((response.into_body(), connection))
+    }
+
+    pub(crate) async fn file_write<S>(
+        &self,
+        name: &SandboxName,
+        pairs: &[(&str, String)],
+        content: S,
+    ) -> Result<FileAnswer, Error>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    {
+        let body = StreamBody::new(content.map_ok(Frame::data)).boxed_unsync();
+        let mut connection = self.fresh().await?;
+        let path = with_query(&sandbox(name, "/files/content"), pairs);
+        let response = connection::send(&mut connection, request(Method::PUT, &path, body)?).await?;
+        parse(&connection::collect(response).await?)
+    }
+
+    pub(crate) async fn file_watch(
+        &self,
+        name: &SandboxName,
+        pairs: &[(&str, String)],
+    ) -> Result<JsonLines<WatchRecord>, Error> {
+        self.lines(&with_query(&sandbox(name, "/files/watch"), pairs)).await
     }
 
     /// Reads what happened.

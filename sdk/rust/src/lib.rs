@@ -14,7 +14,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`sandbox`], [`builder`], [`exec`], [`image`] | what users of the library touch |
+//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`] | what users of the library touch |
 //! | [`client`] | one typed call for each route of the control API |
 //! | [`session`] | a running command: output, stdin within its credit, signals |
 //! | [`locate`] | which service is used, and starting one when none answers |
@@ -30,6 +30,7 @@ pub mod client;
 mod connection;
 mod error;
 pub mod exec;
+pub mod fs;
 pub mod image;
 pub mod locate;
 pub mod sandbox;
@@ -40,6 +41,7 @@ pub use builder::SandboxBuilder;
 pub use client::{AttachOptions, Client, JsonLines};
 pub use error::Error;
 pub use exec::{Exec, ExecOutput};
+pub use fs::Fs;
 pub use image::Image;
 pub use locate::Locator;
 pub use msb_protocol as protocol;

@@ -10,6 +10,7 @@ use crate::builder::SandboxBuilder;
 use crate::client::{AttachOptions, Client, JsonLines};
 use crate::error::Error;
 use crate::exec::{Exec, ExecOutput};
+use crate::fs::Fs;
 use crate::session::Session;
 
 /// A sandbox of a service. Cheap to clone; dropping it does nothing to the sandbox (an attached one ends with this process).
@@ -221,6 +222,12 @@ impl Sandbox {
     /// Those of the service.
     pub async fn touch(&self) -> Result<SandboxDetail, Error> {
         self.client.touch(&self.name).await
+    }
+
+    /// Its files.
+    #[must_use]
+    pub fn fs(&self) -> Fs {
+        Fs::new(self.client.clone(), self.name.clone())
     }
 
     /// Reads its log.

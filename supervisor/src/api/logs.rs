@@ -43,6 +43,7 @@ struct Filter {
     sources: Vec<LogSource>,
     since: Option<Timestamp>,
     until: Option<Timestamp>,
+    grep: Option<String>,
 }
 
 impl Filter {
@@ -61,13 +62,14 @@ impl Filter {
                 }
             });
         }
-        Ok(Self { sources, since: which.since, until: which.until })
+        Ok(Self { sources, since: which.since, until: which.until, grep: which.grep.clone() })
     }
 
     fn takes(&self, record: &LogRecord) -> bool {
         self.sources.contains(&record.source)
             && self.since.is_none_or(|since| record.time >= since)
             && self.until.is_none_or(|until| record.time < until)
+            && self.grep.as_ref().is_none_or(|text| record.data.contains(text.as_str()))
     }
 }
 
@@ -272,6 +274,11 @@ mod tests {
         assert_eq!(
             read_all(directory.path(), LogQuery { source: Some("stderr".into()), ..all.clone() }),
             ["1", "3", "5"]
+        );
+        assert_eq!(
+            read_all(directory.path(), LogQuery { grep: Some("3".into()), tail: Some(1), ..all.clone() }),
+            ["3"],
+            "the tail counts what fits"
         );
         let at = |second| Some(Timestamp::from_second(second).unwrap());
         assert_eq!(read_all(directory.path(), LogQuery { since: at(2), until: at(5), ..all.clone() }), ["2", "3", "4"]);

@@ -5,6 +5,7 @@
 
 mod events;
 mod failure;
+mod files;
 mod host;
 mod images;
 mod logs;
@@ -82,7 +83,8 @@ impl ApiState {
         msb_protocol::control::LogRecord,
         msb_protocol::control::EventRecord,
         msb_protocol::control::LoadEvent,
-        msb_protocol::images::PullEvent
+        msb_protocol::images::PullEvent,
+        msb_protocol::file_api::WatchRecord
     ))
 )]
 struct Document;
@@ -106,6 +108,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(streams::main))
         .routes(routes!(streams::attach))
         .routes(routes!(logs::logs))
+        .routes(routes!(files::call))
+        .routes(routes!(files::read))
+        .routes(routes!(files::watch))
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))
@@ -121,9 +126,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .split_for_parts()
 }
 
-/// Loads have no limit on their body; everything else has.
+/// Loads and the content of files have no limit on their body; everything else has.
 fn load_route() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::new().routes(routes!(images::load)).split_for_parts()
+    OpenApiRouter::new().routes(routes!(images::load)).routes(routes!(files::write)).split_for_parts()
 }
 
 fn document() -> utoipa::openapi::OpenApi {

@@ -18,4 +18,5 @@ mod sdk;
 mod service;
 mod session;
 mod streams;
+mod terminal;
 mod workload;

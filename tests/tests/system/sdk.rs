@@ -22,6 +22,35 @@ async fn client(home: &Home) -> Client {
     locator.connect().await.expect("a service")
 }
 
+/// Files through the agent: what is written is what a command inside sees, and errors carry the system's number.
+async fn files(sandbox: &Sandbox) {
+    let fs = sandbox.fs();
+    let content: Vec<u8> = (0..3_000_001u32).map(|at| (at % 251) as u8).collect();
+    let written = fs.write("/tmp/data", content.clone()).await.expect("write");
+    assert_eq!((written.size, written.mode & 0o7777), (3_000_001, 0o644));
+    assert!(fs.read("/tmp/data", 4 << 20).await.expect("read") == content);
+    let sum = sandbox.exec(["sh", "-c", "wc -c < /tmp/data; chmod 4755 /tmp/data; ls /tmp"]).await.expect("exec");
+    assert_eq!(sum.stdout_text(), "3000001\ndata\n", "whole, and nothing beside it");
+    let written = fs.write("/tmp/data", "new").await.expect("write again");
+    assert_eq!((written.size, written.mode & 0o7777), (3, 0o4755), "the mode stays");
+    fs.make_directories("/tmp/a/b").await.expect("mkdir");
+    fs.symlink("/tmp/data", "/tmp/a/link").await.expect("symlink");
+    assert_eq!(fs.read("/tmp/a/link", 10).await.expect("read through a link"), b"new");
+    assert_eq!(fs.real_path("/tmp/a/./link").await.expect("realpath"), "/tmp/data");
+    let names: Vec<String> = fs.list("/tmp/a").await.expect("list").into_iter().map(|entry| entry.name).collect();
+    assert_eq!(names, ["b", "link"]);
+    fs.rename("/tmp/a/link", "/tmp/a/c").await.expect("rename");
+    fs.chown("/tmp/data", 1000, 50).await.expect("chown");
+    assert_eq!(fs.stat("/tmp/data").await.expect("stat").uid, 1000);
+    let error = fs.read("/tmp/none", 10).await.expect_err("nothing is there");
+    assert_eq!((error.code(), error.api().errno), (ErrorCode::PathNotFound, Some(2)));
+    let error = fs.clone().as_user("app").write("/etc/x", "x").await.expect_err("not app's to write");
+    assert_eq!((error.code(), error.api().errno), (ErrorCode::PermissionDenied, Some(13)));
+    assert_eq!(fs.remove("/tmp/a").await.expect_err("not empty").api().errno, Some(39));
+    fs.remove_all("/tmp/a").await.expect("remove the tree");
+    assert!(!fs.exists("/tmp/a").await.expect("exists"));
+}
+
 #[tokio::test]
 async fn the_builder_makes_a_sandbox_that_answers() {
     let home = Home::new("sdk");
@@ -50,6 +79,7 @@ async fn the_builder_makes_a_sandbox_that_answers() {
     let output = sandbox.exec(Exec::new(["cat"]).stdin(vec![b'x'; 1 << 20])).await.expect("exec");
     assert_eq!(output.stdout.len(), 1 << 20);
 
+    files(&sandbox).await;
     let late = sandbox.exec(Exec::new(["sleep", "600"]).timeout(Duration::from_secs(1))).await.expect("exec");
     assert!(late.end.timed_out, "{:?}", late.end);
 
