@@ -278,7 +278,9 @@ impl SupervisorActor {
             None => {
                 // It died before its record was durable: nothing was made of it yet.
                 if let Some(child) = this.children.get(&name).filter(|child| child.id == id) {
-                    child.view.send_replace(Arc::new(View { gone: true, ..View::clone(&child.view.borrow()) }));
+                    // Copied first: a view cannot be replaced while it is borrowed.
+                    let last = View::clone(&child.view.borrow());
+                    child.view.send_replace(Arc::new(View { gone: true, ..last }));
                     this.children.remove(&name);
                 }
             }

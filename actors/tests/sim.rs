@@ -465,6 +465,16 @@ fn five_hundred_creators_dying_at_once() {
 }
 
 #[test]
+fn a_machine_that_is_ready_before_its_launch_has_returned_is_not_missed() {
+    simulate(|world| async move {
+        // Its one word about being ready comes early; a sandbox that missed it stayed `starting` for ever.
+        world.launcher.fault(|faults| (faults.silent_boot, faults.early_ready) = (true, true));
+        let detail = world.create(detached("early")).await;
+        assert_eq!(detail.summary.status, SandboxState::Running);
+    });
+}
+
+#[test]
 fn a_daemon_killed_in_each_phase_finds_the_truth_and_nothing_half_made_survives() {
     simulate(|mut world| async move {
         // Running, resting, asleep-to-be: adopted as they are.

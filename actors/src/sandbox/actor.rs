@@ -122,6 +122,8 @@ pub struct SandboxActor {
     vm: Option<VmHandle>,
     image: Option<PreparedImage>,
     beats: Option<BeatWatch>,
+    /// Events of a run whose launch or adoption is under way.
+    coming: Option<(BootId, mpsc::Receiver<VmEvent>)>,
     timer: Option<SpawnHandle>,
     beat_timer: Option<SpawnHandle>,
     /// Steps whose effects are not done yet, oldest first.
@@ -171,6 +173,7 @@ impl SandboxActor {
             vm: None,
             image: None,
             beats: None,
+            coming: None,
             timer: None,
             beat_timer: None,
             steps: VecDeque::new(),
@@ -502,7 +505,7 @@ impl SandboxActor {
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(spec) => {
-                let events = self.listen(run.boot_id, ctx);
+                let events = self.listen(run.boot_id);
                 let launching = self.surroundings.launcher.launch(Box::new(spec), events);
                 self.later(ctx, async move { News::Spawned(launching.await) });
             }
@@ -517,19 +520,26 @@ impl SandboxActor {
             run_dir: self.directories.run.clone(),
             log_dir: self.directories.logs.clone(),
         };
-        let events = self.listen(run.boot_id, ctx);
+        let events = self.listen(run.boot_id);
         let adopting = self.surroundings.launcher.adopt(request, events);
         self.later(ctx, async move { News::Adopted(adopting.await) });
     }
 
-    /// A channel for the events of one run; those of another are dropped where they arrive.
-    fn listen(&self, boot_id: BootId, ctx: &mut Context<Self>) -> EventSink {
+    /// A channel for the events of one run; those of another are dropped where they arrive. They wait in it until the actor knows
+    /// the VM they come from ([`Self::hear_events`]): a fast VM is ready before the news of its launch is here, and an event that
+    /// the machine cannot place yet would be lost.
+    fn listen(&mut self, boot_id: BootId) -> EventSink {
         let (sink, events) = mpsc::channel(EVENTS_LEN);
-        let events = futures_util::stream::unfold(events, move |mut events| async move {
-            events.recv().await.map(|event| ((boot_id, event), events))
-        });
-        ctx.add_stream(events);
+        self.coming = Some((boot_id, events));
         sink
+    }
+
+    /// From now on the events of the run just launched or adopted are heard.
+    fn hear_events(&mut self, ctx: &mut Context<Self>) {
+        let Some((boot_id, events)) = self.coming.take() else { return };
+        ctx.add_stream(futures_util::stream::unfold(events, move |mut events| async move {
+            events.recv().await.map(|event| ((boot_id, event), events))
+        }));
     }
 
     fn command(&mut self, command: VmCommand) {
@@ -579,6 +589,7 @@ impl SandboxActor {
                     msb_protocol::vmm::VmState::Booting | msb_protocol::vmm::VmState::SettingUp
                 );
                 self.tell(Event::Adopted { ready }, ctx);
+                self.hear_events(ctx);
                 self.watch_creator(ctx);
                 return;
             }
@@ -598,7 +609,11 @@ impl SandboxActor {
         if failure.is_some() {
             self.failure = failure;
         }
+        let launched = matches!(event, Event::PhaseDone(StartPhase::VmSpawned));
         self.tell(event, ctx);
+        if launched {
+            self.hear_events(ctx);
+        }
     }
 
     fn files_removed(&mut self, outcome: Result<(), ApiError>, ctx: &mut Context<Self>) {

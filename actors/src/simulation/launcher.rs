@@ -27,6 +27,8 @@ pub struct Faults {
     pub boot: bool,
     /// The agent is never ready.
     pub silent_boot: bool,
+    /// The agent is ready before the launch has returned.
+    pub early_ready: bool,
     /// Shutdowns are ignored; only a kill helps.
     pub deaf: bool,
     /// Kills are ignored too, this many times.
@@ -182,6 +184,10 @@ impl Launcher for FakeLauncher {
         let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), inbox, gone: Mutex::new(None) });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
         let (commands, queue) = mpsc::channel(16);
+        if faults.early_ready {
+            // The channel is new: there is room.
+            let _ = events.try_send(VmEvent::AgentReady { phases: Vec::new() });
+        }
         tokio::spawn(live(vm, faults, self.clock.clone(), events, queue, inputs));
         Box::pin(async move { Ok(VmHandle { identity, commands }) })
     }
