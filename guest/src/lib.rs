@@ -8,6 +8,8 @@
 //!                         ├─► root/      disks, overlay, volumes, what a container finds in /
 //!                         ├─► session/   one process with its streams: exec and the main workload
 //!                         ├─► account, command, limits    pure: who runs what with which environment
+//!                         ├─► resolver/  names to addresses, as the guest's own files say
+//!                         ├─► sftp/      the SFTP server, a process of its own (`main.rs ── sftp ──►`)
 //!                         └─► sys/       the only unsafe code
 //! ```
 
@@ -23,6 +25,8 @@ pub mod command;
 pub mod failure;
 pub mod init;
 pub mod limits;
+pub mod resolver;
 pub mod root;
 pub mod session;
+pub mod sftp;
 pub mod sys;

@@ -54,6 +54,7 @@ fn exec() -> ExecConfig {
         terminal: Some(TerminalSize { rows: 24, columns: 80 }),
         timeout_ms: 1500,
         wait_output: true,
+        login: false,
     }
 }
 

@@ -62,8 +62,15 @@ pub(crate) const CHECK: &[Package] = &[
     package("busybox-static", "/bin/busybox", "the programs inside the lab's machine"),
 ];
 
+/// The clients that people use with sandboxes, against which tests hold our servers.
+pub(crate) const CLIENTS: &[Package] = &[
+    package("openssh-client", "ssh", "logs in, copies and forwards through the sandbox's SSH server"),
+    package("rsync", "rsync", "copies over SSH"),
+    package("curl", "curl", "speaks through a forwarded SOCKS port"),
+];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

@@ -157,7 +157,7 @@ fn documents(_: &Arguments) -> Result<Outcome> {
 
 fn unit(_: &Arguments) -> Result<Outcome> {
     // Some unit tests hold our output against independent programs; without them they would say "skipped".
-    debian::ensure(&[debian::BUILD, debian::CHECK])?;
+    debian::ensure(&[debian::BUILD, debian::CHECK, debian::CLIENTS])?;
     program::run(binaries::cargo().args([
         "test",
         "--workspace",
@@ -175,6 +175,7 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     if debian::ensure(&[debian::RUN]).is_err() {
         return Ok(Outcome::Skipped("qemu-system-x86_64 is not installed, and this user cannot install it".to_owned()));
     }
+    debian::ensure(&[debian::CLIENTS])?;
     let tree = cache::development_tree();
     install::install(&tree, arguments.build)?;
     let small = images::small()?;

@@ -3,7 +3,9 @@
 //! | what | counts |
 //! |---|---|
 //! | exec, attach, main streams | from open to close ([`ActivityGuard`]) |
+//! | SSH sessions | as above: while their process lives |
 //! | touch | once |
+//! | connections forwarded by SSH | their opening, and each piece of their bytes |
 //! | everything else | never: it has no guard to hold |
 
 use std::sync::Arc;
@@ -22,6 +24,10 @@ pub enum ActivityKind {
     Attach,
     /// `msb touch`.
     Touch,
+    /// A session of an SSH client.
+    Ssh,
+    /// Bytes of a connection that an SSH client forwards.
+    Forward,
 }
 
 impl ActivityKind {
@@ -32,6 +38,8 @@ impl ActivityKind {
             Self::Exec => "exec",
             Self::Attach => "attach",
             Self::Touch => "touch",
+            Self::Ssh => "ssh",
+            Self::Forward => "forward",
         }
     }
 }
@@ -94,6 +102,14 @@ impl Activity {
 #[derive(Debug)]
 pub struct ActivityGuard {
     activity: Arc<Activity>,
+}
+
+impl ActivityGuard {
+    /// The activity it is part of.
+    #[must_use]
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
 }
 
 impl Drop for ActivityGuard {

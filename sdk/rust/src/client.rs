@@ -353,11 +353,11 @@ impl Client {
         Ok(JsonLines::new(response, Some(connection)))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         parse(&self.call(request(Method::GET, path, connection::empty())?).await?)
     }
 
-    async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
+    pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
         let body = serde_json::to_vec(body).map_err(Error::protocol)?;
         let mut request = request(Method::POST, path, connection::full(body))?;
         request.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
@@ -388,7 +388,7 @@ impl Client {
         self.fresh().await
     }
 
-    async fn fresh(&self) -> Result<Connection, Error> {
+    pub(crate) async fn fresh(&self) -> Result<Connection, Error> {
         let stream = connection::connect(&self.inner.socket, self.inner.owner)
             .await
             .map_err(|error| open_failed(&self.inner.socket, &error))?;
@@ -485,7 +485,7 @@ fn attach_message(options: AttachOptions) -> ClientMessage {
     ClientMessage::Attach { stdin: options.stdin, terminal: options.terminal, timeout_ms: options.timeout_ms }
 }
 
-fn sandbox(name: &SandboxName, rest: &str) -> String {
+pub(crate) fn sandbox(name: &SandboxName, rest: &str) -> String {
     // A name's characters are all unreserved in a path (RFC 3986, section 2.3).
     format!("/v1/sandboxes/{name}{rest}")
 }
@@ -494,7 +494,7 @@ fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
     if on { vec![(name, "true".to_owned())] } else { Vec::new() }
 }
 
-fn with_query(path: &str, pairs: &[(&str, String)]) -> String {
+pub(crate) fn with_query(path: &str, pairs: &[(&str, String)]) -> String {
     let mut uri = path.to_owned();
     for (index, (key, value)) in pairs.iter().enumerate() {
         uri.push(if index == 0 { '?' } else { '&' });

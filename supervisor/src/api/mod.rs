@@ -9,6 +9,7 @@ mod host;
 mod images;
 mod logs;
 mod sandboxes;
+mod ssh;
 mod streams;
 
 use std::path::PathBuf;
@@ -104,6 +105,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(streams::main))
         .routes(routes!(streams::attach))
         .routes(routes!(logs::logs))
+        .routes(routes!(ssh::connect))
+        .routes(routes!(ssh::host))
+        .routes(routes!(ssh::authorized_keys, ssh::authorize))
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))

@@ -15,5 +15,6 @@ mod output;
 mod sdk;
 mod service;
 mod session;
+mod ssh;
 mod streams;
 mod workload;
