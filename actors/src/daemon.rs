@@ -14,7 +14,7 @@ use msb_protocol::control::{
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
-use msb_protocol::id::SandboxName;
+use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
@@ -353,6 +353,14 @@ impl Daemon {
         let sandbox = self.find(name).await?;
         let state = sandbox.view.borrow().state();
         if state == SandboxState::Asleep { self.start(name, false).await.map(drop) } else { Ok(()) }
+    }
+
+    /// The identity of the sandbox that has this name now.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn identity(&self, name: &SandboxName) -> Result<SandboxId, ApiError> {
+        Ok(self.find(name).await?.id)
     }
 
     /// The SSH forwarder of a sandbox.

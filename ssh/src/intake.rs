@@ -7,8 +7,8 @@
 //!
 //! The library acknowledges bytes when they arrive, not when they are taken, and reads one packet after the other for all channels.
 //! To stop reading would stop everything behind it: other channels, signals, and the very window adjustments without which the
-//! process that should take the bytes cannot write. So a full intake slows reading down, more the fuller it is, and only a
-//! connection that stays at the limit is ended. The wait is a pure function of what is held; time is the caller's.
+//! process that should take the bytes cannot write. So a full intake slows reading down, more the fuller it is, and never stops it;
+//! a sandbox that takes nothing for hours ends the connection. The wait is a pure function of what is held; time is the caller's.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,18 +18,18 @@ use tokio::sync::Notify;
 
 /// Bytes that may be held without any wait.
 pub const FREE_LEN: usize = 1 << 20;
-/// Bytes that are held at most, but for the packets that were on their way.
-pub const HELD_LEN_MAX: usize = 16 << 20;
+/// Bytes from which on every packet waits the longest.
+const SLOW_LEN: usize = 16 << 20;
+/// Bytes that are held at most. At the longest wait it takes hours to get here.
+pub const HELD_LEN_MAX: usize = 64 << 20;
 /// The wait when the first byte too many is held.
 const WAIT_MIN: Duration = Duration::from_millis(20);
-/// The wait just below the limit.
-const WAIT_MAX: Duration = Duration::from_secs(2);
-/// How long a connection may stay at the limit.
-const LIMIT_WAIT: Duration = Duration::from_secs(60);
+/// The longest wait; short enough for a client's keepalives to be answered.
+const WAIT_MAX: Duration = Duration::from_secs(10);
 /// What a packet costs beside its bytes: a client may send single bytes.
 const PACKET_COST: usize = 128;
 
-/// A connection stayed at the limit: what it sends is not taken by the sandbox.
+/// A connection reached the limit: what it sends is not taken by the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("more than {HELD_LEN_MAX} bytes were sent that the sandbox did not take")]
 pub struct Overrun;
@@ -81,35 +81,31 @@ impl Intake {
     /// [`Overrun`].
     pub async fn pace(&self) -> Result<(), Overrun> {
         let held = self.held();
+        if held >= HELD_LEN_MAX {
+            return Err(Overrun);
+        }
         let Some(limit) = wait_for(held) else { return Ok(()) };
         let room = async {
             loop {
                 let taken = self.taken.notified();
-                // At the limit any progress is enough to go on, slowly.
-                if self.held() < if held >= HELD_LEN_MAX { HELD_LEN_MAX } else { FREE_LEN } {
+                if self.held() < FREE_LEN {
                     return;
                 }
                 taken.await;
             }
         };
-        match tokio::time::timeout(limit, room).await {
-            Err(_) if held >= HELD_LEN_MAX => Err(Overrun),
-            _ => Ok(()),
-        }
+        // Either is a reason to go on.
+        let _ = tokio::time::timeout(limit, room).await;
+        Ok(())
     }
 }
 
 /// How long the next packet waits at most while this much is held; none: not at all.
 #[must_use]
 pub fn wait_for(held: usize) -> Option<Duration> {
-    if held < FREE_LEN {
-        return None;
-    }
-    if held >= HELD_LEN_MAX {
-        return Some(LIMIT_WAIT);
-    }
+    let above = held.checked_sub(FREE_LEN)?;
     // Squared, so that a sandbox that is only a little slower is hardly noticed.
-    let share = (held - FREE_LEN) as f64 / (HELD_LEN_MAX - FREE_LEN) as f64;
+    let share = (above as f64 / (SLOW_LEN - FREE_LEN) as f64).min(1.0);
     Some(WAIT_MIN + (WAIT_MAX - WAIT_MIN).mul_f64(share * share))
 }
 
@@ -197,22 +193,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_a_connection_that_stays_at_the_limit_is_ended() {
+    async fn a_sandbox_that_takes_nothing_is_waited_for_for_hours() {
         let intake = Intake::new(1);
         let slot = intake.open().unwrap();
-        let (first, _rest) = (slot.hold(1 << 20), slot.hold(HELD_LEN_MAX - (1 << 19)));
-        let (outcome, ()) = tokio::join!(intake.pace(), async {
-            tokio::time::sleep(LIMIT_WAIT / 2).await;
-            drop(first);
-        });
-        outcome.unwrap();
-        let _more = slot.hold(1 << 20);
-        assert_eq!(intake.pace().await, Err(Overrun));
+        let (started, mut held) = (tokio::time::Instant::now(), Vec::new());
+        while intake.pace().await.is_ok() {
+            held.push(slot.hold(32 << 10));
+        }
+        assert!(started.elapsed() > Duration::from_secs(3 * 3600), "{:?}", started.elapsed());
+        assert!(intake.held() < HELD_LEN_MAX + (64 << 10));
+        held.clear();
+        intake.pace().await.unwrap();
     }
 
     proptest! {
         #[test]
-        fn more_held_never_waits_less(a in 0usize..HELD_LEN_MAX * 2, b in 0usize..HELD_LEN_MAX * 2) {
+        fn more_held_never_waits_less(a in 0usize..HELD_LEN_MAX, b in 0usize..HELD_LEN_MAX) {
             let (less, more) = (a.min(b), a.max(b));
             prop_assert!(wait_for(less).unwrap_or_default() <= wait_for(more).unwrap_or_default());
         }

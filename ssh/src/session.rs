@@ -13,6 +13,8 @@
 //! A running process has three flows that never wait for each other: what the client sends is taken at once, what of it is
 //! standard input waits until the process reads it, and what the process says waits for the client.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::state::ProcessEnd;
@@ -34,6 +36,8 @@ const ENV_COUNT_MAX: usize = 64;
 const ENV_LEN_MAX: usize = 4096;
 /// Longest command line, in bytes.
 const COMMAND_LEN_MAX: usize = 128 << 10;
+/// Time to hand an answer over.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Rows of a terminal whose client does not know them.
 const ROWS_DEFAULT: u16 = 24;
 /// Columns of a terminal whose client does not know them.
@@ -54,14 +58,14 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                     rows: size(row_height, ROWS_DEFAULT),
                     columns: size(col_width, COLUMNS_DEFAULT),
                 });
-                let _ = handle.channel_success(id).await;
+                answer(handle.channel_success(id)).await;
             }
             ChannelMsg::SetEnv { variable_name, variable_value, .. } => {
-                let _ = if take_env(&mut command.env, variable_name, variable_value) {
-                    handle.channel_success(id).await
+                if take_env(&mut command.env, variable_name, variable_value) {
+                    answer(handle.channel_success(id)).await;
                 } else {
-                    handle.channel_failure(id).await
-                };
+                    answer(handle.channel_failure(id)).await;
+                }
             }
             ChannelMsg::RequestShell { .. } => break start(target, command, &handle, id).await,
             ChannelMsg::Exec { command: line, .. } => {
@@ -72,7 +76,7 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                         break start(target, command, &handle, id).await;
                     }
                     _ => {
-                        let _ = handle.channel_failure(id).await;
+                        answer(handle.channel_failure(id)).await;
                     }
                 }
             }
@@ -87,7 +91,7 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
             }
             // The library itself refuses agents.
             ChannelMsg::RequestSubsystem { .. } | ChannelMsg::RequestX11 { .. } => {
-                let _ = handle.channel_failure(id).await;
+                answer(handle.channel_failure(id)).await;
             }
             ChannelMsg::Close => return,
             _ => {}
@@ -110,6 +114,12 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
     }
 }
 
+/// Gives an answer to the connection's loop. A client that asks more than it hears answers for could make both wait for each other,
+/// so an answer that does not get through is given up.
+async fn answer(giving: impl Future<Output = Result<(), ()>>) {
+    let _ = tokio::time::timeout(ANSWER_LIMIT, giving).await;
+}
+
 /// The sftp subsystem: packets straight between the client and a server inside.
 async fn sftp<T: Target>(
     target: &T,
@@ -122,12 +132,12 @@ async fn sftp<T: Target>(
     let id = to_client.id();
     match target.sftp(user).await {
         Ok(inside) => {
-            let _ = handle.channel_success(id).await;
+            answer(handle.channel_success(id)).await;
             pipe::run(from_client, to_client, slot, inside).await;
             let _ = handle.exit_status_request(id, 0).await;
         }
         Err(error) => {
-            let _ = handle.channel_success(id).await;
+            answer(handle.channel_success(id)).await;
             tell_failure(&error, handle, id).await;
         }
     }
@@ -139,11 +149,11 @@ async fn sftp<T: Target>(
 async fn start<T: Target>(target: &T, command: Command, handle: &Handle, id: ChannelId) -> Option<Process> {
     match target.start(command).await {
         Ok(process) => {
-            let _ = handle.channel_success(id).await;
+            answer(handle.channel_success(id)).await;
             Some(process)
         }
         Err(error) => {
-            let _ = handle.channel_success(id).await;
+            answer(handle.channel_success(id)).await;
             tell_failure(&error, handle, id).await;
             let _ = handle.eof(id).await;
             let _ = handle.close(id).await;
@@ -205,7 +215,7 @@ async fn take(
             | ChannelMsg::SetEnv { .. }
             | ChannelMsg::RequestSubsystem { .. }
             | ChannelMsg::RequestX11 { .. } => {
-                let _ = handle.channel_failure(id).await;
+                answer(handle.channel_failure(id)).await;
             }
             _ => {}
         }

@@ -40,7 +40,7 @@ impl SandboxTarget {
     }
 
     async fn open(&self, kind: OpenKind, activity: ActivityKind) -> Result<(Session, ActivityGuard), ApiError> {
-        if self.daemon.inspect(&self.name).await?.summary.id != self.id {
+        if self.daemon.identity(&self.name).await? != self.id {
             return Err(ApiError::new(ErrorCode::SandboxNotFound, format!("sandbox {} was removed", self.name)));
         }
         self.daemon.open(&self.name, kind, activity).await
