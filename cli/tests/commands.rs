@@ -173,7 +173,6 @@ fn what_is_not_built_says_so() {
         &["save", "-o", "x"],
         &["image", "prune", "--yes"],
         &["cp", "a", "web:/b"],
-        &["ssh", "web"],
         &["volume", "create", "v"],
         &["snapshot", "ls"],
         &["metrics", "--watch"],

@@ -15,8 +15,8 @@ use msb_guest::session::{Guest, Sessions};
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
     Assembler, Data, EnvVar, ExecConfig, Exited, GuestBody, GuestConfig, HostBody, MainConfig, Open, OpenAttach,
-    OpenControl, OpenKind, OpenMain, OpenTcp, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal,
-    StdinEof, TerminalSize, encode_host,
+    OpenControl, OpenKind, OpenMain, OpenTcp, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder,
+    Signal, StdinEof, TerminalSize, encode_host,
 };
 
 const BOOT_ID: &[u8] = b"0123456789abcdef";

@@ -42,8 +42,8 @@ impl Rejections {
         }
         self.count = self.count.saturating_add(1);
         let delay = match self.count {
-            0..=FREE => Duration::ZERO,
-            ..=MANY => DELAY,
+            count if count <= FREE => Duration::ZERO,
+            count if count <= MANY => DELAY,
             _ => DELAY_MAX,
         };
         let log = if self.lines < LINES {

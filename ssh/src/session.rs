@@ -133,15 +133,16 @@ async fn sftp<T: Target>(
     match target.sftp(user).await {
         Ok(inside) => {
             answer(handle.channel_success(id)).await;
+            // The end of what the server says was told already.
             pipe::run(from_client, to_client, slot, inside).await;
             let _ = handle.exit_status_request(id, 0).await;
         }
         Err(error) => {
             answer(handle.channel_success(id)).await;
             tell_failure(&error, handle, id).await;
+            let _ = handle.eof(id).await;
         }
     }
-    let _ = handle.eof(id).await;
     let _ = handle.close(id).await;
 }
 

@@ -63,7 +63,12 @@ impl Bench {
     }
 }
 
-async fn run(stream: tokio::io::DuplexStream, host_key: &str, key: OneTimeKey, line: &str) -> Result<Vec<Heard>, ClientError> {
+async fn run(
+    stream: tokio::io::DuplexStream,
+    host_key: &str,
+    key: OneTimeKey,
+    line: &str,
+) -> Result<Vec<Heard>, ClientError> {
     let request = Request { line: (!line.is_empty()).then(|| line.to_owned()), ..Request::default() };
     let (mut ear, _mouth) = client::start(stream, host_key, key, "user", request).await?;
     let mut heard = Vec::new();

@@ -107,6 +107,11 @@ impl Target for Here {
     }
 }
 
+#[allow(clippy::print_stderr, reason = "a test that cannot run here says so")]
+fn skipped() {
+    eprintln!("skipped: needs ssh and ssh-keygen (Debian: openssh-client)");
+}
+
 struct Bench {
     dir: tempfile::TempDir,
     port: u16,
@@ -118,7 +123,7 @@ impl Bench {
     async fn new() -> Option<Self> {
         if ["ssh", "ssh-keygen"].iter().any(|tool| which(tool).is_none()) {
             assert!(std::env::var_os("MSB_REQUIRE_ALL").is_none(), "ssh and ssh-keygen are required");
-            eprintln!("skipped: needs ssh and ssh-keygen (Debian: openssh-client)");
+            skipped();
             return None;
         }
         let dir = tempfile::tempdir().unwrap();

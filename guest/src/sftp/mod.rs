@@ -12,6 +12,7 @@ mod files;
 pub mod wire;
 
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
 
 use files::Server;
@@ -29,23 +30,19 @@ const READ_LEN: usize = 256 << 10;
 /// Serves standard input and output to its end.
 #[must_use]
 pub fn run() -> ExitCode {
-    // The host's side of the stream was made non-blocking for the agent; here waiting is right.
-    for end in [rustix::io::ioctl_fionbio(std::io::stdin(), false), rustix::io::ioctl_fionbio(std::io::stdout(), false)]
-    {
-        if end.is_err() {
-            return ExitCode::FAILURE;
-        }
-    }
-    let (input, output) = (std::fs::File::from(dup(std::io::stdin())), std::fs::File::from(dup(std::io::stdout())));
+    let own = |end: BorrowedFd<'_>| {
+        // The host's side of the stream was made non-blocking for the agent; here waiting is right.
+        rustix::io::ioctl_fionbio(end, false)?;
+        rustix::io::fcntl_dupfd_cloexec(end, 3).map(std::fs::File::from)
+    };
+    // Without descriptors there is no stream to say anything on.
+    let (Ok(input), Ok(output)) = (own(std::io::stdin().as_fd()), own(std::io::stdout().as_fd())) else {
+        return ExitCode::FAILURE;
+    };
     match serve(input, output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
-}
-
-fn dup(fd: impl std::os::fd::AsFd) -> std::os::fd::OwnedFd {
-    // Without a descriptor there is no stream to say anything on.
-    rustix::io::fcntl_dupfd_cloexec(fd, 3).unwrap_or_else(|_| std::process::exit(1))
 }
 
 /// Serves a stream to its end.
