@@ -8,7 +8,7 @@ use std::time::Instant;
 use russh::keys::PublicKey;
 use russh::keys::ssh_key::HashAlg;
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
-use russh::{Channel, ChannelId, ChannelOpenFailure};
+use russh::{Channel, ChannelId, ChannelOpenFailure, Pty};
 
 use crate::intake::{Intake, Overrun};
 use crate::keys::AuthorizedKeys;
@@ -130,6 +130,46 @@ impl<T: Target> Handler for Connection<T> {
         let reason = "forwarding of Unix sockets is not offered".to_owned();
         reply.reject(ChannelOpenFailure::Other { code: 1, reason }).await;
         Ok(())
+    }
+
+    // The next three are answered here and not by the channel's task: the library remembers only whether the newest request wants an
+    // answer, and OpenSSH sends the command right behind them, so a late "no" to a variable would be taken for one to the command.
+
+    async fn pty_request(
+        &mut self,
+        channel: ChannelId,
+        _term: &str,
+        _columns: u32,
+        _rows: u32,
+        _pixel_width: u32,
+        _pixel_height: u32,
+        _modes: &[(Pty, u32)],
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        Ok(session.channel_success(channel)?)
+    }
+
+    async fn env_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        value: &str,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let accepted = session::accepts_env(name, value);
+        Ok(if accepted { session.channel_success(channel)? } else { session.channel_failure(channel)? })
+    }
+
+    async fn x11_request(
+        &mut self,
+        channel: ChannelId,
+        _single_connection: bool,
+        _protocol: &str,
+        _cookie: &str,
+        _screen: u32,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        Ok(session.channel_failure(channel)?)
     }
 
     async fn data(&mut self, _: ChannelId, _: &[u8], _: &mut Session) -> Result<(), Self::Error> {

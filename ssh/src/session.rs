@@ -58,14 +58,9 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                     rows: size(row_height, ROWS_DEFAULT),
                     columns: size(col_width, COLUMNS_DEFAULT),
                 });
-                answer(handle.channel_success(id)).await;
             }
             ChannelMsg::SetEnv { variable_name, variable_value, .. } => {
-                if take_env(&mut command.env, variable_name, variable_value) {
-                    answer(handle.channel_success(id)).await;
-                } else {
-                    answer(handle.channel_failure(id)).await;
-                }
+                take_env(&mut command.env, variable_name, variable_value);
             }
             ChannelMsg::RequestShell { .. } => break start(target, command, &handle, id).await,
             ChannelMsg::Exec { command: line, .. } => {
@@ -89,8 +84,7 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
             ChannelMsg::RequestSubsystem { name, .. } if name == "sftp" => {
                 return sftp(target, &command.user, from_client, &to_client, slot, &handle).await;
             }
-            // The library itself refuses agents.
-            ChannelMsg::RequestSubsystem { .. } | ChannelMsg::RequestX11 { .. } => {
+            ChannelMsg::RequestSubsystem { .. } => {
                 answer(handle.channel_failure(id)).await;
             }
             ChannelMsg::Close => return,
@@ -210,12 +204,7 @@ async fn take(
                 }
             }
             ChannelMsg::Close => return,
-            ChannelMsg::RequestPty { .. }
-            | ChannelMsg::RequestShell { .. }
-            | ChannelMsg::Exec { .. }
-            | ChannelMsg::SetEnv { .. }
-            | ChannelMsg::RequestSubsystem { .. }
-            | ChannelMsg::RequestX11 { .. } => {
+            ChannelMsg::RequestShell { .. } | ChannelMsg::Exec { .. } | ChannelMsg::RequestSubsystem { .. } => {
                 answer(handle.channel_failure(id)).await;
             }
             _ => {}
@@ -269,11 +258,16 @@ async fn tell_end(end: ProcessEnd, handle: &Handle, id: ChannelId) {
     };
 }
 
-fn take_env(env: &mut Vec<(String, String)>, name: String, value: String) -> bool {
-    let accepted = ENV_ACCEPTED.contains(&name.as_str()) || name.starts_with(ENV_ACCEPTED_PREFIX);
+/// Whether a client may set this variable.
+pub(crate) fn accepts_env(name: &str, value: &str) -> bool {
+    let accepted = ENV_ACCEPTED.contains(&name) || name.starts_with(ENV_ACCEPTED_PREFIX);
     let plain = name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_');
-    let fits = env.len() < ENV_COUNT_MAX && name.len() <= ENV_LEN_MAX && value.len() <= ENV_LEN_MAX;
-    let good = accepted && plain && fits && !value.contains('\0');
+    accepted && plain && name.len() <= ENV_LEN_MAX && value.len() <= ENV_LEN_MAX && !value.contains('\0')
+}
+
+/// Takes an accepted variable, unless there are too many already. What is refused is told by the connection.
+fn take_env(env: &mut Vec<(String, String)>, name: String, value: String) -> bool {
+    let good = accepts_env(&name, &value) && env.len() < ENV_COUNT_MAX;
     if good {
         env.push((name, value));
     }
