@@ -369,11 +369,18 @@ fn an_ssh_login_wakes_a_sandbox_and_its_session_keeps_it_awake() {
         assert_eq!(world.daemon.authorize(line.clone()).await.unwrap().added.len(), 1);
         assert_eq!(world.daemon.authorize(line).await.unwrap().added.len(), 0);
         assert_eq!(world.daemon.authorized_keys().await.unwrap().len(), 1);
+        drop((ear, mouth, forwarder));
+        tokio::time::timeout(Duration::from_secs(60), serving).await.unwrap().unwrap();
         let world = world.restart_daemon().await;
         assert_eq!(world.daemon.ssh_host(&web).await.unwrap().host_key, host.host_key);
+
+        // A connection ends with its sandbox.
+        let (forwarder, key) = (world.daemon.ssh(&web).await.unwrap(), OneTimeKey::generate().unwrap());
+        let keys = forwarder.keys(Some(&key.public_line())).await.unwrap();
+        let (_ours, theirs) = tokio::io::duplex(64 << 10);
+        let serving = tokio::spawn(async move { forwarder.serve(theirs, keys, "test").await });
         world.daemon.remove(&web, true).await.unwrap();
         assert_eq!(world.daemon.ssh_host(&web).await.unwrap_err().code, ErrorCode::SandboxNotFound);
-        drop((ear, mouth));
         tokio::time::timeout(Duration::from_secs(60), serving).await.unwrap().unwrap();
     });
 }
