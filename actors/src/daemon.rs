@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use actix::{Actor, Addr, MailboxError};
 use msb_protocol::control::{
-    ActorRow, ActorTree, CreateRequest, GuestMetrics, MetricsSnapshot, SandboxDetail, SandboxMetrics, SandboxSummary,
+    ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, GuestMetrics, MetricsSnapshot, SandboxDetail,
+    SandboxMetrics, SandboxSummary, SshHost,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
-use msb_protocol::id::SandboxName;
+use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
@@ -26,9 +27,10 @@ use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::metrics::{Latest, MetricsActor};
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
-use crate::sandbox::actor::{Ask, LetGo};
+use crate::sandbox::actor::{Ask, LetGo, OpenSsh};
 use crate::sandbox::machine::{By, Event, Then};
 use crate::sandbox::plan;
+use crate::sandbox::ssh::{self, SshForwarder};
 use crate::sandbox::view::View;
 use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings};
 use crate::vm::session::{self, Session};
@@ -340,6 +342,73 @@ impl Daemon {
     pub async fn wait(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
         let sandbox = self.find(name).await?;
         Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
+    }
+
+    /// Starts a sandbox that is asleep; any other is left alone.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, or why it does not start.
+    pub async fn wake(&self, name: &SandboxName) -> Result<(), ApiError> {
+        let sandbox = self.find(name).await?;
+        let state = sandbox.view.borrow().state();
+        if state == SandboxState::Asleep { self.start(name, false).await.map(drop) } else { Ok(()) }
+    }
+
+    /// The identity of the sandbox that has this name now.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn identity(&self, name: &SandboxName) -> Result<SandboxId, ApiError> {
+        Ok(self.find(name).await?.id)
+    }
+
+    /// The SSH forwarder of a sandbox.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_busy`, or why its host key cannot be used.
+    pub async fn ssh(&self, name: &SandboxName) -> Result<Arc<SshForwarder>, ApiError> {
+        let sandbox = self.find(name).await?;
+        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {name} is being made again"));
+        let address = sandbox.address.as_ref().ok_or_else(busy)?;
+        address.send(OpenSsh(self.clone())).await.map_err(|_| busy())?
+    }
+
+    /// How an SSH client finds a sandbox: its host key, and the user that its processes run as.
+    ///
+    /// # Errors
+    /// As [`Daemon::ssh`].
+    pub async fn ssh_host(&self, name: &SandboxName) -> Result<SshHost, ApiError> {
+        let (host_key, fingerprint) = self.ssh(name).await?.host_key();
+        let detail = self.inspect(name).await?;
+        let user = match detail.spec.user.filter(|user| !user.is_empty()) {
+            Some(user) => user,
+            None if detail.image_digest.is_empty() => String::new(),
+            // An image that is gone leaves the usual user.
+            None => self.inspect_image(detail.image_digest).await.map(|image| image.config.user).unwrap_or_default(),
+        };
+        // A login name is a user; their groups are the sandbox's business.
+        let user = match user.split(':').next() {
+            Some(user) if !user.is_empty() => user.to_owned(),
+            _ => "root".to_owned(),
+        };
+        Ok(SshHost { sandbox: name.clone(), user, host_key, fingerprint })
+    }
+
+    /// The keys that may log in to every sandbox of this home.
+    ///
+    /// # Errors
+    /// `invalid_config` naming the line, `permission_denied`.
+    pub async fn authorized_keys(&self) -> Result<Vec<AuthorizedKey>, ApiError> {
+        Ok(ssh::summaries(&ssh::load_keys(self.surroundings.home.authorized_keys()).await?))
+    }
+
+    /// Adds keys to them.
+    ///
+    /// # Errors
+    /// `invalid_config` naming the line; nothing is added then.
+    pub async fn authorize(&self, text: String) -> Result<Authorized, ApiError> {
+        let (added, known) = ssh::authorize(self.surroundings.home.authorized_keys(), text).await?;
+        Ok(Authorized { added, known: known as u64 })
     }
 
     /// Opens a stream to a sandbox's agent, waking it if it sleeps. The guard counts as activity while it is held.

@@ -343,6 +343,62 @@ fn idleness_puts_to_sleep_activity_prevents_it_and_exec_wakes() {
 }
 
 #[test]
+fn an_ssh_login_wakes_a_sandbox_and_its_session_keeps_it_awake() {
+    use msb_ssh::client::{self, Heard, OneTimeKey, Request};
+    simulate(|world| async move {
+        let web = name("web");
+        world.create(SandboxSpec { idle_timeout_ms: Some(5_000), ..detached("web") }).await;
+        let host = world.daemon.ssh_host(&web).await.unwrap();
+        assert_eq!((host.user.as_str(), host.sandbox.as_str()), ("root", "web"));
+        world.turn(6_000).await;
+        world.until("web", SandboxState::Asleep).await;
+
+        let (forwarder, key) = (world.daemon.ssh(&web).await.unwrap(), OneTimeKey::generate().unwrap());
+        assert!(forwarder.keys(Some("no key")).await.is_err());
+        let keys = forwarder.keys(Some(&key.public_line())).await.unwrap();
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let serving = tokio::spawn({
+            let forwarder = forwarder.clone();
+            async move { forwarder.serve(theirs, keys, "test").await }
+        });
+        let request = Request { line: Some("cat".into()), ..Request::default() };
+        let (mut ear, mouth) = client::start(ours, &host.host_key, key, &host.user, request).await.unwrap();
+        mouth.write("to and fro".into()).await.unwrap();
+        assert_eq!(ear.next().await, Some(Heard::Stdout("to and fro".into())));
+        let detail = world.daemon.inspect(&web).await.unwrap();
+        assert_eq!((detail.summary.status, detail.last_activity.as_deref()), (SandboxState::Running, Some("ssh")));
+        world.turn(20_000).await;
+        assert_eq!(world.state("web").await, Some(SandboxState::Running), "a session is activity");
+        mouth.finish().await.unwrap();
+        assert_eq!(ear.next().await, Some(Heard::Exited(0)));
+        assert_eq!(ear.next().await, None);
+        // The connection is still there, and no activity.
+        world.turn(6_000).await;
+        world.until("web", SandboxState::Asleep).await;
+
+        // A stranger's key is no key, and the host key is the sandbox's for as long as it exists.
+        assert!(world.daemon.authorize("ssh-rsa AAAA".into()).await.is_err());
+        let line = OneTimeKey::generate().unwrap().public_line();
+        assert_eq!(world.daemon.authorize(line.clone()).await.unwrap().added.len(), 1);
+        assert_eq!(world.daemon.authorize(line).await.unwrap().added.len(), 0);
+        assert_eq!(world.daemon.authorized_keys().await.unwrap().len(), 1);
+        drop((ear, mouth, forwarder));
+        tokio::time::timeout(Duration::from_secs(60), serving).await.unwrap().unwrap();
+        let world = world.restart_daemon().await;
+        assert_eq!(world.daemon.ssh_host(&web).await.unwrap().host_key, host.host_key);
+
+        // A connection ends with its sandbox.
+        let (forwarder, key) = (world.daemon.ssh(&web).await.unwrap(), OneTimeKey::generate().unwrap());
+        let keys = forwarder.keys(Some(&key.public_line())).await.unwrap();
+        let (_ours, theirs) = tokio::io::duplex(64 << 10);
+        let serving = tokio::spawn(async move { forwarder.serve(theirs, keys, "test").await });
+        world.daemon.remove(&web, true).await.unwrap();
+        assert_eq!(world.daemon.ssh_host(&web).await.unwrap_err().code, ErrorCode::SandboxNotFound);
+        tokio::time::timeout(Duration::from_secs(60), serving).await.unwrap().unwrap();
+    });
+}
+
+#[test]
 fn a_maximum_duration_ends_with_a_flush() {
     simulate(|world| async move {
         world

@@ -5,7 +5,7 @@ use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
     bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, remove,
-    restart, run, start, status, stop, uninstall, wait,
+    restart, run, ssh, start, status, stop, uninstall, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -113,8 +113,8 @@ pub enum Command {
     /// Copy files between host and sandboxes (not built yet)
     #[command(name = "cp", visible_alias = "copy")]
     Copy(Unbuilt),
-    /// Log in to a sandbox with SSH, or serve it (not built yet)
-    Ssh(Unbuilt),
+    /// Log in to a sandbox with SSH, or let other clients do so
+    Ssh(ssh::SshArgs),
     /// Change the labels of a sandbox (not built yet)
     Label(Unbuilt),
     /// Copy a running sandbox, memory included (not built yet)
@@ -206,6 +206,7 @@ impl Command {
     #[must_use]
     pub fn is_workload(&self) -> bool {
         matches!(self, Self::Run(_) | Self::Exec(_) | Self::Attach(_) | Self::Shell(_))
+            || matches!(self, Self::Ssh(args) if args.command.is_none())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Why a command fails, and the exit code that tells it.
 //!
-//! | code | `run`, `exec` (and later `ssh`) | every other command |
+//! | code | `run`, `exec` (and `ssh` as a client) | every other command |
 //! |---|---|---|
 //! | 0 | the workload's own | success |
 //! | 1 | the workload's own | failure |

@@ -24,6 +24,8 @@ pub struct PasswdEntry<'a> {
     pub gid: u32,
     /// Home directory, may be empty.
     pub home: &'a [u8],
+    /// Login shell, may be empty.
+    pub shell: &'a [u8],
 }
 
 /// One entry of group(5).
@@ -53,6 +55,10 @@ pub struct Identity {
     pub groups: Vec<u32>,
     /// The home directory of its passwd entry; none without an entry or with an empty field.
     pub home: Option<String>,
+    /// The login name of its passwd entry.
+    pub name: Option<String>,
+    /// The login shell of its passwd entry; none without an entry or with an empty field.
+    pub shell: Option<String>,
 }
 
 /// The entries of a passwd file. A line that is none is skipped.
@@ -64,7 +70,8 @@ pub fn passwd_entries(text: &[u8]) -> impl Iterator<Item = PasswdEntry<'_>> {
         let uid = number(fields.next()?)?;
         let gid = number(fields.next()?)?;
         let _gecos = fields.next()?;
-        Some(PasswdEntry { name, uid, gid, home: fields.next().unwrap_or_default() })
+        let home = fields.next().unwrap_or_default();
+        Some(PasswdEntry { name, uid, gid, home, shell: fields.next().unwrap_or_default() })
     })
 }
 
@@ -115,7 +122,11 @@ pub fn resolve(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Gu
         (None, Some(uid)) => (uid, 0),
         (None, None) => return Err(not_found("user", user, "/etc/passwd")),
     };
-    let home = entry.as_ref().and_then(|entry| std::str::from_utf8(entry.home).ok()).filter(|home| !home.is_empty());
+    let text = |field: for<'a> fn(&PasswdEntry<'a>) -> &'a [u8]| {
+        let bytes = entry.as_ref().map(field).filter(|bytes| !bytes.is_empty())?;
+        std::str::from_utf8(bytes).ok().map(str::to_owned)
+    };
+    let (home, name, shell) = (text(|entry| entry.home), text(|entry| entry.name), text(|entry| entry.shell));
     let (gid, mut groups) = match wanted_group.filter(|name| !name.is_empty()) {
         Some(name) => (resolve_group(name, group)?, Vec::new()),
         None => {
@@ -126,7 +137,7 @@ pub fn resolve(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Gu
     };
     groups.sort_unstable();
     groups.dedup();
-    Ok(Identity { uid, gid, groups, home: home.map(str::to_owned) })
+    Ok(Identity { uid, gid, groups, home, name, shell })
 }
 
 fn resolve_group(name: &str, group: &[u8]) -> Result<u32, GuestError> {
@@ -169,9 +180,13 @@ mod tests {
             ("empty", 8, 8, &[], None),
         ];
         for (wanted, uid, gid, groups, home) in table {
-            let expected = Identity { uid, gid, groups: groups.to_vec(), home: home.map(str::to_owned) };
-            assert_eq!(resolve(wanted, PASSWD, GROUP).as_ref(), Ok(&expected), "{wanted}");
+            let found = resolve(wanted, PASSWD, GROUP).unwrap();
+            assert_eq!((found.uid, found.gid, found.home.as_deref()), (uid, gid, home), "{wanted}");
+            assert_eq!(found.groups, groups, "{wanted}");
         }
+        let ann = resolve("1000", PASSWD, GROUP).unwrap();
+        assert_eq!((ann.name.as_deref(), ann.shell.as_deref()), (Some("ann"), Some("/bin/sh")));
+        assert_eq!(resolve("empty", PASSWD, GROUP).unwrap().shell, None);
     }
 
     #[test]

@@ -15,6 +15,8 @@ use crate::limits::{self, Limit};
 
 /// PATH when neither image nor caller sets one.
 pub const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The shell of a login whose user has none.
+const SHELL_DEFAULT: &str = "/bin/sh";
 /// Most directories of PATH that are tried.
 const PATH_ENTRIES_MAX: usize = 256;
 
@@ -40,18 +42,24 @@ pub struct Command {
 /// # Errors
 /// `invalid_config` for an empty command or a NUL byte, `user_not_found`.
 pub fn prepare(guest: &GuestConfig, exec: &ExecConfig, passwd: &[u8], group: &[u8]) -> Result<Command, GuestError> {
-    let name = exec.argv.first().filter(|name| !name.is_empty());
-    let Some(name) = name else {
-        return Err(GuestError::new(ErrorCode::InvalidConfig, "the command is empty"));
-    };
     let wanted_user = if exec.user.is_empty() { &guest.user } else { &exec.user };
     let identity = account::resolve(wanted_user, passwd, group)?;
-    let env = environment(guest, exec, !wanted_user.is_empty(), identity.home.as_deref())?;
+    let shell = identity.shell.as_deref().unwrap_or(SHELL_DEFAULT);
+    let argv = if exec.login { login_argv(shell, exec.argv.first()) } else { exec.argv.clone() };
+    let name = if exec.login { Some(shell) } else { argv.first().map(String::as_str) };
+    let Some(name) = name.filter(|name| !name.is_empty()) else {
+        return Err(GuestError::new(ErrorCode::InvalidConfig, "the command is empty"));
+    };
+    let mut env = environment(guest, exec, !wanted_user.is_empty(), identity.home.as_deref())?;
+    if exec.login {
+        login_environment(&mut env, &identity, shell);
+    }
     let path = env.iter().find(|var| var.name == "PATH").map_or(PATH_DEFAULT, |var| var.value.as_str());
-    let workdir = [&exec.workdir, &guest.workdir].into_iter().find(|path| !path.is_empty()).map_or("/", String::as_str);
+    let usual = if exec.login { identity.home.as_deref().unwrap_or("/") } else { &guest.workdir };
+    let workdir = [exec.workdir.as_str(), usual].into_iter().find(|path| !path.is_empty()).unwrap_or("/");
     Ok(Command {
         candidates: candidates(name, path).map(|path| c_string("the command", path)).collect::<Result<_, _>>()?,
-        argv: exec.argv.iter().map(|argument| c_string("an argument", argument.as_str())).collect::<Result<_, _>>()?,
+        argv: argv.iter().map(|argument| c_string("an argument", argument.as_str())).collect::<Result<_, _>>()?,
         env: env
             .iter()
             .map(|var| c_string("the environment", format!("{}={}", var.name, var.value)))
@@ -60,6 +68,25 @@ pub fn prepare(guest: &GuestConfig, exec: &ExecConfig, passwd: &[u8], group: &[u
         identity,
         limits: limits::merge(&[&guest.rlimits, &exec.rlimits])?,
     })
+}
+
+/// A shell that is to read the user's profile has a name that begins with a dash; one with a command line has not.
+fn login_argv(shell: &str, line: Option<&String>) -> Vec<String> {
+    let name = shell.rsplit('/').next().unwrap_or(shell);
+    match line {
+        Some(line) => vec![name.to_owned(), "-c".to_owned(), line.clone()],
+        None => vec![format!("-{name}")],
+    }
+}
+
+/// What login(1) sets, over what image and sandbox say: it is about this user.
+fn login_environment(env: &mut Vec<EnvVar>, identity: &Identity, shell: &str) {
+    let user = identity.name.clone().unwrap_or_else(|| identity.uid.to_string());
+    let home = identity.home.clone().unwrap_or_else(|| "/".to_owned());
+    for (name, value) in [("HOME", home), ("USER", user.clone()), ("LOGNAME", user), ("SHELL", shell.to_owned())] {
+        env.retain(|var| var.name != name);
+        env.push(EnvVar { name: name.into(), value });
+    }
 }
 
 fn c_string(what: &str, text: impl Into<Vec<u8>>) -> Result<CString, GuestError> {
@@ -205,6 +232,30 @@ mod tests {
         assert_eq!((env_of(&with, "TERM").as_deref(), with.workdir.to_str()), (Some("xterm"), Ok("/tmp")));
         let own = run(guest, ExecConfig { env: vars(&[("TERM", "vt100")]), ..exec }, PASSWD);
         assert_eq!(env_of(&own, "TERM").as_deref(), Some("vt100"));
+    }
+
+    #[test]
+    fn a_login_is_the_users_own_shell_at_home() {
+        let guest = GuestConfig { workdir: "/srv".into(), env: vars(&[("HOME", "/image")]), ..Default::default() };
+        let login = |user: &str, argv: &[&str]| {
+            let argv = argv.iter().map(|word| (*word).to_owned()).collect();
+            let exec = ExecConfig { argv, user: user.into(), login: true, ..Default::default() };
+            prepare(&guest, &exec, b"ann:x:1000:1000::/home/ann:/bin/ash\nbob:x:7:7::/b:\n", b"").unwrap()
+        };
+        let words =
+            |command: &Command| command.argv.iter().map(|word| word.to_str().unwrap().to_owned()).collect::<Vec<_>>();
+        let shell = login("ann", &[]);
+        assert_eq!((words(&shell), shell.candidates[0].to_str()), (vec!["-ash".to_owned()], Ok("/bin/ash")));
+        assert_eq!(shell.workdir.to_str(), Ok("/home/ann"));
+        for (name, value) in [("HOME", "/home/ann"), ("USER", "ann"), ("LOGNAME", "ann"), ("SHELL", "/bin/ash")] {
+            assert_eq!(env_of(&shell, name).as_deref(), Some(value), "{name}");
+        }
+        let line = login("bob", &["echo a; echo b"]);
+        assert_eq!(
+            (words(&line), line.candidates[0].to_str()),
+            (vec!["sh".into(), "-c".into(), "echo a; echo b".into()], Ok("/bin/sh"))
+        );
+        assert_eq!(login("4711", &[]).workdir.to_str(), Ok("/"));
     }
 
     #[test]

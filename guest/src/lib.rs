@@ -9,6 +9,8 @@
 //!                         ├─► session/   one process with its streams: exec and the main workload
 //!                         ├─► files/     what the host reads and changes, as a user of the guest
 //!                         ├─► account, command, limits    pure: who runs what with which environment
+//!                         ├─► resolver/  names to addresses, as the guest's own files say
+//!                         ├─► sftp/      the SFTP server, a process of its own (`main.rs ── sftp ──►`)
 //!                         └─► sys/       the only unsafe code
 //! ```
 
@@ -25,6 +27,8 @@ pub mod failure;
 pub mod files;
 pub mod init;
 pub mod limits;
+pub mod resolver;
 pub mod root;
 pub mod session;
+pub mod sftp;
 pub mod sys;

@@ -1,4 +1,5 @@
-//! `msb-agent`: started by the kernel as `/init` it is PID 1, started by PID 1 it is the agent. It takes no other orders.
+//! `msb-agent`: started by the kernel as `/init` it is PID 1, started by PID 1 it is the agent, started by the agent as a user it is
+//! that user's SFTP server. It takes no other orders.
 
 use std::process::ExitCode;
 
@@ -9,6 +10,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match (arguments.next(), arguments.next()) {
         (Some(word), None) if word == msb_guest::init::AGENT_ARGUMENT => msb_guest::agent::run(),
+        (Some(word), None) if word == msb_guest::sftp::ARGUMENT => msb_guest::sftp::run(),
         _ => {
             say("msb-agent runs inside a sandbox: it is started by its kernel, not by hand");
             ExitCode::from(2)

@@ -15,8 +15,8 @@ use msb_guest::session::{Guest, Sessions};
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
     Assembler, Data, EnvVar, ExecConfig, Exited, GuestBody, GuestConfig, HostBody, MainConfig, Open, OpenAttach,
-    OpenControl, OpenKind, OpenMain, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder, Signal,
-    StdinEof, TerminalSize, encode_host,
+    OpenControl, OpenKind, OpenMain, OpenTcp, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder,
+    Signal, StdinEof, TerminalSize, encode_host,
 };
 
 const BOOT_ID: &[u8] = b"0123456789abcdef";
@@ -623,4 +623,67 @@ fn a_shutdown_order_stops_what_obeys_and_kills_what_does_not() {
     exec.hear_until("up");
     agent.stop(&order);
     assert_eq!((primary.hear().end.unwrap().signal, exec.hear().end.unwrap().signal), (9, 9));
+}
+
+fn tcp(host: &str, port: u16) -> OpenKind {
+    OpenKind::Tcp(OpenTcp { host: host.into(), port: u32::from(port) })
+}
+
+#[test]
+fn a_connection_carries_bare_bytes_and_each_half_closes_by_itself() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        // Speaks first, and answers only after the other half has ended.
+        stream.write_all(b"hello ").unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        stream.write_all(&all).unwrap();
+    });
+    let mut caller = Caller::open(&agent(), tcp("localhost", port));
+    assert!(matches!(caller.next(), Some(GuestBody::Opened(_))));
+    let large = vec![0x5a; 1 << 20];
+    caller.socket.write_all(&large).unwrap();
+    caller.socket.shutdown(Shutdown::Write).unwrap();
+    let mut heard = caller.decoder.into_rest();
+    caller.socket.read_to_end(&mut heard).unwrap();
+    assert!(heard.starts_with(b"hello ") && heard[6..] == large, "{} bytes", heard.len());
+    server.join().unwrap();
+}
+
+#[test]
+fn a_connection_that_cannot_be_made_is_refused_at_once_and_in_words() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let began = Instant::now();
+    for (kind, code, word) in [
+        (tcp("127.0.0.1", port), "connect_failed", "refused"),
+        (tcp("localhost", 0), "invalid_config", "port"),
+        (tcp("", 80), "invalid_config", "host"),
+        (tcp(&"x".repeat(300), 80), "invalid_config", "host"),
+        (tcp("a..b", 80), "connect_failed", "a..b"),
+    ] {
+        let heard = Caller::open(&agent(), kind.clone()).hear();
+        let text = String::from_utf8_lossy(&heard.stderr).into_owned();
+        assert_eq!(heard.refused.as_deref(), Some(code), "{kind:?}: {text}");
+        assert!(text.contains(word), "{kind:?}: {text}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn a_host_that_goes_away_takes_its_connection_along() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut caller = Caller::open(&agent(), tcp("127.0.0.1", listener.local_addr().unwrap().port()));
+    assert!(matches!(caller.next(), Some(GuestBody::Opened(_))));
+    let (mut stream, _) = listener.accept().unwrap();
+    drop(caller);
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
+    // The server never speaks, so only the agent's own look finds out that nobody is left.
+    let gone = Instant::now() + Duration::from_secs(60);
+    while stream.write(b"x").is_ok() {
+        assert!(Instant::now() < gone, "the connection is still open");
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }

@@ -79,6 +79,8 @@ error_table! {
     ExecTimeout "exec_timeout" 504 false "the command ran longer than its --timeout and was killed" "give it more time"
     CommandFailed "command_failed" 500 false "the command ran and ended with a failure" "see what it wrote to its standard error"
     UserNotFound "user_not_found" 400 false "the user or group does not exist in the image" "name one from the image's /etc/passwd or /etc/group, or use numbers"
+    ConnectFailed "connect_failed" 502 true "a connection from inside the sandbox could not be made" "check name and port, and that something listens there"
+    ConnectDenied "connect_denied" 403 false "the sandbox's network policy does not allow this connection" "allow it in the sandbox's network policy"
     PathNotFound "path_not_found" 404 false "a path does not exist" "check the path"
     PathExists "path_exists" 409 false "a path exists already, or a directory is not empty" "choose another path, or remove what is there"
     FileFailed "file_failed" 400 false "a file operation in the sandbox failed" "see errno: what the sandbox's system answered"

@@ -126,6 +126,13 @@ impl Decoder {
         Ok(Some(&self.buffer[body_start..body_start + len]))
     }
 
+    /// What arrived after the last whole body, for a stream that carries no frames from here on.
+    #[must_use]
+    pub fn into_rest(mut self) -> Vec<u8> {
+        self.buffer.drain(..self.start);
+        self.buffer
+    }
+
     /// Whether the stream may end here: nothing of an unfinished frame waits.
     ///
     /// # Errors

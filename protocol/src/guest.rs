@@ -12,6 +12,8 @@
 //!   vmm   → ClockSync                       guest → Pong, MainExited              Signal, Resize
 //!   agent → MainExited, Goodbye                                           guest → Stdout, Stderr, StdinCredit
 //!   vmm   → GoodbyeAck                                                    guest → Exited (last)
+//!
+//!  tcp and sftp stream:  host → Open{tcp|sftp},  guest → Opened | Refused,  then bare bytes both ways; closing one half is its end
 //! ```
 //!
 //! Every message is a frame ([`crate::frame`]) with a protobuf body. One that does not fit a frame is sent as [`Part`]s
@@ -264,6 +266,10 @@ pub struct ExecConfig {
     /// Wait for the end of output (every holder of the pipes) and not only of the process.
     #[prost(bool, tag = "9")]
     pub wait_output: bool,
+    /// A login: `argv` is nothing or one command line, for the user's own shell (passwd(5)); without [`ExecConfig::workdir`] it
+    /// begins in the user's home.
+    #[prost(bool, tag = "20")]
+    pub login: bool,
 }
 
 /// `NAME=value`.
@@ -367,7 +373,7 @@ pub struct Open {
     #[prost(bytes = "vec", tag = "2")]
     pub boot_id: Vec<u8>,
     /// What the stream is for.
-    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10")]
+    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10, 20, 21")]
     pub kind: Option<OpenKind>,
 }
 
@@ -385,6 +391,10 @@ pub enum OpenKind {
     Attach(OpenAttach),
     #[prost(message, tag = "10")]
     Files(crate::files::OpenFiles),
+    #[prost(message, tag = "20")]
+    Tcp(OpenTcp),
+    #[prost(message, tag = "21")]
+    Sftp(OpenSftp),
 }
 
 /// The control stream: beats, shutdown. The newest one wins; an older one is closed.
@@ -411,6 +421,26 @@ pub struct OpenAttach {
     /// The terminal's size if it has one.
     #[prost(message, optional, tag = "2")]
     pub terminal: Option<TerminalSize>,
+}
+
+/// A TCP connection from inside the guest: its resolver, its policy, its loopback. After [`Opened`] the stream carries the
+/// connection's bytes and no frames, each half closes by itself.
+#[derive(Clone, PartialEq, Message)]
+pub struct OpenTcp {
+    /// A name or an address; what the guest takes it for is what counts.
+    #[prost(string, tag = "1")]
+    pub host: String,
+    /// Port, 1 to 65535.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+}
+
+/// An SFTP server (version 3) that runs in the guest as a user. After [`Opened`] the stream carries SFTP packets and no frames.
+#[derive(Clone, PartialEq, Message)]
+pub struct OpenSftp {
+    /// As [`ExecConfig::user`].
+    #[prost(string, tag = "1")]
+    pub user: String,
 }
 
 /// guest → host: the stream is open.

@@ -109,6 +109,11 @@ impl HomeLayout {
     pub fn sandbox(&self, name: &crate::id::SandboxName) -> PathBuf {
         self.sandboxes().join(name.as_str())
     }
+    /// The keys that may log in to sandboxes by SSH.
+    #[must_use]
+    pub fn authorized_keys(&self) -> PathBuf {
+        self.home.join("ssh").join("authorized_keys")
+    }
     /// The configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {

@@ -55,6 +55,7 @@ fn exec() -> ExecConfig {
         terminal: Some(TerminalSize { rows: 24, columns: 80 }),
         timeout_ms: 1500,
         wait_output: true,
+        login: false,
     }
 }
 
@@ -95,6 +96,12 @@ fn host_samples() -> Vec<(&'static str, HostBody)> {
         ("open_exec", open(OpenKind::Exec(exec()))),
         ("open_main", open(OpenKind::Main(OpenMain { terminal: Some(size), timeout_ms: 1500 }))),
         ("open_attach", open(OpenKind::Attach(OpenAttach { stdin: true, terminal: None }))),
+        ("open_tcp", open(OpenKind::Tcp(OpenTcp { host: "db".into(), port: 5432 }))),
+        ("open_sftp", open(OpenKind::Sftp(OpenSftp { user: "ann".into() }))),
+        (
+            "open_login",
+            open(OpenKind::Exec(ExecConfig { argv: vec!["ls".into()], login: true, ..ExecConfig::default() })),
+        ),
         ("stdin", HostBody::Stdin(Data { data: b"in".to_vec() })),
         ("stdin_eof", HostBody::StdinEof(StdinEof {})),
         ("signal", HostBody::Signal(Signal { number: 9 })),

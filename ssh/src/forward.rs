@@ -2,26 +2,29 @@
 
 use russh::server::{ChannelOpenHandle, Msg};
 use russh::{Channel, ChannelOpenFailure};
-use tokio::io::AsyncWriteExt as _;
 
+use crate::intake::Slot;
+use crate::pipe;
 use crate::target::{Refusal, Target};
 
-/// Bytes copied at once, each way.
-const COPY_LEN: usize = 32 << 10;
-
 /// Opens and copies until both sides are done. A refusal is told at once, with the reason and text of RFC 4254, section 5.1.
-pub(crate) async fn run<T: Target>(channel: Channel<Msg>, reply: ChannelOpenHandle, target: &T, host: &str, port: u16) {
-    let mut inside = match target.connect(host, port).await {
+pub(crate) async fn run<T: Target>(
+    channel: Channel<Msg>,
+    reply: ChannelOpenHandle,
+    target: &T,
+    slot: &Slot,
+    host: &str,
+    port: u16,
+) {
+    let inside = match target.connect(host, port).await {
         Ok(stream) => stream,
         Err(refusal) => return reply.reject(reason(&refusal)).await,
     };
     reply.accept().await;
-    let mut outside = channel.into_stream();
-    // An error is a side that went away; both are then closed by being dropped.
-    if let Err(error) = tokio::io::copy_bidirectional_with_sizes(&mut outside, &mut inside, COPY_LEN, COPY_LEN).await {
-        tracing::debug!(%error, "a forwarded connection broke off");
-    }
-    let _ = outside.shutdown().await;
+    let (from_client, to_client) = channel.split();
+    pipe::run(from_client, &to_client, slot, inside).await;
+    // The client may be gone, and then it needs no goodbye.
+    let _ = to_client.close().await;
 }
 
 /// The library writes its own text for the plain reasons, so the reason's number is sent with ours.

@@ -6,7 +6,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
@@ -89,12 +89,7 @@ impl HostKey {
 
     fn create(path: &Path) -> Result<Self, KeyError> {
         let file = |source| KeyError::File { path: path.into(), source };
-        let mut seed = [0u8; 32];
-        let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| KeyError::Random(error.into()))?;
-        if got != seed.len() {
-            return Err(KeyError::Random(std::io::ErrorKind::UnexpectedEof.into()));
-        }
+        let seed = random_seed()?;
         let keypair = KeypairData::from(Ed25519Keypair::from_seed(&seed));
         let malformed =
             |error: russh::keys::ssh_key::Error| KeyError::Malformed { path: path.into(), reason: error.to_string() };
@@ -133,6 +128,25 @@ impl HostKey {
     pub(crate) fn private(&self) -> PrivateKey {
         self.0.clone()
     }
+}
+
+/// What a new ed25519 key is made from.
+pub(crate) fn random_seed() -> Result<[u8; 32], KeyError> {
+    let mut seed = [0u8; 32];
+    let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| KeyError::Random(error.into()))?;
+    if got == seed.len() { Ok(seed) } else { Err(KeyError::Random(std::io::ErrorKind::UnexpectedEof.into())) }
+}
+
+/// One authorized key, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySummary {
+    /// Its algorithm, as in the file.
+    pub algorithm: String,
+    /// `SHA256:…`
+    pub fingerprint: String,
+    /// Its comment, without what could drive a terminal.
+    pub comment: String,
 }
 
 /// The keys that may log in.
@@ -192,6 +206,77 @@ impl AuthorizedKeys {
         })
     }
 
+    /// These keys and others.
+    #[must_use]
+    pub fn with(mut self, others: &Self) -> Self {
+        self.0.extend(others.0.iter().cloned());
+        self
+    }
+
+    /// Each key, for people.
+    #[must_use]
+    pub fn summaries(&self) -> Vec<KeySummary> {
+        let summary = |key: &PublicKey| KeySummary {
+            algorithm: key.algorithm().to_string(),
+            fingerprint: key.fingerprint(HashAlg::Sha256).to_string(),
+            comment: key.comment().to_string().chars().filter(|c| !c.is_control()).take(256).collect(),
+        };
+        self.0.iter().map(summary).collect()
+    }
+
+    /// Adds keys to a file, which is made with its directory if there is none, and gives back those that were not in it. Either all
+    /// are added or none.
+    ///
+    /// # Errors
+    /// [`KeyError`]; the file is as it was.
+    pub fn add(path: &Path, more: &Self) -> Result<Self, KeyError> {
+        let file = |source| KeyError::File { path: path.into(), source };
+        if let Some(directory) = path.parent() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(file)?;
+        }
+        let mut text = match read_private(path) {
+            Ok(text) => text,
+            Err(KeyError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error),
+        };
+        let mut known = Self::parse(&text)?;
+        let mut added = Self::default();
+        for key in &more.0 {
+            if known.holds(key) {
+                continue;
+            }
+            if known.0.len() == KEYS_COUNT_MAX {
+                return Err(KeyError::TooMany);
+            }
+            if !text.is_empty() && !text.ends_with('\n') {
+                text.push('\n');
+            }
+            let line = key
+                .to_openssh()
+                .map_err(|error| KeyError::Malformed { path: path.into(), reason: error.to_string() })?;
+            text.push_str(line.trim());
+            text.push('\n');
+            known.0.push(key.clone());
+            added.0.push(key.clone());
+        }
+        if !added.is_empty() {
+            let beside = path.with_extension(format!("new{}", std::process::id()));
+            OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&beside)
+                .and_then(|mut out| {
+                    out.write_all(text.as_bytes())?;
+                    out.sync_all()
+                })
+                .and_then(|()| std::fs::rename(&beside, path))
+                .map_err(file)?;
+        }
+        Ok(added)
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -231,6 +316,21 @@ mod tests {
     fn public(seed: u8) -> PublicKey {
         let pair = KeypairData::from(Ed25519Keypair::from_seed(&[seed; 32]));
         PrivateKey::new(pair, "test").unwrap().public_key().clone()
+    }
+
+    #[test]
+    fn keys_are_added_once_and_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ssh").join("authorized_keys");
+        let both = AuthorizedKeys(vec![public(1), public(2)]);
+        assert_eq!(AuthorizedKeys::add(&path, &AuthorizedKeys(vec![public(1)])).unwrap().len(), 1);
+        assert_eq!(AuthorizedKeys::add(&path, &both).unwrap().len(), 1);
+        assert_eq!(AuthorizedKeys::add(&path, &both).unwrap().len(), 0);
+        let kept = AuthorizedKeys::load(&path).unwrap();
+        assert!(kept.len() == 2 && kept.holds(&public(1)) && kept.holds(&public(2)));
+        std::fs::write(&path, "nonsense\n").unwrap();
+        assert!(AuthorizedKeys::add(&path, &both).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "nonsense\n");
     }
 
     #[test]

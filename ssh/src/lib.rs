@@ -3,6 +3,7 @@
 //! ```text
 //!   ssh ──TCP or pipe──► server ─► connection (authentication, channels)
 //!                                     ├─ session channel ──► Target::start    exec, shell, pty, env, signals
+//!                                     │                  └─► Target::sftp     the sftp subsystem
 //!                                     └─ direct-tcpip ─────► Target::connect  -L, -D
 //! ```
 //!
@@ -14,6 +15,11 @@
 //! | `connection` | who may come in, which channels are opened |
 //! | `session` | one session channel from its requests to its exit status |
 //! | `forward` | one forwarded connection |
+//! | `pipe` | bytes between a channel and a stream inside the target |
+//! | [`intake`] | how many channels and unread bytes one connection may have |
+//! | `rejections` | what refused logins cost |
+//! | `leash` | how a connection is ended from outside |
+//! | [`client`] | the client of `msb ssh` |
 //! | `signal` | names of signals (RFC 4254, section 6.9) |
 //!
 //! Used by `actors` (each sandbox's actor owns its forwarder) and by `msb ssh`. It never opens a file but the keys it is told to,
@@ -23,14 +29,20 @@
 
 #![forbid(unsafe_code)]
 
+pub mod client;
 mod connection;
 mod forward;
+pub mod intake;
 pub mod keys;
+mod leash;
+mod pipe;
+mod rejections;
 pub mod server;
 mod session;
 mod signal;
 pub mod target;
 
+pub use connection::ConnectionError;
 pub use keys::{AuthorizedKeys, HostKey, KeyError};
 pub use server::{Server, ServerOptions};
-pub use target::{Command, Input, Output, Process, Refusal, Stream, Target, Terminal};
+pub use target::{Command, Control, Input, Output, Process, Refusal, Stream, Target, Terminal};

@@ -10,18 +10,21 @@
 //!   exit-status | exit-signal, eof, close     output dropped: the process ends
 //! ```
 //!
-//! Two tasks for a running process: one takes what the client sends, one gives what the process says, so that neither direction
-//! waits for the other.
+//! A running process has three flows that never wait for each other: what the client sends is taken at once, what of it is
+//! standard input waits until the process reads it, and what the process says waits for the client.
+
+use std::time::Duration;
 
 use bytes::Bytes;
-use msb_protocol::error::ErrorCode;
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::state::ProcessEnd;
 use russh::server::{Handle, Msg};
 use russh::{Channel, ChannelId, ChannelMsg, ChannelReadHalf, ChannelWriteHalf};
 use tokio::sync::mpsc;
 
-use crate::signal;
-use crate::target::{Command, Input, Output, Process, Target, Terminal};
+use crate::intake::{Held, Slot};
+use crate::target::{Command, Control, Input, Output, Process, Target, Terminal};
+use crate::{pipe, signal};
 
 /// Names of environment variables a client may set, as a Debian sshd does (`AcceptEnv LANG LC_*`), and the terminal's colours.
 const ENV_ACCEPTED: [&str; 2] = ["LANG", "COLORTERM"];
@@ -33,13 +36,15 @@ const ENV_COUNT_MAX: usize = 64;
 const ENV_LEN_MAX: usize = 4096;
 /// Longest command line, in bytes.
 const COMMAND_LEN_MAX: usize = 128 << 10;
+/// Time to hand an answer over.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Rows of a terminal whose client does not know them.
 const ROWS_DEFAULT: u16 = 24;
 /// Columns of a terminal whose client does not know them.
 const COLUMNS_DEFAULT: u16 = 80;
 
 /// Serves one session channel.
-pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target: &T, user: String) {
+pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target: &T, slot: &Slot, user: String) {
     let id = channel.id();
     let (mut from_client, to_client) = channel.split();
     let mut command = Command { user, ..Command::default() };
@@ -53,14 +58,9 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                     rows: size(row_height, ROWS_DEFAULT),
                     columns: size(col_width, COLUMNS_DEFAULT),
                 });
-                let _ = handle.channel_success(id).await;
             }
             ChannelMsg::SetEnv { variable_name, variable_value, .. } => {
-                let _ = if take_env(&mut command.env, variable_name, variable_value) {
-                    handle.channel_success(id).await
-                } else {
-                    handle.channel_failure(id).await
-                };
+                take_env(&mut command.env, variable_name, variable_value);
             }
             ChannelMsg::RequestShell { .. } => break start(target, command, &handle, id).await,
             ChannelMsg::Exec { command: line, .. } => {
@@ -71,7 +71,7 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                         break start(target, command, &handle, id).await;
                     }
                     _ => {
-                        let _ = handle.channel_failure(id).await;
+                        answer(handle.channel_failure(id)).await;
                     }
                 }
             }
@@ -81,43 +81,75 @@ pub(crate) async fn run<T: Target>(channel: Channel<Msg>, handle: Handle, target
                         (size(row_height, ROWS_DEFAULT), size(col_width, COLUMNS_DEFAULT));
                 }
             }
-            ChannelMsg::RequestSubsystem { .. } | ChannelMsg::RequestX11 { .. } | ChannelMsg::AgentForward { .. } => {
-                let _ = handle.channel_failure(id).await;
+            ChannelMsg::RequestSubsystem { name, .. } if name == "sftp" => {
+                return sftp(target, &command.user, from_client, &to_client, slot, &handle).await;
+            }
+            ChannelMsg::RequestSubsystem { .. } => {
+                answer(handle.channel_failure(id)).await;
             }
             ChannelMsg::Close => return,
             _ => {}
         }
     };
     let Some(process) = process else { return };
+    let (queue, queued) = mpsc::unbounded_channel();
     let gives = give(process.output, &to_client, &handle, id);
-    let takes = take(&mut from_client, &process.input, &handle, id);
-    tokio::pin!(gives, takes);
+    let takes = take(&mut from_client, queue, &process.control, slot, &handle, id);
+    let feeds = async {
+        feed(queued, process.input).await;
+        // The end of standard input is not the end of the process.
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
-        () = &mut gives => {}
+        () = gives => {}
         // The client closed the channel: dropping the output ends the process.
-        () = &mut takes => {}
+        () = takes => {}
+        () = feeds => {}
     }
+}
+
+/// Gives an answer to the connection's loop. A client that asks more than it hears answers for could make both wait for each other,
+/// so an answer that does not get through is given up.
+async fn answer(giving: impl Future<Output = Result<(), ()>>) {
+    let _ = tokio::time::timeout(ANSWER_LIMIT, giving).await;
+}
+
+/// The sftp subsystem: packets straight between the client and a server inside.
+async fn sftp<T: Target>(
+    target: &T,
+    user: &str,
+    from_client: ChannelReadHalf,
+    to_client: &ChannelWriteHalf<Msg>,
+    slot: &Slot,
+    handle: &Handle,
+) {
+    let id = to_client.id();
+    match target.sftp(user).await {
+        Ok(inside) => {
+            answer(handle.channel_success(id)).await;
+            // The end of what the server says was told already.
+            pipe::run(from_client, to_client, slot, inside).await;
+            let _ = handle.exit_status_request(id, 0).await;
+        }
+        Err(error) => {
+            answer(handle.channel_success(id)).await;
+            tell_failure(&error, handle, id).await;
+            let _ = handle.eof(id).await;
+        }
+    }
+    let _ = handle.close(id).await;
 }
 
 /// Starts the process; a failure is told like a shell would: text on standard error and 127, 126 or 1 (255 if msb itself failed).
 async fn start<T: Target>(target: &T, command: Command, handle: &Handle, id: ChannelId) -> Option<Process> {
     match target.start(command).await {
         Ok(process) => {
-            let _ = handle.channel_success(id).await;
+            answer(handle.channel_success(id)).await;
             Some(process)
         }
         Err(error) => {
-            let status = match error.code {
-                ErrorCode::ExecNotFound => 127,
-                ErrorCode::ExecNotExecutable => 126,
-                ErrorCode::ExecFailed | ErrorCode::UserNotFound | ErrorCode::PathNotFound => 1,
-                _ => 255,
-            };
-            let _ = handle.channel_success(id).await;
-            let _ = handle
-                .extended_data(id, 1, Bytes::from(format!("msb: {}\r\nhint: {}\r\n", error.message, error.hint)))
-                .await;
-            let _ = handle.exit_status_request(id, status).await;
+            answer(handle.channel_success(id)).await;
+            tell_failure(&error, handle, id).await;
             let _ = handle.eof(id).await;
             let _ = handle.close(id).await;
             None
@@ -125,38 +157,67 @@ async fn start<T: Target>(target: &T, command: Command, handle: &Handle, id: Cha
     }
 }
 
-/// What the client sends, to the process. Ends when the client closes the channel or is gone.
-async fn take(from_client: &mut ChannelReadHalf, input: &mpsc::Sender<Input>, handle: &Handle, id: ChannelId) {
+/// Why nothing runs: words on standard error, and the code a shell would give.
+async fn tell_failure(error: &ApiError, handle: &Handle, id: ChannelId) {
+    let status = match error.code {
+        ErrorCode::ExecNotFound => 127,
+        ErrorCode::ExecNotExecutable => 126,
+        ErrorCode::ExecFailed | ErrorCode::UserNotFound | ErrorCode::PathNotFound => 1,
+        _ => 255,
+    };
+    let text = format!("msb: {}\r\nhint: {}\r\n", error.message, error.hint);
+    let _ = handle.extended_data(id, 1, Bytes::from(text)).await;
+    let _ = handle.exit_status_request(id, status).await;
+}
+
+/// What waits for standard input; `None` is its end.
+type Typed = (Option<Bytes>, Held);
+
+/// What the client sends. Never waits: standard input is queued, and the connection's intake bounds how much. Ends when the client
+/// closes the channel or is gone.
+async fn take(
+    from_client: &mut ChannelReadHalf,
+    queue: mpsc::UnboundedSender<Typed>,
+    control: &mpsc::Sender<Control>,
+    slot: &Slot,
+    handle: &Handle,
+    id: ChannelId,
+) {
     while let Some(message) = from_client.wait().await {
-        // A process that ended takes no input; what still comes is dropped until the client closes.
-        let _ = match message {
-            ChannelMsg::Data { data } => input.send(Input::Data(data)).await,
-            ChannelMsg::Eof => input.send(Input::Eof).await,
+        // A process that ended takes nothing; what still comes is dropped until the client closes. The same goes for signals and
+        // sizes that come faster than the sandbox takes them.
+        match message {
+            ChannelMsg::Data { data } => {
+                let held = slot.hold(data.len());
+                let _ = queue.send((Some(data), held));
+            }
+            ChannelMsg::Eof => {
+                let _ = queue.send((None, slot.hold(0)));
+            }
             ChannelMsg::WindowChange { col_width, row_height, .. } => {
-                input
-                    .send(Input::Resize {
-                        rows: size(row_height, ROWS_DEFAULT),
-                        columns: size(col_width, COLUMNS_DEFAULT),
-                    })
-                    .await
+                let (rows, columns) = (size(row_height, ROWS_DEFAULT), size(col_width, COLUMNS_DEFAULT));
+                let _ = control.try_send(Control::Resize { rows, columns });
             }
-            ChannelMsg::Signal { signal } => match signal::number(&signal) {
-                Some(number) => input.send(Input::Signal(number)).await,
-                None => Ok(()),
-            },
+            ChannelMsg::Signal { signal } => {
+                if let Some(number) = signal::number(&signal) {
+                    let _ = control.try_send(Control::Signal(number));
+                }
+            }
             ChannelMsg::Close => return,
-            ChannelMsg::RequestPty { .. }
-            | ChannelMsg::RequestShell { .. }
-            | ChannelMsg::Exec { .. }
-            | ChannelMsg::SetEnv { .. }
-            | ChannelMsg::RequestSubsystem { .. }
-            | ChannelMsg::RequestX11 { .. }
-            | ChannelMsg::AgentForward { .. } => {
-                let _ = handle.channel_failure(id).await;
-                Ok(())
+            ChannelMsg::RequestShell { .. } | ChannelMsg::Exec { .. } | ChannelMsg::RequestSubsystem { .. } => {
+                answer(handle.channel_failure(id)).await;
             }
-            _ => Ok(()),
-        };
+            _ => {}
+        }
+    }
+}
+
+/// Standard input, as fast as the process reads it.
+async fn feed(mut queued: mpsc::UnboundedReceiver<Typed>, input: mpsc::Sender<Input>) {
+    while let Some((data, held)) = queued.recv().await {
+        // A process that reads no more is not told more; dropping what is held lets the client go on.
+        let _ = input.send(data.map_or(Input::Eof, Input::Data)).await;
+        drop(held);
     }
 }
 
@@ -197,11 +258,16 @@ async fn tell_end(end: ProcessEnd, handle: &Handle, id: ChannelId) {
     };
 }
 
-fn take_env(env: &mut Vec<(String, String)>, name: String, value: String) -> bool {
-    let accepted = ENV_ACCEPTED.contains(&name.as_str()) || name.starts_with(ENV_ACCEPTED_PREFIX);
+/// Whether a client may set this variable.
+pub(crate) fn accepts_env(name: &str, value: &str) -> bool {
+    let accepted = ENV_ACCEPTED.contains(&name) || name.starts_with(ENV_ACCEPTED_PREFIX);
     let plain = name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_');
-    let fits = env.len() < ENV_COUNT_MAX && name.len() <= ENV_LEN_MAX && value.len() <= ENV_LEN_MAX;
-    let good = accepted && plain && fits && !value.contains('\0');
+    accepted && plain && name.len() <= ENV_LEN_MAX && value.len() <= ENV_LEN_MAX && !value.contains('\0')
+}
+
+/// Takes an accepted variable, unless there are too many already. What is refused is told by the connection.
+fn take_env(env: &mut Vec<(String, String)>, name: String, value: String) -> bool {
+    let good = accepts_env(&name, &value) && env.len() < ENV_COUNT_MAX;
     if good {
         env.push((name, value));
     }

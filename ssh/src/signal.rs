@@ -40,6 +40,18 @@ pub(crate) fn number(signal: &Sig) -> Option<i32> {
     NAMES.iter().find(|(known, _)| *known == name).map(|(_, number)| *number)
 }
 
+/// The number behind a name that [`name`] gives.
+pub(crate) fn number_of_death(signal: &Sig) -> Option<i32> {
+    number(signal).or_else(|| match signal {
+        Sig::Custom(text) => {
+            let text = text.strip_suffix("@msb")?;
+            let listed = NAMES.iter().find(|(known, _)| *known == text).map(|(_, number)| *number);
+            listed.or_else(|| text.strip_prefix("SIG")?.parse().ok())
+        }
+        _ => None,
+    })
+}
+
 /// The name under which a death is told. One that the RFC does not list gets a local name, as its section 6.10 asks.
 pub(crate) fn name(number: i32) -> Sig {
     match number {
@@ -76,6 +88,9 @@ mod tests {
         assert_eq!(number(&Sig::Custom("SIGUSR2".into())), Some(12));
         assert_eq!(number(&Sig::Custom("NOPE".into())), None);
         assert!(matches!(name(7), Sig::Custom(name) if name == "BUS@msb"));
+        for wanted in 1..=64 {
+            assert_eq!(number_of_death(&name(wanted)), Some(wanted));
+        }
         assert!(matches!(name(64), Sig::Custom(name) if name == "SIG64@msb"));
     }
 }

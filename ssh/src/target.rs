@@ -17,6 +17,12 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// Where processes are started and connections opened.
 pub trait Target: Send + Sync + 'static {
+    /// Somebody logged in. Must not wait.
+    fn logged_in(&self) {}
+
+    /// Starts an SFTP server as a user: a stream of its packets.
+    fn sftp<'a>(&'a self, user: &'a str) -> BoxFuture<'a, Result<Box<dyn Stream>, ApiError>>;
+
     /// Starts a process.
     fn start(&self, command: Command) -> BoxFuture<'_, Result<Process, ApiError>>;
 
@@ -65,19 +71,26 @@ pub struct Terminal {
 /// A running process. Dropping `input` closes its standard input and nothing else; dropping `output` ends it.
 #[derive(Debug)]
 pub struct Process {
-    /// To it. Bounded: a process that does not read makes the sender wait.
+    /// To its standard input. Bounded: a process that does not read makes the sender wait.
     pub input: mpsc::Sender<Input>,
+    /// To the process itself, beside what waits for its standard input.
+    pub control: mpsc::Sender<Control>,
     /// From it. Bounded: a client that does not read makes the process wait. The last is `Ended` or `Failed`.
     pub output: mpsc::Receiver<Output>,
 }
 
-/// To a process.
+/// To a process's standard input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
     /// Standard input.
     Data(Bytes),
     /// The end of standard input.
     Eof,
+}
+
+/// To a process, beside its input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
     /// A signal for the process group, by number.
     Signal(i32),
     /// The terminal's new size.

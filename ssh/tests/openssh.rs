@@ -12,7 +12,7 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::state::ProcessEnd;
 use msb_ssh::target::BoxFuture;
 use msb_ssh::{
-    AuthorizedKeys, Command, HostKey, Input, Output, Process, Refusal, Server, ServerOptions, Stream, Target,
+    AuthorizedKeys, Command, Control, HostKey, Input, Output, Process, Refusal, Server, ServerOptions, Stream, Target,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -38,6 +38,18 @@ impl Target for Here {
                 .spawn()
                 .map_err(ApiError::internal)?;
             let (input, mut taken) = mpsc::channel(4);
+            let (control, mut told) = mpsc::channel(4);
+            let pid = child.id().unwrap();
+            tokio::spawn(async move {
+                while let Some(word) = told.recv().await {
+                    if let Control::Signal(number) = word {
+                        std::process::Command::new("kill")
+                            .args([format!("-{number}"), pid.to_string()])
+                            .status()
+                            .unwrap();
+                    }
+                }
+            });
             let (given, output) = mpsc::channel(4);
             let mut stdin = child.stdin.take();
             tokio::spawn(async move {
@@ -51,7 +63,6 @@ impl Target for Here {
                             }
                         }
                         Input::Eof => stdin = None,
-                        Input::Signal(_) | Input::Resize { .. } => {}
                     }
                 }
             });
@@ -77,8 +88,12 @@ impl Target for Here {
                 };
                 let _ = given.send(Output::Ended(end)).await;
             });
-            Ok(Process { input, output })
+            Ok(Process { input, control, output })
         })
+    }
+
+    fn sftp<'a>(&'a self, _user: &'a str) -> BoxFuture<'a, Result<Box<dyn Stream>, ApiError>> {
+        Box::pin(async { Err(ApiError::not_implemented("sftp of this bench")) })
     }
 
     fn connect<'a>(&'a self, host: &'a str, port: u16) -> BoxFuture<'a, Result<Box<dyn Stream>, Refusal>> {
@@ -92,6 +107,11 @@ impl Target for Here {
     }
 }
 
+#[allow(clippy::print_stderr, reason = "a test that cannot run here says so")]
+fn skipped() {
+    eprintln!("skipped: needs ssh and ssh-keygen (Debian: openssh-client)");
+}
+
 struct Bench {
     dir: tempfile::TempDir,
     port: u16,
@@ -103,7 +123,7 @@ impl Bench {
     async fn new() -> Option<Self> {
         if ["ssh", "ssh-keygen"].iter().any(|tool| which(tool).is_none()) {
             assert!(std::env::var_os("MSB_REQUIRE_ALL").is_none(), "ssh and ssh-keygen are required");
-            eprintln!("skipped: needs ssh and ssh-keygen (Debian: openssh-client)");
+            skipped();
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -119,16 +139,16 @@ impl Bench {
         let keys = AuthorizedKeys::parse(&authorized).unwrap();
         let host_key = HostKey::load_or_create(&dir.path().join("host_ed25519")).unwrap();
         let options = ServerOptions { rejection_delay: Duration::from_millis(50), ..Default::default() };
-        let server = Server::new(&host_key, keys, Arc::new(Here), &options);
+        let server = Server::new(&host_key, Arc::new(Here), &options);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         std::fs::write(dir.path().join("hosts"), format!("[127.0.0.1]:{port} {}\n", host_key.public_line())).unwrap();
         tokio::spawn(async move {
             loop {
                 let (stream, peer) = listener.accept().await.unwrap();
-                let server = server.clone();
+                let (server, keys) = (server.clone(), keys.clone());
                 tokio::spawn(async move {
-                    let _ = server.serve(stream, &peer.to_string()).await;
+                    let _ = server.serve(stream, keys, &peer.to_string()).await;
                 });
             }
         });
@@ -182,6 +202,23 @@ async fn commands_streams_and_ends_are_told_truly() {
     assert!(code == 0 && stdout == large, "8 MiB through cat: {} bytes came back", stdout.len());
 }
 
+/// The process stops reading because nobody takes its output, while the client goes on sending: whatever is behind that input on
+/// the wire, the client's window above all, must still get through.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_late_gets_everything_it_sent() {
+    let Some(bench) = Bench::new().await else { return };
+    let mut command = bench.ssh("known");
+    command.args(["127.0.0.1", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let large: Vec<u8> = (0..24 << 20).map(|n: u32| n.to_le_bytes()[0] ^ n.to_le_bytes()[2]).collect();
+    let (mut pipe, bytes) = (child.stdin.take().unwrap(), large.clone());
+    let writer = tokio::spawn(async move { pipe.write_all(&bytes).await });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let output = tokio::time::timeout(Duration::from_secs(120), child.wait_with_output()).await.unwrap().unwrap();
+    writer.await.unwrap().unwrap();
+    assert!(output.stdout == large, "{} bytes came back", output.stdout.len());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_and_unknown_users_are_refused() {
     let Some(bench) = Bench::new().await else { return };
@@ -191,10 +228,13 @@ async fn strangers_and_unknown_users_are_refused() {
     let output = bench.ssh_as("nobody-here", "known").args(["127.0.0.1", "true"]).output().await.unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("user 'nobody-here' does not exist"));
-    let mut command = bench.ssh("known");
-    command.args(["-o", "SendEnv=LC_TEST MSB_TEST", "127.0.0.1", "echo $LC_TEST$MSB_TEST"]);
-    let output = command.env("LC_TEST", "sent").env("MSB_TEST", "refused").output().await.unwrap();
-    assert_eq!(output.stdout, b"sent\n");
+    // Several times: the refusal must never be taken for one of the command behind it.
+    for _ in 0..8 {
+        let mut command = bench.ssh("known");
+        command.args(["-o", "SendEnv=LC_TEST MSB_TEST", "127.0.0.1", "echo $LC_TEST$MSB_TEST"]);
+        let output = command.env("LC_TEST", "sent").env("MSB_TEST", "refused").output().await.unwrap();
+        assert_eq!(output.stdout, b"sent\n");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

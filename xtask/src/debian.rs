@@ -71,8 +71,15 @@ pub(crate) const FUZZ: &[Package] = &[package("g++", "g++", "compiles libFuzzer"
 /// What whole-system cases use beside the product.
 pub(crate) const SYSTEM: &[Package] = &[package("tmux", "tmux", "the terminal whose screen a case reads")];
 
+/// The clients that people use with sandboxes, against which tests hold our servers.
+pub(crate) const CLIENTS: &[Package] = &[
+    package("openssh-client", "ssh", "logs in, copies and forwards through the sandbox's SSH server"),
+    package("rsync", "rsync", "copies over SSH"),
+    package("curl", "curl", "speaks through a forwarded SOCKS port"),
+];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, SYSTEM, FUZZ];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS, SYSTEM, FUZZ];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

@@ -163,7 +163,7 @@ fn documents(_: &Arguments) -> Result<Outcome> {
 
 fn unit(_: &Arguments) -> Result<Outcome> {
     // Some unit tests hold our output against independent programs; without them they would say "skipped".
-    debian::ensure(&[debian::BUILD, debian::CHECK])?;
+    debian::ensure(&[debian::BUILD, debian::CHECK, debian::CLIENTS])?;
     program::run(binaries::cargo().args([
         "test",
         "--workspace",
@@ -183,6 +183,7 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     }
     // Its case says that it was skipped where this is missing.
     let _ = debian::ensure(&[debian::SYSTEM]);
+    debian::ensure(&[debian::CLIENTS])?;
     let tree = cache::development_tree();
     install::install(&tree, arguments.build)?;
     let small = images::small()?;

@@ -3,8 +3,10 @@
 //! | what | counts |
 //! |---|---|
 //! | exec, attach, main streams | from open to close ([`ActivityGuard`]) |
+//! | SSH sessions | as above: while their process lives |
 //! | file sessions that do more than watch | from open to close |
 //! | touch | once |
+//! | connections forwarded by SSH | their opening, and each piece of their bytes |
 //! | everything else | never: it has no guard to hold |
 
 use std::sync::Arc;
@@ -25,6 +27,10 @@ pub enum ActivityKind {
     Files,
     /// `msb touch`.
     Touch,
+    /// A session of an SSH client.
+    Ssh,
+    /// Bytes of a connection that an SSH client forwards.
+    Forward,
 }
 
 impl ActivityKind {
@@ -36,6 +42,8 @@ impl ActivityKind {
             Self::Attach => "attach",
             Self::Files => "files",
             Self::Touch => "touch",
+            Self::Ssh => "ssh",
+            Self::Forward => "forward",
         }
     }
 }
@@ -98,6 +106,14 @@ impl Activity {
 #[derive(Debug)]
 pub struct ActivityGuard {
     activity: Arc<Activity>,
+}
+
+impl ActivityGuard {
+    /// The activity it is part of.
+    #[must_use]
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
 }
 
 impl Drop for ActivityGuard {

@@ -30,7 +30,9 @@ use super::directories::Directories;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
 use super::machine::{Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
 use super::plan;
+use super::ssh::SshForwarder;
 use super::view::{self, View};
+use crate::daemon::Daemon;
 use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
@@ -68,6 +70,30 @@ pub struct PanicNow;
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct LetGo;
+
+/// The sandbox's SSH forwarder, made if there is none yet.
+#[derive(Message)]
+#[rtype(result = "Result<Arc<SshForwarder>, ApiError>")]
+pub struct OpenSsh(pub Daemon);
+
+impl Handler<OpenSsh> for SandboxActor {
+    type Result = ResponseActFuture<Self, Result<Arc<SshForwarder>, ApiError>>;
+
+    fn handle(&mut self, OpenSsh(daemon): OpenSsh, _: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        if let Some(forwarder) = &self.ssh {
+            return Box::pin(actix::fut::ready(Ok(Arc::clone(forwarder))));
+        }
+        let (root, keys) = (self.directories.root.clone(), self.surroundings.home.authorized_keys());
+        let (name, id) = (self.record.name.clone(), self.record.id);
+        let opening = tokio::task::spawn_blocking(move || SshForwarder::open(&root, keys, daemon, name, id));
+        Box::pin(opening.into_actor(self).map(|opened, this, _| {
+            let opened = opened.map_err(ApiError::internal)??;
+            // Two clients may have come at once; the first one's is everybody's.
+            Ok(Arc::clone(this.ssh.get_or_insert_with(|| Arc::new(opened))))
+        }))
+    }
+}
 
 impl Handler<LetGo> for SandboxActor {
     type Result = ();
@@ -130,6 +156,7 @@ pub struct SandboxActor {
     steps: VecDeque<Step>,
     stepping: bool,
     gone: Option<Gone>,
+    ssh: Option<Arc<SshForwarder>>,
     failure: Option<ApiError>,
     runs_ready: u64,
     starts_failed: u64,
@@ -179,6 +206,7 @@ impl SandboxActor {
             steps: VecDeque::new(),
             stepping: false,
             gone: None,
+            ssh: None,
             failure,
             runs_ready,
             starts_failed,
@@ -647,6 +675,9 @@ impl SandboxActor {
 
     fn vanish(&mut self, ctx: &mut Context<Self>) {
         self.surroundings.metrics.forget(self.record.id);
+        if let Some(ssh) = self.ssh.take() {
+            ssh.close();
+        }
         self.guard.disarm();
         let mut view = View::clone(&self.view.borrow());
         view.gone = true;

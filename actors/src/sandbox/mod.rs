@@ -6,4 +6,5 @@ pub mod directories;
 pub mod heartbeat;
 pub mod machine;
 pub mod plan;
+pub mod ssh;
 pub mod view;

@@ -1,5 +1,5 @@
 //! The agent's side of one stream, enough for the API's tests: `echo` prints, `cat` copies stdin, `exit N` exits, `yes` never ends,
-//! everything else waits for a signal.
+//! everything else waits for a signal; a connection from inside answers with what it hears.
 
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
@@ -61,7 +61,7 @@ async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce
     let argv = match &kind {
         OpenKind::Exec(exec) => exec.argv.clone(),
         OpenKind::Main(_) | OpenKind::Attach(_) => vec!["echo".into(), "main".into()],
-        OpenKind::Control(_) => Vec::new(),
+        OpenKind::Control(_) | OpenKind::Tcp(_) | OpenKind::Sftp(_) => Vec::new(),
         // It speaks generation 1, and answers what that did not know as an agent of that age does.
         OpenKind::Files(_) => {
             let message = "this agent (generation 1) does not know what the stream is for";
@@ -80,6 +80,12 @@ async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce
     if matches!(kind, OpenKind::Control(_)) {
         while stream.next().await.is_some() {}
         return Some(());
+    }
+    if matches!(kind, OpenKind::Tcp(_) | OpenKind::Sftp(_)) {
+        // What is behind it says back what it hears.
+        let (mut read, mut write) = tokio::io::split(&mut stream.io);
+        tokio::io::copy(&mut read, &mut write).await.ok()?;
+        return write.shutdown().await.ok();
     }
     stream.send(GuestBody::Started(Started { pid: 7 })).await?;
     let exited = run(stream, &argv).await?;

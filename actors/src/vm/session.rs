@@ -5,6 +5,8 @@
 
 use std::io;
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use msb_protocol::error::{ApiError, ErrorCode};
@@ -12,7 +14,7 @@ use msb_protocol::frame::{Decoder, FrameError};
 use msb_protocol::guest::{Assembler, GuestBody, HostBody, Open, OpenKind, Opened, encode_host};
 use msb_protocol::id::BootId;
 use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 
 use super::{AgentIo, Launcher};
 
@@ -93,6 +95,50 @@ pub async fn open(
     match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
         Ok(outcome) => outcome,
         Err(_) => Err(ApiError::new(ErrorCode::AgentTimeout, "the sandbox's agent did not answer")),
+    }
+}
+
+impl Session {
+    /// The stream without frames, for kinds that carry bare bytes after the answer.
+    #[must_use]
+    pub fn into_bytes(self) -> GuestBytes {
+        GuestBytes { early: self.reader.decoder.into_rest(), read: 0, io: self.reader.io.unsplit(self.writer.io) }
+    }
+}
+
+/// Bare bytes to and from the guest; shutting down is the end of one half.
+pub struct GuestBytes {
+    /// What arrived together with the answer, and how much of it was read.
+    early: Vec<u8>,
+    read: usize,
+    io: Box<dyn AgentIo>,
+}
+
+impl AsyncRead for GuestBytes {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let rest = &this.early[this.read..];
+        if rest.is_empty() {
+            return Pin::new(&mut this.io).poll_read(cx, buf);
+        }
+        let len = rest.len().min(buf.remaining());
+        buf.put_slice(&rest[..len]);
+        this.read += len;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for GuestBytes {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

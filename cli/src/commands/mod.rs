@@ -24,6 +24,7 @@ pub mod restart;
 pub mod run;
 pub mod save;
 pub mod shell;
+pub mod ssh;
 pub mod start;
 pub mod status;
 pub mod stop;
@@ -55,6 +56,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Exec(args) => exec::run(*args, context).await,
         Command::Attach(args) => attach::run(args, context).await,
         Command::Shell(args) => shell::run(args, context).await,
+        Command::Ssh(args) => ssh::run(args, context).await,
         Command::Wait(args) => wait::run(args, context).await,
         Command::Detach(args) => detach::run(args, context).await,
         Command::Touch(args) => detach::touch(args, context).await,
@@ -70,7 +72,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
         Command::Copy(_) => unbuilt("msb cp"),
-        Command::Ssh(_) => unbuilt("msb ssh"),
         Command::Label(_) => unbuilt("msb label"),
         Command::Fork(_) => unbuilt("msb fork"),
         Command::Pause(_) => unbuilt("msb pause"),

@@ -13,9 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Agent, STACK_LEN, VERSION, control};
 use crate::failure::GuestError;
-use crate::session::exec;
 use crate::session::stream::{FrameStream, READ_LEN, StreamError};
 use crate::session::workload::Caller;
+use crate::session::{self, exec};
 
 /// Most streams at once, half-open ones included.
 pub const CONNECTIONS_MAX: usize = 4096;
@@ -92,6 +92,8 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
         }
         Some(OpenKind::Files(open)) => crate::files::run(&agent.guest, &agent.files, stream, &open, opened),
         Some(OpenKind::Attach(attach)) => agent.main.attach(stream, &attach, opened),
+        Some(OpenKind::Tcp(tcp)) => session::tcp::run(&agent.guest, stream, &tcp, opened),
+        Some(OpenKind::Sftp(sftp)) => session::sftp::run(&agent.guest, stream, &sftp, opened),
         None => {
             let message = format!("this agent (generation {GUEST_GENERATION}) does not know what the stream is for");
             Err((stream, GuestError::new(ErrorCode::UnsupportedOperation, message)))

@@ -6,6 +6,7 @@
 //!  pump.rs      moves bytes between process and clients          input.rs    stdin and its credit         (pure)
 //!  stream.rs    frames on a non-blocking socket                  watcher.rs  what a slow watcher loses    (pure)
 //!  exec.rs      one exec from opening to end                     workload.rs the main workload: one start, many clients
+//!  tcp.rs       one connection from inside the guest             sftp.rs     one SFTP server as a user
 //! ```
 
 pub mod ending;
@@ -13,7 +14,9 @@ pub mod exec;
 pub mod input;
 pub mod process;
 pub mod pump;
+pub mod sftp;
 pub mod stream;
+pub mod tcp;
 pub mod watcher;
 pub mod workload;
 

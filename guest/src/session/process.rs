@@ -67,23 +67,16 @@ impl Process {
             ),
             None => None,
         };
-        let plan = Spawn {
-            candidates: &command.candidates,
-            argv: &command.argv,
-            env: &command.env,
-            stdio: [ends.stdio[0].as_fd(), ends.stdio[1].as_fd(), ends.stdio[2].as_fd()],
-            terminal: ends.terminal,
-            root: guest.enter_root.then(|| guest.root.directory()),
-            workdir: &command.workdir,
-            uid: command.identity.uid,
-            gid: command.identity.gid,
-            groups: &command.identity.groups,
-            limits: &command.limits,
-            cgroup: process.group.as_ref().map(SessionGroup::directory),
-            cgroup_namespace: guest.workload.as_ref().map(|workload| workload.namespace()),
-            without_boot_capability: guest.enter_root,
-        };
-        match sys::spawn(&plan) {
+        let stdio = [ends.stdio[0].as_fd(), ends.stdio[1].as_fd(), ends.stdio[2].as_fd()];
+        let mut plan = plan(guest, &command, stdio, process.group.as_ref());
+        plan.terminal = ends.terminal;
+        let mut outcome = sys::spawn(&plan);
+        if exec.login && exec.workdir.is_empty() && outcome.as_ref().is_err_and(|error| error.step == Step::Workdir) {
+            // A user whose home is missing or closed to them still may log in, as with sshd(8).
+            plan.workdir = c"/";
+            outcome = sys::spawn(&plan);
+        }
+        match outcome {
             Ok(child) => {
                 process.pid = child.pid;
                 process.pidfd = child.pidfd;
@@ -216,6 +209,32 @@ impl Process {
     }
 }
 
+/// How a command becomes a process of this guest.
+pub(super) fn plan<'a>(
+    guest: &'a Guest,
+    command: &'a Command,
+    stdio: [BorrowedFd<'a>; 3],
+    group: Option<&'a SessionGroup>,
+) -> Spawn<'a> {
+    Spawn {
+        program: None,
+        candidates: &command.candidates,
+        argv: &command.argv,
+        env: &command.env,
+        stdio,
+        terminal: false,
+        root: guest.enter_root.then(|| guest.root.directory()),
+        workdir: &command.workdir,
+        uid: command.identity.uid,
+        gid: command.identity.gid,
+        groups: &command.identity.groups,
+        limits: &command.limits,
+        cgroup: group.map(SessionGroup::directory),
+        cgroup_namespace: guest.workload.as_ref().map(|workload| workload.namespace()),
+        without_boot_capability: guest.enter_root,
+    }
+}
+
 fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, GuestError> {
     rustix::io::ioctl_fionbio(&fd, true).map_err(|errno| GuestError::exec("cannot set up a stream", errno))?;
     Ok(fd)
@@ -240,7 +259,7 @@ pub(crate) fn read_accounts(guest: &Guest) -> Result<(Vec<u8>, Vec<u8>), GuestEr
 }
 
 /// Reads the account files and puts the command together.
-fn prepare(guest: &Guest, exec: &ExecConfig) -> Result<Command, GuestError> {
+pub(super) fn prepare(guest: &Guest, exec: &ExecConfig) -> Result<Command, GuestError> {
     let (passwd, group) = read_accounts(guest)?;
     command::prepare(&guest.config, exec, &passwd, &group)
 }

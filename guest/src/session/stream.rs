@@ -135,6 +135,13 @@ impl FrameStream {
         Ok(())
     }
 
+    /// The socket and what was read beyond the last message, for a stream that carries no frames from here on. What waits in the
+    /// outbox must have been flushed.
+    #[must_use]
+    pub fn into_parts(self) -> (OwnedFd, Vec<u8>) {
+        (self.socket, self.decoder.into_rest())
+    }
+
     /// Gives up what waits.
     pub fn discard(&mut self) {
         self.outbox = Vec::new();

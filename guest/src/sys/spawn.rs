@@ -26,6 +26,8 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// What to start. Descriptors are lent; the child has its own copies.
 #[derive(Debug)]
 pub struct Spawn<'a> {
+    /// A program that is open already, in place of the candidates: one from outside the root.
+    pub program: Option<BorrowedFd<'a>>,
     /// Paths to try in turn, inside the root.
     pub candidates: &'a [CString],
     /// Arguments.
@@ -183,7 +185,10 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 /// The child's whole life before its program.
 fn run_child(plan: &Spawn<'_>, argv: &[*const c_char], env: &[*const c_char], report: RawFd) -> ! {
     let failure = match prepare_child(plan) {
-        Ok(()) => execute(plan.candidates, argv, env),
+        Ok(()) => match plan.program {
+            Some(program) => execute_open(program, argv, env),
+            None => execute(plan.candidates, argv, env),
+        },
         Err(failure) => failure,
     };
     let errno = failure.errno.to_ne_bytes();
@@ -271,6 +276,23 @@ fn write_oom_score() {
             libc::close(fd);
         }
     }
+}
+
+/// Executes an open file; comes back only with a failure.
+fn execute_open(program: BorrowedFd<'_>, argv: &[*const c_char], env: &[*const c_char]) -> SpawnError {
+    // SAFETY: the strings of the NULL-terminated arrays live in the plan, which outlives this call; the descriptor is open.
+    let errno = unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            env.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+        nix::errno::Errno::last_raw()
+    };
+    SpawnError { step: Step::Execute, errno }
 }
 
 /// Tries the candidates as execvp(3) does; comes back only with a failure.

@@ -481,11 +481,11 @@ impl Client {
         Ok(JsonLines::new(response, Some(connection)))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         parse(&self.call(request(Method::GET, path, connection::empty())?).await?)
     }
 
-    async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
+    pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
         parse(&self.call(json_request(path, body)?).await?)
     }
 
@@ -513,7 +513,7 @@ impl Client {
         self.fresh().await
     }
 
-    async fn fresh(&self) -> Result<Connection, Error> {
+    pub(crate) async fn fresh(&self) -> Result<Connection, Error> {
         let stream = connection::connect(&self.inner.socket, self.inner.owner)
             .await
             .map_err(|error| open_failed(&self.inner.socket, &error))?;
@@ -653,7 +653,7 @@ fn attach_message(options: AttachOptions) -> ClientMessage {
     ClientMessage::Attach { stdin: options.stdin, terminal: options.terminal, timeout_ms: options.timeout_ms }
 }
 
-fn sandbox(name: &SandboxName, rest: &str) -> String {
+pub(crate) fn sandbox(name: &SandboxName, rest: &str) -> String {
     // A name's characters are all unreserved in a path (RFC 3986, section 2.3).
     format!("/v1/sandboxes/{name}{rest}")
 }
@@ -662,7 +662,7 @@ fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
     if on { vec![(name, "true".to_owned())] } else { Vec::new() }
 }
 
-fn with_query(path: &str, pairs: &[(&str, String)]) -> String {
+pub(crate) fn with_query(path: &str, pairs: &[(&str, String)]) -> String {
     let mut uri = path.to_owned();
     for (index, (key, value)) in pairs.iter().enumerate() {
         uri.push(if index == 0 { '?' } else { '&' });

@@ -91,10 +91,7 @@ pub(crate) async fn collect(response: Response<Incoming>) -> Result<Bytes, Error
 /// Turns a fresh connection into a WebSocket on `path` (RFC 6455, section 4.1).
 pub(crate) async fn upgrade(mut connection: Connection, path: &str) -> Result<Socket, Error> {
     let key = generate_key();
-    let request = Request::get(path)
-        .header(header::HOST, "msbd")
-        .header(header::CONNECTION, "Upgrade")
-        .header(header::UPGRADE, "websocket")
+    let request = upgrade_request(path, "websocket")
         .header(header::SEC_WEBSOCKET_VERSION, "13")
         .header(header::SEC_WEBSOCKET_KEY, &key)
         .body(empty())
@@ -106,12 +103,39 @@ pub(crate) async fn upgrade(mut connection: Connection, path: &str) -> Result<So
     {
         return Err(Error::protocol("it is no WebSocket"));
     }
+    let (stream, early) = below(response).await?;
+    Ok(WebSocketStream::from_partially_read(stream, early, Role::Client, None).await)
+}
+
+/// Turns a fresh connection into one that carries another protocol's bytes (RFC 9110, section 7.8): the socket, and what of those
+/// bytes was read already.
+pub(crate) async fn upgrade_bytes(
+    mut connection: Connection,
+    path: &str,
+    protocol: &str,
+) -> Result<(UnixStream, Vec<u8>), Error> {
+    let request = upgrade_request(path, protocol).body(empty()).map_err(Error::protocol)?;
+    let response = send(&mut connection, request).await?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Error::protocol("the service does not switch the protocol"));
+    }
+    below(response).await
+}
+
+fn upgrade_request(path: &str, protocol: &str) -> hyper::http::request::Builder {
+    Request::get(path)
+        .header(header::HOST, "msbd")
+        .header(header::CONNECTION, "Upgrade")
+        .header(header::UPGRADE, protocol)
+}
+
+/// The socket below hyper's box; what hyper already read of it goes along.
+async fn below(response: Response<Incoming>) -> Result<(UnixStream, Vec<u8>), Error> {
     let upgraded = hyper::upgrade::on(response).await.map_err(lost)?;
-    // Below hyper's box is the socket itself; what hyper already read of it goes along.
     let parts = upgraded
         .downcast::<TokioIo<UnixStream>>()
         .map_err(|_| Error::protocol("the upgraded connection is of another kind"))?;
-    Ok(WebSocketStream::from_partially_read(parts.io.into_inner(), parts.read_buf.to_vec(), Role::Client, None).await)
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec()))
 }
 
 /// The connection failed under a request.

@@ -35,6 +35,7 @@ pub mod image;
 pub mod locate;
 pub mod sandbox;
 pub mod session;
+pub mod ssh;
 mod window;
 
 pub use builder::SandboxBuilder;
@@ -47,3 +48,4 @@ pub use locate::Locator;
 pub use msb_protocol as protocol;
 pub use sandbox::Sandbox;
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
+pub use ssh::SshStream;

@@ -11,6 +11,7 @@ mod images;
 mod logs;
 mod registries;
 mod sandboxes;
+mod ssh;
 mod streams;
 
 use std::path::PathBuf;
@@ -111,6 +112,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(files::call))
         .routes(routes!(files::read))
         .routes(routes!(files::watch))
+        .routes(routes!(ssh::connect))
+        .routes(routes!(ssh::host))
+        .routes(routes!(ssh::authorized_keys, ssh::authorize))
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))

@@ -257,5 +257,6 @@ fn exec_config(request: ExecRequest) -> Result<ExecConfig, ApiError> {
         terminal: request.terminal.map(size),
         timeout_ms: request.timeout_ms.unwrap_or_default(),
         wait_output: request.wait_output,
+        ..ExecConfig::default()
     })
 }

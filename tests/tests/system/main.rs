@@ -17,6 +17,7 @@ mod registry;
 mod sdk;
 mod service;
 mod session;
+mod ssh;
 mod streams;
 mod terminal;
 mod workload;
