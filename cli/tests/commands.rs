@@ -206,8 +206,6 @@ fn what_is_not_built_says_so() {
         &["snapshot", "ls"],
         &["metrics", "--watch"],
         &["net", "log", "web"],
-        &["install", "busybox"],
-        &["uninstall", "x"],
         &["self", "update"],
         &["label", "web", "a=b"],
         &["fork", "web"],

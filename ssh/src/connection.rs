@@ -157,7 +157,12 @@ impl<T: Target> Handler for Connection<T> {
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         let accepted = session::accepts_env(name, value);
-        Ok(if accepted { session.channel_success(channel)? } else { session.channel_failure(channel)? })
+        if accepted {
+            session.channel_success(channel)?
+        } else {
+            session.channel_failure(channel)?
+        };
+        Ok(())
     }
 
     async fn x11_request(

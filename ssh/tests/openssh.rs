@@ -119,7 +119,6 @@ struct Bench {
 
 impl Bench {
     /// A server on a loopback port, and a client key it knows.
-    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
     async fn new() -> Option<Self> {
         if ["ssh", "ssh-keygen"].iter().any(|tool| which(tool).is_none()) {
             assert!(std::env::var_os("MSB_REQUIRE_ALL").is_none(), "ssh and ssh-keygen are required");
