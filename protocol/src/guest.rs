@@ -269,6 +269,7 @@ pub struct ExecConfig {
     /// A login: `argv` is nothing or one command line, for the user's own shell (passwd(5)); without [`ExecConfig::workdir`] it
     /// begins in the user's home.
     #[prost(bool, tag = "20")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub login: bool,
 }
 
