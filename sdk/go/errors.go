@@ -52,6 +52,8 @@ var (
 	ErrStoreCorrupt = &Error{Code: "store_corrupt"}
 	// ErrRegistryFailed: the registry refused or broke off.
 	ErrRegistryFailed = &Error{Code: "registry_failed"}
+	// ErrRegistryDenied: the registry wants credentials, or other ones.
+	ErrRegistryDenied = &Error{Code: "registry_denied"}
 	// ErrDiskFull: a file system is full.
 	ErrDiskFull = &Error{Code: "disk_full"}
 	// ErrPermissionDenied: the operating system or msb's rules refuse this to you.
@@ -78,8 +80,16 @@ var (
 	ErrCommandFailed = &Error{Code: "command_failed"}
 	// ErrUserNotFound: the user or group does not exist in the image.
 	ErrUserNotFound = &Error{Code: "user_not_found"}
+	// ErrConnectFailed: a connection from inside the sandbox could not be made.
+	ErrConnectFailed = &Error{Code: "connect_failed"}
+	// ErrConnectDenied: the sandbox's network policy does not allow this connection.
+	ErrConnectDenied = &Error{Code: "connect_denied"}
 	// ErrPathNotFound: a path does not exist.
 	ErrPathNotFound = &Error{Code: "path_not_found"}
+	// ErrPathExists: a path exists already, or a directory is not empty.
+	ErrPathExists = &Error{Code: "path_exists"}
+	// ErrFileFailed: a file operation in the sandbox failed.
+	ErrFileFailed = &Error{Code: "file_failed"}
 	// ErrPortInUse: a port to publish is taken.
 	ErrPortInUse = &Error{Code: "port_in_use"}
 	// ErrCreatorUnwatchable: the creating process cannot be watched from here.
@@ -117,6 +127,7 @@ var table = map[Code]entry{
 	"limit_exceeded":         {"an input is larger than the documented limit", "see the limits in docs/images.md", false},
 	"store_corrupt":          {"the image store fails its own check", "`msb doctor --store` names the damaged part; load the image again", false},
 	"registry_failed":        {"the registry refused or broke off", "check the name, the credentials and the network", true},
+	"registry_denied":        {"the registry wants credentials, or other ones", "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist", false},
 	"disk_full":              {"a file system is full", "free space on the named file system, for example with `msb image prune`", true},
 	"permission_denied":      {"the operating system or msb's rules refuse this to you", "check owner and mode of the named path", false},
 	"home_unusable":          {"the home directory of msb cannot be used", "set MSB_HOME to a directory that is yours and writable", false},
@@ -130,7 +141,11 @@ var table = map[Code]entry{
 	"exec_timeout":           {"the command ran longer than its --timeout and was killed", "give it more time", false},
 	"command_failed":         {"the command ran and ended with a failure", "see what it wrote to its standard error", false},
 	"user_not_found":         {"the user or group does not exist in the image", "name one from the image's /etc/passwd or /etc/group, or use numbers", false},
+	"connect_failed":         {"a connection from inside the sandbox could not be made", "check name and port, and that something listens there", true},
+	"connect_denied":         {"the sandbox's network policy does not allow this connection", "allow it in the sandbox's network policy", false},
 	"path_not_found":         {"a path does not exist", "check the path", false},
+	"path_exists":            {"a path exists already, or a directory is not empty", "choose another path, or remove what is there", false},
+	"file_failed":            {"a file operation in the sandbox failed", "see errno: what the sandbox's system answered", false},
 	"port_in_use":            {"a port to publish is taken", "choose another host port, or 0 for any", true},
 	"creator_unwatchable":    {"the creating process cannot be watched from here", "create the sandbox detached", false},
 	"runtime_not_found":      {"msb is not installed where the client looks", "install msb, or set MSB_PATH", false},

@@ -194,6 +194,14 @@ export class RegistryFailedError extends MsbError {
 }
 register("registry_failed", RegistryFailedError);
 
+/** The registry wants credentials, or other ones. */
+export class RegistryDeniedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist", retryable: false, ...options, code: "registry_denied" });
+  }
+}
+register("registry_denied", RegistryDeniedError);
+
 /** A file system is full. */
 export class DiskFullError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {
@@ -298,6 +306,22 @@ export class UserNotFoundError extends MsbError {
 }
 register("user_not_found", UserNotFoundError);
 
+/** A connection from inside the sandbox could not be made. */
+export class ConnectFailedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "check name and port, and that something listens there", retryable: true, ...options, code: "connect_failed" });
+  }
+}
+register("connect_failed", ConnectFailedError);
+
+/** The sandbox's network policy does not allow this connection. */
+export class ConnectDeniedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "allow it in the sandbox's network policy", retryable: false, ...options, code: "connect_denied" });
+  }
+}
+register("connect_denied", ConnectDeniedError);
+
 /** A path does not exist. */
 export class PathNotFoundError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {
@@ -305,6 +329,22 @@ export class PathNotFoundError extends MsbError {
   }
 }
 register("path_not_found", PathNotFoundError);
+
+/** A path exists already, or a directory is not empty. */
+export class PathExistsError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "choose another path, or remove what is there", retryable: false, ...options, code: "path_exists" });
+  }
+}
+register("path_exists", PathExistsError);
+
+/** A file operation in the sandbox failed. */
+export class FileFailedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "see errno: what the sandbox's system answered", retryable: false, ...options, code: "file_failed" });
+  }
+}
+register("file_failed", FileFailedError);
 
 /** A port to publish is taken. */
 export class PortInUseError extends MsbError {

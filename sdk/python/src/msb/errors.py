@@ -29,6 +29,7 @@ __all__ = [
     "LimitExceededError",
     "StoreCorruptError",
     "RegistryFailedError",
+    "RegistryDeniedError",
     "DiskFullError",
     "PermissionDeniedError",
     "HomeUnusableError",
@@ -42,7 +43,11 @@ __all__ = [
     "ExecTimeoutError",
     "CommandFailedError",
     "UserNotFoundError",
+    "ConnectFailedError",
+    "ConnectDeniedError",
     "PathNotFoundError",
+    "PathExistsError",
+    "FileFailedError",
     "PortInUseError",
     "CreatorUnwatchableError",
     "RuntimeNotFoundError",
@@ -243,6 +248,14 @@ class RegistryFailedError(MsbError):
     RETRYABLE = True
 
 
+class RegistryDeniedError(MsbError):
+    """The registry wants credentials, or other ones."""
+
+    CODE = "registry_denied"
+    HINT = "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist"
+    RETRYABLE = False
+
+
 class DiskFullError(MsbError):
     """A file system is full."""
 
@@ -347,11 +360,43 @@ class UserNotFoundError(MsbError):
     RETRYABLE = False
 
 
+class ConnectFailedError(MsbError):
+    """A connection from inside the sandbox could not be made."""
+
+    CODE = "connect_failed"
+    HINT = "check name and port, and that something listens there"
+    RETRYABLE = True
+
+
+class ConnectDeniedError(MsbError):
+    """The sandbox's network policy does not allow this connection."""
+
+    CODE = "connect_denied"
+    HINT = "allow it in the sandbox's network policy"
+    RETRYABLE = False
+
+
 class PathNotFoundError(MsbError):
     """A path does not exist."""
 
     CODE = "path_not_found"
     HINT = "check the path"
+    RETRYABLE = False
+
+
+class PathExistsError(MsbError):
+    """A path exists already, or a directory is not empty."""
+
+    CODE = "path_exists"
+    HINT = "choose another path, or remove what is there"
+    RETRYABLE = False
+
+
+class FileFailedError(MsbError):
+    """A file operation in the sandbox failed."""
+
+    CODE = "file_failed"
+    HINT = "see errno: what the sandbox's system answered"
     RETRYABLE = False
 
 
