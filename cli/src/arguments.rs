@@ -3,7 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, net, remove, restart, run,
     start, status, stop, wait,
 };
 
@@ -145,8 +145,12 @@ pub enum Command {
     Metrics(Unbuilt),
     /// Watch what sandboxes use (not built yet)
     Top(Unbuilt),
-    /// Explain and log what the network allows (not built yet)
-    Net(Unbuilt),
+    /// Explain and log what the network allows
+    Net {
+        /// What to ask.
+        #[command(subcommand)]
+        command: net::NetCommand,
+    },
 
     /// Say what this host can do, and what to install
     Doctor(doctor::DoctorArgs),

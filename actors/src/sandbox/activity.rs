@@ -4,6 +4,7 @@
 //! |---|---|
 //! | exec, attach, main streams | from open to close ([`ActivityGuard`]) |
 //! | touch | once |
+//! | connections through published ports | each second while one is open or was opened, as the VM process counts them |
 //! | everything else | never: it has no guard to hold |
 
 use std::sync::Arc;
@@ -22,6 +23,8 @@ pub enum ActivityKind {
     Attach,
     /// `msb touch`.
     Touch,
+    /// A connection through a published port.
+    Connection,
 }
 
 impl ActivityKind {
@@ -32,6 +35,7 @@ impl ActivityKind {
             Self::Exec => "exec",
             Self::Attach => "attach",
             Self::Touch => "touch",
+            Self::Connection => "connection",
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod image;
 pub mod inspect;
 pub mod list;
 pub mod logs;
+pub mod net;
 pub mod remove;
 pub mod restart;
 pub mod run;
@@ -56,6 +57,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Rmi(args) => image::remove(args, context).await,
         Command::Load(args) => image::load(args, context).await,
         Command::Logs(args) => logs::run(args, context).await,
+        Command::Net { command } => net::run(command, context).await,
         Command::Events(args) => events::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
@@ -77,7 +79,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Df(_) => unbuilt("msb df"),
         Command::Metrics(_) => unbuilt("msb metrics"),
         Command::Top(_) => unbuilt("msb top"),
-        Command::Net(_) => unbuilt("msb net"),
         Command::Install(_) => unbuilt("msb install"),
         Command::Uninstall(_) => unbuilt("msb uninstall"),
         Command::Itself(_) => unbuilt("msb self"),

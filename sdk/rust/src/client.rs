@@ -17,12 +17,13 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, SandboxDetail, SandboxList, StartRequest, StopRequest,
+    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList, StartRequest, StopRequest,
     StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::version::CONTROL_API_VERSION;
+use msb_protocol::vmm::NetworkExplanation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -270,6 +271,28 @@ impl Client {
         pairs.extend(query.until.map(|until| ("until", until.to_string())));
         pairs.extend(query.source.clone().map(|source| ("source", source)));
         self.lines(&with_query(&sandbox(name, "/logs"), &pairs)).await
+    }
+
+    /// Reads a sandbox's network decision log.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn network_log(
+        &self,
+        name: &SandboxName,
+        query: &NetworkLogQuery,
+    ) -> Result<JsonLines<NetworkDecision>, Error> {
+        let mut pairs = flag("follow", query.follow);
+        pairs.extend(query.tail.map(|tail| ("tail", tail.to_string())));
+        self.lines(&with_query(&sandbox(name, "/network/log"), &pairs)).await
+    }
+
+    /// Asks which rule of a sandbox's network would decide about a target; nothing is sent.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_request`.
+    pub async fn explain_network(&self, name: &SandboxName, target: &str) -> Result<NetworkExplanation, Error> {
+        self.get(&with_query(&sandbox(name, "/network/explain"), &[("target", target.to_owned())])).await
     }
 
     /// Reads what happened.

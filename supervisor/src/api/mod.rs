@@ -7,7 +7,9 @@ mod events;
 mod failure;
 mod host;
 mod images;
+mod log_files;
 mod logs;
+mod network;
 mod sandboxes;
 mod streams;
 
@@ -79,6 +81,7 @@ impl ApiState {
         msb_protocol::control::ClientMessage,
         msb_protocol::control::ServerMessage,
         msb_protocol::control::LogRecord,
+        msb_protocol::control::NetworkDecision,
         msb_protocol::control::EventRecord,
         msb_protocol::control::LoadEvent
     ))
@@ -104,6 +107,8 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(streams::main))
         .routes(routes!(streams::attach))
         .routes(routes!(logs::logs))
+        .routes(routes!(network::log))
+        .routes(routes!(network::explain))
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))
