@@ -11,7 +11,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use msb_protocol::error::{ApiError, ErrorCode};
@@ -97,17 +97,10 @@ impl BoundPorts {
     /// # Errors
     /// A socket that cannot be watched.
     pub async fn visited(self) -> io::Result<()> {
-        /// A descriptor that tokio may watch; the socket outlives it.
-        struct Watched(Arc<OwnedFd>);
-        impl AsRawFd for Watched {
-            fn as_raw_fd(&self) -> RawFd {
-                self.0.as_raw_fd()
-            }
-        }
         let watched = self
             .listeners
             .into_iter()
-            .map(|listener| AsyncFd::with_interest(Watched(listener), Interest::READABLE))
+            .map(|listener| AsyncFd::register_with_interest(listener, Interest::READABLE).map_err(io::Error::from))
             .collect::<io::Result<Vec<_>>>()?;
         if watched.is_empty() {
             return std::future::pending().await;

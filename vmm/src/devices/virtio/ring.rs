@@ -7,7 +7,6 @@
 use std::num::Wrapping;
 use std::sync::Arc;
 
-use virtio_queue::desc::split::VirtqUsedElem;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -110,7 +109,8 @@ impl Ring {
                 return self.break_down(&virtio_queue::Error::InvalidDescriptorIndex);
             }
             let slot = self.queue.used_ring() + USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(next.0 % size);
-            let element = VirtqUsedElem::new(u32::from(*head), *length);
+            // Its head, then its length, both little-endian words.
+            let element = (u64::from(*length) << 32 | u64::from(*head)).to_le();
             if self.memory.write_obj(element, GuestAddress(slot)).is_err() {
                 return self.break_down(&virtio_queue::Error::AddressOverflow);
             }

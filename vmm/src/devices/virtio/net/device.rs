@@ -26,7 +26,7 @@ use crate::run::realtime_ns;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 
 /// Takes each line of the decision log.
-pub type DecisionSink = Arc<dyn Fn(String) + Send + Sync>;
+pub(super) type DecisionSink = Arc<dyn Fn(String) + Send + Sync>;
 
 /// How the device is set up.
 pub struct NetOptions {
