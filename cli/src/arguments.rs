@@ -3,8 +3,8 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, net, remove, restart, run,
-    start, status, stop, wait,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, net, remove, restart,
+    run, start, status, stop, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.

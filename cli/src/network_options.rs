@@ -194,11 +194,32 @@ mod tests {
     #[test]
     fn options_reach_their_fields() {
         let spec = spec(&[
-            "-p", "8080:80", "--port", "[::1]:0:53/udp", "--net", "none", "--net-rule",
-            "allow@api.example.com:tcp:443,deny@meta", "--net-rule", "allow@10.0.0.1", "--net-default-ingress", "deny",
-            "--dns-nameserver", "9.9.9.9", "--dns-nameserver", "[::1]:5353", "--dns-timeout", "500ms",
-            "--dns-allow-encrypted", "--no-dns-rebind-protection", "--max-connections", "10", "--net-ipv4-pool",
-            "10.9.8.0/24", "--net-ipv6-pool", "fd00::",
+            "-p",
+            "8080:80",
+            "--port",
+            "[::1]:0:53/udp",
+            "--net",
+            "none",
+            "--net-rule",
+            "allow@api.example.com:tcp:443,deny@meta",
+            "--net-rule",
+            "allow@10.0.0.1",
+            "--net-default-ingress",
+            "deny",
+            "--dns-nameserver",
+            "9.9.9.9",
+            "--dns-nameserver",
+            "[::1]:5353",
+            "--dns-timeout",
+            "500ms",
+            "--dns-allow-encrypted",
+            "--no-dns-rebind-protection",
+            "--max-connections",
+            "10",
+            "--net-ipv4-pool",
+            "10.9.8.0/24",
+            "--net-ipv6-pool",
+            "fd00::",
         ])
         .unwrap();
         let ports: Vec<String> = spec.ports.iter().map(ToString::to_string).collect();

@@ -8,8 +8,8 @@ use msb_network::policy::class::{AddressClass, classify};
 use msb_network::policy::pins::Pins;
 use msb_network::policy::{Attempt, Decider, Policy};
 use msb_protocol::network::{
-    Action, AddressGroup, Cidr, Direction, DomainName, NetworkProfile, NetworkSpec, PortRange, ProfilePolicy, Rule, Target,
-    Transport,
+    Action, AddressGroup, Cidr, Direction, DomainName, NetworkProfile, NetworkSpec, PortRange, ProfilePolicy, Rule,
+    Target, Transport,
 };
 use proptest::prelude::*;
 

@@ -253,10 +253,7 @@ mod tests {
             let again = BoundPorts::bind(&wanted, &[got]).unwrap();
             assert_eq!(again.ports(), [got], "{text}: the system's choice stays");
         }
-        assert_eq!(
-            BoundPorts::bind(&[port("192.0.2.1:8080:80")], &[]).unwrap_err().code,
-            ErrorCode::InvalidConfig
-        );
+        assert_eq!(BoundPorts::bind(&[port("192.0.2.1:8080:80")], &[]).unwrap_err().code, ErrorCode::InvalidConfig);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
+use msb_protocol::network::VmNetwork;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::network::VmNetwork;
 use msb_protocol::vmm::{NetworkExplanation, Phase, VmSpec, VmState, VmStatus};
 use tokio::sync::mpsc;
 

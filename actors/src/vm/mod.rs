@@ -131,7 +131,12 @@ pub enum Adoption {
 /// Whatever runs virtual machines.
 pub trait Launcher: Send + Sync + 'static {
     /// Starts one, with the listeners of its published ports. Returns when its process exists and has taken the spec.
-    fn launch(&self, spec: Box<VmSpec>, listeners: Vec<Arc<OwnedFd>>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>>;
+    fn launch(
+        &self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>>;
     /// Looks for one.
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
     /// Which rule of a network that does not run would decide about a target.

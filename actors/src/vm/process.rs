@@ -28,16 +28,16 @@ use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
-    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply, Request,
-    RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply,
+    Request, RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent, descriptors,
-    explain,
+    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
+    descriptors, explain,
 };
 use crate::identity::{self, ProcessIdentity};
 

@@ -125,10 +125,7 @@ fn network(text: &mut Lines, detail: &SandboxDetail) {
         None => text.line("Network", "loopback only"),
         Some(link) => text.line(
             "Network",
-            &format!(
-                "{}/{}, {}/{}",
-                link.guest_ipv4, link.ipv4_prefix_len, link.guest_ipv6, link.ipv6_prefix_len
-            ),
+            &format!("{}/{}, {}/{}", link.guest_ipv4, link.ipv4_prefix_len, link.guest_ipv6, link.ipv6_prefix_len),
         ),
     }
     for (index, line) in detail.network.policy.iter().enumerate() {

@@ -111,7 +111,8 @@ fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
 fn acknowledgement(answer: &[u8]) -> io::Result<()> {
     let nonsense = || io::Error::other("the kernel answered with something else than an acknowledgement");
     let kind = answer.get(4..6).and_then(|bytes| bytes.try_into().ok()).map(u16::from_ne_bytes);
-    let code = answer.get(HEADER_BYTES..HEADER_BYTES + 4).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
+    let code =
+        answer.get(HEADER_BYTES..HEADER_BYTES + 4).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
     match (kind, code) {
         (Some(NLMSG_ERROR), Some(0)) => Ok(()),
         (Some(NLMSG_ERROR), Some(code)) => Err(io::Error::from_raw_os_error(code.saturating_neg())),

@@ -17,8 +17,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList, StartRequest, StopRequest,
-    StoreReport, TerminalSize, VersionInfo,
+    LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList,
+    StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;

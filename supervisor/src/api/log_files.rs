@@ -168,4 +168,3 @@ impl<T: DeserializeOwned> LogFile<T> {
         }
     }
 }
-
