@@ -92,6 +92,7 @@ impl BoundPorts {
         self.listeners.clone()
     }
 
+    #[expect(deprecated, reason = "the other way is unsafe code; each socket is owned here and outlives its watcher")]
     /// Waits until somebody is at one of them, without letting anybody in.
     ///
     /// # Errors
@@ -100,7 +101,7 @@ impl BoundPorts {
         let watched = self
             .listeners
             .into_iter()
-            .map(|listener| AsyncFd::register_with_interest(listener, Interest::READABLE).map_err(io::Error::from))
+            .map(|listener| AsyncFd::with_interest(listener, Interest::READABLE))
             .collect::<io::Result<Vec<_>>>()?;
         if watched.is_empty() {
             return std::future::pending().await;

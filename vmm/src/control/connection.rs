@@ -10,8 +10,8 @@ use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode
 use msb_protocol::network::PORTS_COUNT_MAX;
 use msb_protocol::vmm::{Message, Request, RequestFrame, VmSpec};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 
 /// Bytes that may wait for a daemon that does not read; more than any sequence of answers needs.

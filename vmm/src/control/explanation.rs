@@ -31,10 +31,7 @@ pub fn explain_network(network: &VmNetwork, target: &str) -> Result<NetworkExpla
 
 /// Translates.
 pub(super) fn explanation(from: Explanation) -> NetworkExplanation {
-    NetworkExplanation {
-        action: from.action.as_str().into(),
-        steps: from.steps.into_iter().map(step).collect(),
-    }
+    NetworkExplanation { action: from.action.as_str().into(), steps: from.steps.into_iter().map(step).collect() }
 }
 
 fn step(from: Step) -> NetworkExplanationStep {

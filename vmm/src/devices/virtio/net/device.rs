@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use msb_network::policy::explain::{Explanation, Question};
-use msb_network::stack::system::{Listener, SystemHost};
 use msb_network::stack::frame::{DropReason, ETHERNET_HEADER_LEN};
+use msb_network::stack::system::{Listener, SystemHost};
 use msb_network::stack::{Counters, Stack, StackConfig};
 use msb_protocol::network::{PortTransport, VmNetwork};
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+};
 use virtio_queue::Queue;
 
 use super::worker::NetWorker;
@@ -117,8 +119,7 @@ impl Net {
         let mut seed = [0u8; 8];
         rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
         let link = network.addresses;
-        let stack =
-            Stack::new(StackConfig { network, seed: u64::from_ne_bytes(seed), checksums: true }, host);
+        let stack = Stack::new(StackConfig { network, seed: u64::from_ne_bytes(seed), checksums: true }, host);
         Ok(Self {
             mac: link.guest_mac.0,
             frame_bytes_max: usize::from(link.mtu_bytes) + ETHERNET_HEADER_LEN,

@@ -217,4 +217,3 @@ pub(super) fn read_frame(chain: Chain, memory: &DeviceMemory, frame_bytes_max: u
     }
     skip == 0 && !frame.is_empty()
 }
-
