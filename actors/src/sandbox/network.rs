@@ -50,7 +50,7 @@ impl BoundPorts {
                 (known.bind, known.guest_port, known.transport) == (port.bind, port.guest_port, port.transport)
             });
             let again = last.filter(|known| port.host_port == 0 && known.host_port != 0);
-            let listener = match again.map(|known| listen(known)) {
+            let listener = match again.map(listen) {
                 Some(Ok(listener)) => listener,
                 _ => listen(&port).map_err(|error| refusal(&port, &error))?,
             };
