@@ -111,6 +111,7 @@ mod tests {
     use super::*;
     use crate::api::log_files::LogFile;
     use msb_protocol::id::BootId;
+    use std::fs::File;
     use std::io::Write;
     use std::path::Path;
 
