@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
     bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
-    start, status, stop, wait,
+    start, status, stop, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -126,9 +126,13 @@ pub enum Command {
     /// Log in to and out of registries (not built yet)
     Registry(Unbuilt),
 
-    /// Create, list and remove volumes (not built yet)
+    /// Create, list and remove volumes
     #[command(visible_alias = "vol")]
-    Volume(Unbuilt),
+    Volume {
+        /// What to do with volumes.
+        #[command(subcommand)]
+        command: volume::VolumeCommand,
+    },
     /// Take, list and remove snapshots (not built yet)
     #[command(visible_alias = "snap")]
     Snapshot(Unbuilt),

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 use msb_protocol::config::Config;
 use msb_protocol::error::ApiError;
+use msb_protocol::security::SecurityProfile;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
 use crate::failure::{self, Failure};
+use crate::mounts::MountArgs;
 use crate::{env_file, parse};
 
 /// Which engine runs the virtual machine.
@@ -36,11 +38,23 @@ pub enum Pull {
 /// What a workload may do inside its sandbox.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Security {
-    /// What a container may do
+    /// What root of a machine may do: sudo and container engines work
     #[default]
     Default,
-    /// Less (not built yet)
+    /// No new privileges, no capability that reaches the guest's kernel, nosuid and nodev on every mount
     Restricted,
+    /// As restricted, with a list of allowed system calls and a read-only root
+    Strict,
+}
+
+impl From<Security> for SecurityProfile {
+    fn from(security: Security) -> Self {
+        match security {
+            Security::Default => Self::Default,
+            Security::Restricted => Self::Restricted,
+            Security::Strict => Self::Strict,
+        }
+    }
 }
 
 /// What follows an idle stop.
@@ -135,6 +149,9 @@ pub struct CreationArgs {
     /// Print help
     #[arg(long, action = ArgAction::Help)]
     pub help: Option<bool>,
+    /// Mounts and patches.
+    #[command(flatten)]
+    pub mounts: MountArgs,
     /// Options of parts that have yet to be built.
     #[command(flatten)]
     pub unbuilt: UnbuiltArgs,
@@ -159,9 +176,6 @@ macro_rules! unbuilt_options {
 }
 
 unbuilt_options! {
-    volume "volumes" #[arg(short = 'v')];
-    mount "volumes";
-    tmpfs "volumes";
     port "the network" #[arg(short = 'p', alias = "publish")];
     no_net "the network";
     net "the network";
@@ -170,9 +184,6 @@ unbuilt_options! {
     dns_nameserver "the network";
     secret "secrets";
     tls_intercept "the network";
-    script "scripts";
-    copy "rootfs patches";
-    mkdir "rootfs patches";
     init "handing PID 1 to another init";
     shell "choosing a shell";
     snapshot "snapshots";
@@ -227,6 +238,8 @@ impl CreationArgs {
             Some(Idle::Stop) | None => OnIdle::Stop,
         };
         spec.max_duration_ms = self.max_duration;
+        spec.security = self.security.into();
+        self.mounts.apply(&mut spec)?;
         Ok(spec)
     }
 
@@ -244,9 +257,6 @@ impl CreationArgs {
         }
         if self.pull == Pull::Always {
             return refuse("--pull always", "fetching from registries");
-        }
-        if self.security == Security::Restricted {
-            return refuse("--security restricted", "restricted workloads");
         }
         Ok(())
     }
@@ -416,16 +426,13 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused_by_name_never_ignored() {
         for words in [
-            &["-v", "a:/b"][..],
-            &["--tmpfs", "/x"],
-            &["-p", "80:80"],
+            &["-p", "80:80"][..],
             &["--publish", "80:80"],
             &["--no-net"],
             &["--secret", "A@b"],
             &["--snapshot", "s"],
             &["--health-cmd", "true"],
             &["--pull", "always"],
-            &["--security", "restricted"],
         ] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");
         }

@@ -7,6 +7,7 @@
 //!     └────── agent ──► agent/   hello, set-up, listener, control, the end
 //!                         ├─► root/      disks, overlay, volumes, what a container finds in /
 //!                         ├─► session/   one process with its streams: exec and the main workload
+//!                         ├─► security/  what a profile takes away from processes
 //!                         ├─► account, command, limits    pure: who runs what with which environment
 //!                         └─► sys/       the only unsafe code
 //! ```
@@ -24,5 +25,6 @@ pub mod failure;
 pub mod init;
 pub mod limits;
 pub mod root;
+pub mod security;
 pub mod session;
 pub mod sys;

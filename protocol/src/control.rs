@@ -28,6 +28,10 @@
 //! | `DELETE /v1/image?reference=&force=` | | `{}` |
 //! | `POST /v1/images/load?tag=` | an archive | lines of [`LoadEvent`], the last `done` or `error` |
 //! | `GET /v1/store/check` | | [`StoreReport`] |
+//! | `GET /v1/volumes` | | [`crate::volume::VolumeList`] |
+//! | `POST /v1/volumes` | [`crate::volume::CreateVolume`] | [`crate::volume::VolumeDetail`] |
+//! | `GET /v1/volumes/{name}` | | [`crate::volume::VolumeDetail`] |
+//! | `DELETE /v1/volumes/{name}` | | `{}` |
 //! | `GET /v1/debug/actors` | | [`ActorTree`] |
 //! | `GET /openapi.json` | | OpenAPI 3.1 |
 //!
@@ -205,6 +209,9 @@ pub struct SandboxDetail {
     pub boot_phases: Vec<Phase>,
     /// What confines the VM process.
     pub jail: JailReport,
+    /// What the security profile comes to.
+    #[serde(default)]
+    pub security: crate::security::SecurityReport,
     /// What the sandbox can reach: `loopback only` until the network is built.
     pub network: String,
     /// Bytes the host allocates for its writable disk.

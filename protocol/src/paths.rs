@@ -109,6 +109,11 @@ impl HomeLayout {
     pub fn sandbox(&self, name: &crate::id::SandboxName) -> PathBuf {
         self.sandboxes().join(name.as_str())
     }
+    /// All named volumes.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.home.join("volumes")
+    }
     /// The configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ApiError, ErrorCode};
 use crate::id::SandboxName;
 use crate::labels;
+use crate::mount::{self, Mount, Patch};
+use crate::security::SecurityProfile;
 
 /// The version this build writes.
 pub const SPEC_VERSION: u32 = 1;
@@ -216,6 +218,15 @@ pub struct SandboxSpec {
     /// Longest time one run may take, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_duration_ms: Option<u64>,
+    /// What its workloads may do.
+    #[serde(default)]
+    pub security: SecurityProfile,
+    /// What is mounted in it besides its root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
+    /// Changes of its root before the first workload of each run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub patches: Vec<Patch>,
 }
 
 fn spec_version() -> u32 {
@@ -266,6 +277,9 @@ impl SandboxSpec {
             idle_timeout_ms: None,
             on_idle: OnIdle::Stop,
             max_duration_ms: None,
+            security: SecurityProfile::Default,
+            mounts: Vec::new(),
+            patches: Vec::new(),
         }
     }
 
@@ -318,7 +332,9 @@ impl SandboxSpec {
         {
             return refuse(format!("user {user:?} must be USER|UID[:GROUP|GID]"));
         }
-        Ok(())
+        mount::check_mounts(&self.mounts)?;
+        mount::check_patches(&self.patches)?;
+        self.security.check_command(self.command.as_deref().unwrap_or_default())
     }
 }
 

@@ -5,5 +5,6 @@ pub mod actor;
 pub mod directories;
 pub mod heartbeat;
 pub mod machine;
+pub mod mounts;
 pub mod plan;
 pub mod view;

@@ -73,6 +73,7 @@ pub fn detail(
         engine_reason: record.engine_reason.clone(),
         boot_phases: record.boot_phases.clone(),
         jail: record.jail.clone(),
+        security: record.spec.security.report(),
         network: "loopback only".into(),
         root_allocated_bytes: 0,
         directory: directories.root.display().to_string(),

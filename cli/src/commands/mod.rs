@@ -22,6 +22,7 @@ pub mod start;
 pub mod status;
 pub mod stop;
 pub mod version;
+pub mod volume;
 pub mod wait;
 
 use msb_protocol::error::ApiError;
@@ -57,6 +58,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Load(args) => image::load(args, context).await,
         Command::Logs(args) => logs::run(args, context).await,
         Command::Events(args) => events::run(args, context).await,
+        Command::Volume { command } => volume::run(command, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
         Command::Completion(args) => completion::run(args, context),
@@ -71,7 +73,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Pull(_) => unbuilt("msb pull"),
         Command::Save(_) => unbuilt("msb save"),
         Command::Registry(_) => unbuilt("msb registry"),
-        Command::Volume(_) => unbuilt("msb volume"),
         Command::Snapshot(_) => unbuilt("msb snapshot"),
         Command::Template(_) => unbuilt("msb template"),
         Command::Df(_) => unbuilt("msb df"),

@@ -81,7 +81,7 @@ impl Process {
             limits: &command.limits,
             cgroup: process.group.as_ref().map(SessionGroup::directory),
             cgroup_namespace: guest.workload.as_ref().map(|workload| workload.namespace()),
-            without_boot_capability: guest.enter_root,
+            confinement: guest.enter_root.then(|| guest.security.confinement()),
         };
         match sys::spawn(&plan) {
             Ok(child) => {

@@ -10,6 +10,7 @@ mod images;
 mod logs;
 mod sandboxes;
 mod streams;
+mod volumes;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,6 +109,8 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))
         .routes(routes!(images::check_store))
+        .routes(routes!(volumes::list, volumes::create))
+        .routes(routes!(volumes::inspect, volumes::remove))
         .split_for_parts()
 }
 

@@ -23,7 +23,7 @@ impl Attachment {
             DeviceType::Vsock => "vhost-user-vsock-device",
             DeviceType::Rng => "vhost-user-rng",
             DeviceType::Net => "virtio-net-device",
-            DeviceType::Fs => "vhost-user-fs-device,tag=msb",
+            DeviceType::Fs => "vhost-user-fs-device,tag=msb,queue-size=512",
             DeviceType::Balloon => return Err("the balloon is QEMU's own on this engine".into()),
         };
         Ok(Self { qemu_device, name: name.to_owned(), socket })
