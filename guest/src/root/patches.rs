@@ -45,10 +45,11 @@ fn one(root: &RootDirectory, patch: &GuestPatch) -> io::Result<()> {
             let directory = root.create_directories(path, 0o755)?;
             rustix::fs::fchmod(&directory, mode)?;
         }
-        Some(GuestPatchKind::Removed(_)) => match parent_if_there(root, path)? {
-            Some(parent) => remove_entry(&parent, name, 0)?,
-            None => {}
-        },
+        Some(GuestPatchKind::Removed(_)) => {
+            if let Some(parent) = parent_if_there(root, path)? {
+                remove_entry(&parent, name, 0)?;
+            }
+        }
         None => return Err(Errno::INVAL.into()),
     }
     Ok(())

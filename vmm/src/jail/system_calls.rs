@@ -203,7 +203,6 @@ const TABLE: &[Line] = &[
     Line(libc::SYS_setxattr, SHARE, Any, "owners and modes of the guest"),
     Line(libc::SYS_listxattr, SHARE, Any, "extended attributes of the guest"),
     Line(libc::SYS_removexattr, SHARE, Any, "extended attributes of the guest"),
-    Line(libc::SYS_syncfs, SHARE, Any, "sync of the guest"),
     // A QEMU child.
     Line(libc::SYS_wait4, SERVICE | WITH_CHILD, Any, "how QEMU ended"),
     Line(libc::SYS_waitid, SERVICE | WITH_CHILD, Any, "how QEMU ended"),

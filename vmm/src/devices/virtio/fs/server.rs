@@ -123,7 +123,6 @@ impl Server {
             }
             wire::STATFS => self.file_system(header.node),
             wire::FSYNC | wire::FSYNCDIR => self.sync(&mut reader),
-            wire::SYNCFS => self.sync_all(),
             wire::GETXATTR => self.get_xattr(header.node, &mut reader),
             wire::LISTXATTR => self.list_xattr(header.node, &mut reader),
             wire::LSEEK => self.seek(&mut reader),
@@ -343,16 +342,6 @@ impl Server {
             rustix::fs::fdatasync(&handle.file)?
         } else {
             rustix::fs::fsync(&handle.file)?
-        }
-        Ok(Vec::new())
-    }
-
-    fn sync_all(&mut self) -> Outcome {
-        for (share, root) in self.shares.iter().zip(&self.roots).filter(|(share, _)| !share.read_only) {
-            let opened = rustix::fs::open(path_of(root.as_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-            opened.and_then(rustix::fs::syncfs).inspect_err(|errno| {
-                tracing::warn!(share = share.name, %errno, "a shared directory could not be synced");
-            })?;
         }
         Ok(Vec::new())
     }
