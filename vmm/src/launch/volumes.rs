@@ -86,7 +86,8 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
             path: PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd())),
             read_only: *read_only,
         });
-        opened.push(Share { name: name.clone(), root, read_only: *read_only });
+        let opening = Share::new(name.clone(), root, *read_only);
+        opened.push(opening.map_err(|error| failed("shared directory", path, &error))?);
     }
     let event_loop = LoopHandle::start_as("fs", ThreadClass::Share).map_err(ApiError::internal)?;
     Ok(Some(Shared { device: Fs::new(opened, event_loop.clone()), event_loop, paths }))

@@ -29,6 +29,8 @@ pub struct Fs {
     event_loop: LoopHandle,
     shares: Arc<Vec<Share>>,
     files_max: usize,
+    /// The user of this process: whose files the guest's user owns.
+    host: (u32, u32),
     worker: Option<WorkerId>,
 }
 
@@ -42,7 +44,8 @@ impl Fs {
             Err(_) => limits.current.unwrap_or(u64::MAX),
         };
         let half = usize::try_from(allowed.saturating_sub(FILES_RESERVED) / 2).unwrap_or(FILES_MAX);
-        Self { event_loop, shares: Arc::new(shares), files_max: half.clamp(16, FILES_MAX), worker: None }
+        let host = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Self { event_loop, shares: Arc::new(shares), files_max: half.clamp(16, FILES_MAX), host, worker: None }
     }
 }
 
@@ -79,8 +82,7 @@ impl VirtioDevice for Fs {
         if given < 2 {
             return Err(ActivateError::MissingQueues { needed: 2, given });
         }
-        let host = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let server = Server::new(Arc::clone(&self.shares), host, self.files_max).map_err(std::io::Error::from)?;
+        let server = Server::new(Arc::clone(&self.shares), self.host, self.files_max);
         let worker = FsWorker::new(activation.queues, activation.memory, &activation.interrupt, server);
         self.worker = Some(self.event_loop.attach(Box::new(worker))?);
         Ok(())

@@ -30,7 +30,11 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::FileType;
 
 pub use device::Fs;
 
@@ -39,8 +43,22 @@ pub use device::Fs;
 pub struct Share {
     /// Its name at the top of the file system.
     pub name: String,
-    /// The directory or file itself, opened as a path.
-    pub root: OwnedFd,
     /// Whether nothing may be changed.
     pub read_only: bool,
+    /// The directory or file itself, opened as a path.
+    root: Arc<OwnedFd>,
+    kind: FileType,
+    key: (u64, u64),
+}
+
+impl Share {
+    /// A share of what `root` means. All that must be asked of the host is asked here: a device is activated on threads of other classes.
+    ///
+    /// # Errors
+    /// As statx(2).
+    pub fn new(name: String, root: OwnedFd, read_only: bool) -> io::Result<Self> {
+        let stat = attributes::host_stat(root.as_fd())?;
+        let (kind, key) = (attributes::type_of(&stat), attributes::key_of(&stat));
+        Ok(Self { name, read_only, root: Arc::new(root), kind, key })
+    }
 }

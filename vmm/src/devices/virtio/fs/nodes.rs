@@ -8,6 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 
+use super::Share;
 use super::attributes::{host_stat, key_of, type_of};
 
 /// The number of the file system's own top, which holds the shares.
@@ -62,22 +63,20 @@ pub(super) fn open_entry(directory: BorrowedFd<'_>, name: &[u8], flags: OFlags, 
 
 impl Nodes {
     /// The shares' roots alone, under the numbers that follow [`TOP`].
-    pub(super) fn new(roots: &[Arc<OwnedFd>], files_max: usize) -> Result<Self, Errno> {
+    pub(super) fn new(shares: &[Share], files_max: usize) -> Self {
         let mut nodes = Self {
             nodes: HashMap::new(),
             by_key: HashMap::new(),
             next: TOP + 1,
             open: VecDeque::new(),
             files_max,
-            shares: u64::try_from(roots.len()).unwrap_or_default(),
+            shares: shares.len() as u64,
         };
-        for (share, root) in roots.iter().enumerate() {
-            let stat = host_stat(root.as_fd())?;
-            let (key, kind) = (key_of(&stat), type_of(&stat));
+        for (share, Share { root, kind, key, .. }) in shares.iter().enumerate() {
             let node = Node {
                 share,
-                kind,
-                key,
+                kind: *kind,
+                key: *key,
                 parent: TOP,
                 name: Box::default(),
                 file: Some(Arc::clone(root)),
@@ -88,7 +87,7 @@ impl Nodes {
             nodes.nodes.insert(nodes.next, node);
             nodes.next += 1;
         }
-        Ok(nodes)
+        nodes
     }
 
     /// The number of a share's root.

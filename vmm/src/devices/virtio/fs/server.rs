@@ -50,7 +50,6 @@ pub(super) struct Handle {
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) shares: Arc<Vec<Share>>,
-    roots: Vec<Arc<OwnedFd>>,
     pub(super) nodes: Nodes,
     handles: HashMap<u64, Handle>,
     next_handle: u64,
@@ -71,21 +70,16 @@ pub(super) type Outcome = Result<Vec<u8>, Errno>;
 
 impl Server {
     /// A server of these shares that keeps at most `files_max` descriptors for files the guest knows, and as many for open ones.
-    pub(super) fn new(shares: Arc<Vec<Share>>, host: (u32, u32), files_max: usize) -> Result<Self, Errno> {
-        let roots: Vec<Arc<OwnedFd>> = shares
-            .iter()
-            .map(|share| rustix::io::fcntl_dupfd_cloexec(&share.root, 3).map(Arc::new))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            nodes: Nodes::new(&roots, files_max)?,
+    pub(super) fn new(shares: Arc<Vec<Share>>, host: (u32, u32), files_max: usize) -> Self {
+        Self {
+            nodes: Nodes::new(&shares, files_max),
             shares,
-            roots,
             handles: HashMap::new(),
             next_handle: 1,
             files_max,
             owner: Owner { host, guest: (0, 0) },
             owner_is_known: false,
-        })
+        }
     }
 
     /// Carries a request out. `data_len` is the room for a reply after its header.
@@ -109,7 +103,10 @@ impl Server {
             }
             wire::INTERRUPT => return Ok(Answer::Silence),
             wire::INIT => self.initialise(&mut reader),
-            wire::DESTROY => self.forget_everything().map(|()| Vec::new()),
+            wire::DESTROY => {
+                self.forget_everything();
+                Ok(Vec::new())
+            }
             wire::LOOKUP => self.look_up(header.node, reader.name()?),
             wire::GETATTR => self.get_attributes(header.node),
             wire::READLINK => self.read_link(header.node),
@@ -136,7 +133,7 @@ impl Server {
         if major != 7 || minor < MINOR_MIN {
             return Err(Errno::PROTO);
         }
-        self.forget_everything()?;
+        self.forget_everything();
         let mut out = Vec::with_capacity(64);
         out.put_u32(7);
         out.put_u32(MINOR);
@@ -153,11 +150,10 @@ impl Server {
         Ok(out)
     }
 
-    fn forget_everything(&mut self) -> Result<(), Errno> {
+    fn forget_everything(&mut self) {
         self.handles.clear();
-        self.nodes = Nodes::new(&self.roots, self.files_max)?;
+        self.nodes = Nodes::new(&self.shares, self.files_max);
         self.owner_is_known = false;
-        Ok(())
     }
 
     /// Whether nothing of a file's share may be changed.

@@ -19,13 +19,13 @@ struct Guest {
 
 fn share(path: &Path, name: &str, read_only: bool) -> Share {
     let root: OwnedFd = std::fs::File::open(path).expect("open").into();
-    Share { name: name.into(), root, read_only }
+    Share::new(name.into(), root, read_only).expect("stat")
 }
 
 impl Guest {
     fn new(shares: Vec<Share>, files_max: usize) -> Self {
         let host = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self { server: Server::new(Arc::new(shares), host, files_max).expect("server"), uid: 0 }
+        Self { server: Server::new(Arc::new(shares), host, files_max), uid: 0 }
     }
 
     fn ask(&mut self, opcode: u32, node: u64, arguments: &[u8]) -> Result<Vec<u8>, Errno> {
