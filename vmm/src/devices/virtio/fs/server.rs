@@ -293,7 +293,7 @@ impl Server {
             if name.len() > wire::NAME_LEN_MAX || out.len() + len > size {
                 break;
             }
-            let mut kind = u32::from(entry.file_type().as_raw_mode() >> 12);
+            let mut kind = entry.file_type().as_raw_mode() >> 12;
             if with_attributes {
                 let found = if matches!(name, b"." | b"..") { None } else { self.find(node, name).ok() };
                 match found {
