@@ -201,8 +201,15 @@ pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Res
 
 /// Gives a file that was just made to its maker. What cannot be remembered is the guest's user's.
 pub(super) fn adopt(file: BorrowedFd<'_>, wanted: Stat, owner: &Owner) -> Result<(), Errno> {
-    let stat = host_stat(file)?;
-    let special = wanted.mode & TYPE_MASK != type_of(&stat).as_raw_mode();
+    let mut stat = host_stat(file)?;
+    let kind = type_of(&stat);
+    let special = wanted.mode & TYPE_MASK != kind.as_raw_mode();
+    let real = host_mode(wanted.mode, kind == FileType::Directory);
+    if holds_stat(kind) && u32::from(stat.stx_mode) & 0o777 != real {
+        // The daemon's umask is for the daemon's files; the guest's kernel has applied its own.
+        rustix::fs::chmodat(rustix::fs::CWD, path_of(file), rustix::fs::Mode::from_raw_mode(real), AtFlags::empty())?;
+        stat = host_stat(file)?;
+    }
     match keep(file, wanted, &stat, owner) {
         Err(errno) if special => Err(errno),
         _ => Ok(()),
