@@ -2,7 +2,7 @@
 //! files say; there is no second record that could differ. Blocking; called on the blocking pool, but for [`Volumes::locate`].
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -60,11 +60,16 @@ impl Volumes {
             VolumeKind::Disk => Ok(place.join(DISK)),
             VolumeKind::Dir => {
                 let directory = place.join(DIRECTORY);
-                // Its mode is the guest's to see; the home around it is private.
-                match std::fs::DirBuilder::new().mode(0o755).create(&directory) {
-                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(file_error(&directory, &error)),
-                    _ => Ok(directory),
+                match std::fs::DirBuilder::new().create(&directory) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                        return Err(file_error(&directory, &error));
+                    }
+                    _ => {}
                 }
+                // Its mode is the guest's to see, whatever the daemon's umask is; the home around it is private.
+                std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o755))
+                    .map_err(|error| file_error(&directory, &error))?;
+                Ok(directory)
             }
         }
     }
