@@ -68,6 +68,28 @@ fn lists() {
 }
 
 #[test]
+fn metrics_as_a_table_as_lines_and_for_programs() {
+    insta::assert_snapshot!(session(&[
+        &["metrics"],
+        &["metrics", "--all", "--sort", "mem"],
+        &["metrics", "-q", "--sort", "cpu", "-a"],
+        &["metrics", "web", "--format", "json"],
+        &["metrics", "old"],
+        &["metrics", "nobody"],
+        &["metrics", "--label", "team=ml", "-q"],
+        &["metrics", "--label", "=x"],
+        &["metrics", "--watch", "web"],
+        &["metrics", "--follow", "web"],
+        &["metrics", "--follow", "web", "--format", "json"],
+        &["metrics", "--watch", "--follow"],
+        &["metrics", "--watch", "--interval", "5ms"],
+        &["metrics", "--sort", "disk"],
+        &["top"],
+        &["top", "--format", "json"],
+    ]));
+}
+
+#[test]
 fn inspecting() {
     insta::assert_snapshot!(session(&[
         &["inspect", "web"],
@@ -176,7 +198,6 @@ fn what_is_not_built_says_so() {
         &["ssh", "web"],
         &["volume", "create", "v"],
         &["snapshot", "ls"],
-        &["metrics", "--watch"],
         &["net", "log", "web"],
         &["registry", "login"],
         &["install", "busybox"],
@@ -186,7 +207,6 @@ fn what_is_not_built_says_so() {
         &["fork", "web"],
         &["pause", "web"],
         &["resume", "web"],
-        &["top"],
         &["df"],
         &["template", "ls"],
         &["mcp"],

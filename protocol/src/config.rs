@@ -119,6 +119,13 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "time between the stop signal and the kill",
     },
     Setting {
+        key: "metrics.sample_interval",
+        variable: "MSB_METRICS_SAMPLE_INTERVAL",
+        kind: SettingKind::Duration,
+        default: "1s",
+        meaning: "time between two samples of a virtual machine, 100ms at least; 0 switches metrics off",
+    },
+    Setting {
         key: "logs.size_max",
         variable: "MSB_LOG_SIZE_MAX",
         kind: SettingKind::Size,

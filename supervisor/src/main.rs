@@ -12,7 +12,7 @@ use msb_actors::daemon::Daemon;
 use msb_actors::images::ImageActor;
 use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
-use msb_actors::metrics::{MetricsActor, MetricsHandle};
+use msb_actors::metrics::MetricsHandle;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
@@ -95,7 +95,10 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     for problem in &found.problems {
         tracing::warn!(problem, "the journal was repaired");
     }
-    let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone() });
+    let launcher = Arc::new(ProcessLauncher {
+        program: settings.vmm_program.clone(),
+        sample_interval_ms: settings.config.duration_ms("metrics.sample_interval"),
+    });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?;
@@ -107,7 +110,7 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         host: settings.host_settings(),
         launcher,
         images: ImageActor::new(Arc::new(store)).start(),
-        metrics: MetricsHandle(MetricsActor::default().start()),
+        metrics: MetricsHandle::start(&settings.home.home),
         journal,
         clock,
         heartbeats,

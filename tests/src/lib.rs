@@ -13,7 +13,7 @@ mod census;
 mod home;
 mod invocation;
 
-pub use artifacts::{engine, image, python_image, tree};
+pub use artifacts::{engine, image, observers, python_image, tree};
 pub use census::Process;
 pub use home::Home;
 pub use invocation::{Finished, Invocation, Running};

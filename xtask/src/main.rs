@@ -23,6 +23,7 @@ mod initramfs;
 mod install;
 mod kernel;
 mod lab;
+mod observers;
 mod program;
 mod test;
 

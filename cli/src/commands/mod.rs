@@ -14,6 +14,7 @@ pub mod image;
 pub mod inspect;
 pub mod list;
 pub mod logs;
+pub mod metrics;
 pub mod remove;
 pub mod restart;
 pub mod run;
@@ -21,6 +22,7 @@ pub mod shell;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod top;
 pub mod version;
 pub mod wait;
 
@@ -75,8 +77,8 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Snapshot(_) => unbuilt("msb snapshot"),
         Command::Template(_) => unbuilt("msb template"),
         Command::Df(_) => unbuilt("msb df"),
-        Command::Metrics(_) => unbuilt("msb metrics"),
-        Command::Top(_) => unbuilt("msb top"),
+        Command::Metrics(args) => metrics::run(args, context).await,
+        Command::Top(args) => top::run(args, context).await,
         Command::Net(_) => unbuilt("msb net"),
         Command::Install(_) => unbuilt("msb install"),
         Command::Uninstall(_) => unbuilt("msb uninstall"),

@@ -1,6 +1,8 @@
 //! A service made of canned answers, for the tests of `msb`: the routes of `msb_protocol::control` with its own types, on a Unix
 //! socket. It knows four sandboxes and one image, and runs "commands" that are instructions to itself. It boots nothing.
 
+mod metrics;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -75,6 +77,8 @@ fn router() -> Router {
         .route("/v1/sandboxes/{name}/main", get(move |upgrade: WebSocketUpgrade| async move { upgrade.on_upgrade(move |socket| run_main(main, socket)) }))
         .route("/v1/sandboxes/{name}/logs", get(logs))
         .route("/v1/events", get(events))
+        .route("/v1/metrics", get(metrics::snapshot))
+        .route("/v1/metrics/stream", get(metrics::stream))
         .route("/v1/images", get(|| async { Json(ImageList { images: vec![image()] }) }))
         .route("/v1/images/load", post(load))
         .route("/v1/image", delete(remove_image).get(inspect_image))

@@ -43,5 +43,5 @@ pub use exec::{Exec, ExecOutput};
 pub use image::Image;
 pub use locate::Locator;
 pub use msb_protocol as protocol;
-pub use sandbox::Sandbox;
+pub use sandbox::{MetricsStream, Sandbox};
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};

@@ -8,6 +8,7 @@ mod failure;
 mod host;
 mod images;
 mod logs;
+mod metrics;
 mod sandboxes;
 mod streams;
 
@@ -91,7 +92,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(host::host))
         .routes(routes!(host::shutdown))
         .routes(routes!(host::debug_actors))
-        .routes(routes!(host::metrics))
+        .routes(routes!(metrics::snapshot))
+        .routes(routes!(metrics::stream))
+        .routes(routes!(metrics::history))
         .routes(routes!(sandboxes::create, sandboxes::list))
         .routes(routes!(sandboxes::inspect, sandboxes::remove))
         .routes(routes!(sandboxes::start))

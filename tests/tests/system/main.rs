@@ -11,6 +11,7 @@ mod environment;
 mod exec;
 mod image;
 mod inside;
+mod metrics;
 mod output;
 mod sdk;
 mod service;

@@ -22,13 +22,34 @@ pub struct Connection {
     outgoing: Vec<u8>,
     /// Whether events go here too; newer ones take over.
     pub(super) wants_events: bool,
+    /// Time between two samples and when the next is due, if this connection asked for them.
+    samples: Option<(Duration, Instant)>,
 }
 
 impl Connection {
     /// Takes a connected socket.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, decoder: Decoder::with_limit(SPEC_LEN_MAX), outgoing: Vec::new(), wants_events: false })
+        let decoder = Decoder::with_limit(SPEC_LEN_MAX);
+        Ok(Self { stream, decoder, outgoing: Vec::new(), wants_events: false, samples: None })
+    }
+
+    /// Begins samples at this interval, the first at once, or ends them.
+    pub(super) fn subscribe(&mut self, interval: Option<Duration>, now: Instant) {
+        self.samples = interval.map(|interval| (interval, now));
+    }
+
+    /// When the next sample is due.
+    pub(super) fn next_sample(&self) -> Option<Instant> {
+        self.samples.map(|(_, at)| at)
+    }
+
+    /// Whether a sample is due by now; if so, the next one is an interval later.
+    pub(super) fn take_due_sample(&mut self, now: Instant) -> bool {
+        let Some((interval, at)) = self.samples.as_mut().filter(|(_, at)| *at <= now) else { return false };
+        // A process that was stopped meanwhile does not catch up.
+        *at = (*at + *interval).max(now);
+        true
     }
 
     /// Reads what has arrived; false once the peer is gone.
