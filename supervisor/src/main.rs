@@ -20,6 +20,7 @@ use msb_protocol::error::ApiError;
 use msb_supervisor::api::{self, ApiState};
 use msb_supervisor::host::HostProbe;
 use msb_supervisor::settings::Settings;
+use msb_supervisor::traces::Traces;
 use msb_supervisor::{home, recovery, server};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -119,6 +120,7 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     // Clients that connect meanwhile wait on the socket, which is already there.
     daemon.recovered(RECOVERY).await;
     let probe = HostProbe::new(settings.vmm_program.clone(), settings.config.text("qemu").map(Into::into));
+    let traces = Traces::begin(daemon.surroundings().metrics.identity(), |name| std::env::var(name).ok());
     let state = ApiState::new(daemon.clone(), probe, settings.share_dir.clone());
     let router = api::router(state.clone());
     // On the workers: a request in flight never waits for an actor's turn on this thread.
@@ -140,5 +142,9 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     tokio::time::sleep(FAREWELL).await;
     aborter.abort();
     daemon.let_go().await;
+    // The SDK waits for its own thread.
+    if let Err(error) = tokio::task::spawn_blocking(move || traces.end()).await {
+        tracing::debug!(%error, "the last spans were not sent");
+    }
     Ok(())
 }

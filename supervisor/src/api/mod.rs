@@ -152,6 +152,7 @@ pub fn router(state: ApiState) -> Router {
             ))
         })
         .layer(middleware::from_fn(only_our_user))
+        .layer(middleware::from_fn(crate::traces::span))
         .with_state(state)
 }
 
