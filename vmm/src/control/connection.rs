@@ -151,3 +151,24 @@ pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Res
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_due_at_their_interval_and_never_caught_up() {
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let mut connection = Connection::new(ours).expect("a connection");
+        let (begin, second) = (Instant::now(), Duration::from_secs(1));
+        assert!(!connection.take_due_sample(begin) && connection.next_sample().is_none());
+        connection.subscribe(Some(second), begin);
+        assert!(connection.take_due_sample(begin), "the first at once");
+        assert!(!connection.take_due_sample(begin + second / 2));
+        assert_eq!(connection.next_sample(), Some(begin + second));
+        assert!(connection.take_due_sample(begin + 10 * second), "late");
+        assert_eq!(connection.next_sample(), Some(begin + 10 * second));
+        connection.subscribe(None, begin);
+        assert!(!connection.take_due_sample(begin + 60 * second));
+    }
+}
