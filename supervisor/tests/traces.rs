@@ -23,7 +23,8 @@ fn collector() -> (u16, mpsc::Receiver<Vec<u8>>) {
                     bytes.extend_from_slice(&buffer[..count]);
                     let head = bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
                     let text = String::from_utf8_lossy(&bytes).to_lowercase();
-                    let length = text.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+                    let length =
+                        text.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
                     if let (Some(head), Some(length)) = (head, length)
                         && bytes.len() >= head + length
                     {
