@@ -1,4 +1,5 @@
 //! The sim tier: supervisor and actors over fake VMs and a turned clock. Every wait of the rules passes in an instant.
+#![expect(clippy::print_stdout, reason = "figures for the reader of the output")]
 
 use std::collections::BTreeSet;
 use std::future::Future;
