@@ -3,8 +3,8 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, list, logs, remove, restart, run,
-    start, status, stop, wait,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, itself, label, list, logs, remove,
+    restart, run, start, status, stop, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -96,8 +96,8 @@ pub enum Command {
     Copy(Unbuilt),
     /// Log in to a sandbox with SSH, or serve it (not built yet)
     Ssh(Unbuilt),
-    /// Change the labels of a sandbox (not built yet)
-    Label(Unbuilt),
+    /// Show or change the labels of a sandbox
+    Label(label::LabelArgs),
     /// Copy a running sandbox, memory included (not built yet)
     Fork(Unbuilt),
     /// Halt a sandbox where it is (not built yet)
@@ -160,9 +160,13 @@ pub enum Command {
     Install(Unbuilt),
     /// Remove such a command (not built yet)
     Uninstall(Unbuilt),
-    /// Update or remove msb itself (not built yet)
+    /// Stop the service, or remove msb itself
     #[command(name = "self")]
-    Itself(Unbuilt),
+    Itself {
+        /// What to do with the installation.
+        #[command(subcommand)]
+        command: itself::SelfCommand,
+    },
 
     /// Print the completion script of a shell
     Completion(completion::CompletionArgs),

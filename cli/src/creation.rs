@@ -7,6 +7,7 @@ use msb_protocol::config::Config;
 use msb_protocol::error::ApiError;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
+use crate::care::CareArgs;
 use crate::failure::{self, Failure};
 use crate::{env_file, parse};
 
@@ -132,6 +133,9 @@ pub struct CreationArgs {
     /// End every run after this time
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     pub max_duration: Option<u64>,
+    /// Health checks and the pre-stop hook.
+    #[command(flatten)]
+    pub care: CareArgs,
     /// Print help
     #[arg(long, action = ArgAction::Help)]
     pub help: Option<bool>,
@@ -176,8 +180,6 @@ unbuilt_options! {
     init "handing PID 1 to another init";
     shell "choosing a shell";
     snapshot "snapshots";
-    health_cmd "health checks";
-    pre_stop "the pre-stop hook";
     log_level "a log level for each sandbox";
 }
 
@@ -227,6 +229,7 @@ impl CreationArgs {
             Some(Idle::Stop) | None => OnIdle::Stop,
         };
         spec.max_duration_ms = self.max_duration;
+        self.care.apply(&mut spec)?;
         Ok(spec)
     }
 
@@ -423,7 +426,6 @@ mod tests {
             &["--no-net"],
             &["--secret", "A@b"],
             &["--snapshot", "s"],
-            &["--health-cmd", "true"],
             &["--pull", "always"],
             &["--security", "restricted"],
         ] {

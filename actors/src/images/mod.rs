@@ -18,7 +18,10 @@ use msb_protocol::id::SandboxName;
 use msb_protocol::vmm::DiskPart;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::clock::Clock;
+use crate::faults;
 use crate::inspect::{ActorReport, Inspect};
+use crate::kept::{Kept, Life};
 
 /// Messages that wait for the actor before their senders are told to.
 const MAILBOX_LEN: usize = 1_024;
@@ -88,12 +91,19 @@ pub struct ImageActor {
     store: Arc<dyn ImageStore>,
     in_flight: HashMap<String, Vec<oneshot::Sender<Result<PreparedImage, ApiError>>>>,
     handled: u64,
+    _life: Life,
 }
 
 impl ImageActor {
-    /// The actor of a store.
-    pub fn new(store: Arc<dyn ImageStore>) -> Self {
-        Self { store, in_flight: HashMap::new(), handled: 0 }
+    /// Starts the actor of a store.
+    #[must_use]
+    pub fn keep(store: Arc<dyn ImageStore>, clock: Arc<dyn Clock>) -> Kept<Self> {
+        Kept::keep("images", clock, move |life| Self {
+            store: store.clone(),
+            in_flight: HashMap::new(),
+            handled: 0,
+            _life: life,
+        })
     }
 
     fn blocking<T: Send + 'static>(
@@ -131,6 +141,7 @@ impl Handler<Prepare> for ImageActor {
     type Result = ResponseFuture<Result<PreparedImage, ApiError>>;
 
     fn handle(&mut self, Prepare(reference): Prepare, ctx: &mut Self::Context) -> Self::Result {
+        faults::here("images/prepare");
         self.handled += 1;
         let (reply, answer) = oneshot::channel();
         let waiting = self.in_flight.entry(reference.clone()).or_default();
@@ -162,6 +173,7 @@ pub struct MakeUpper {
 impl Handler<MakeUpper> for ImageActor {
     type Result = ResponseFuture<Result<(), ApiError>>;
     fn handle(&mut self, message: MakeUpper, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/make_upper");
         self.blocking(move |store| store.make_upper(&message.path, message.size_mib))
     }
 }
@@ -174,6 +186,7 @@ pub struct ListImages;
 impl Handler<ListImages> for ImageActor {
     type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
     fn handle(&mut self, _: ListImages, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/list");
         self.blocking(|store| store.list())
     }
 }
@@ -191,6 +204,7 @@ pub struct InspectImage {
 impl Handler<InspectImage> for ImageActor {
     type Result = ResponseFuture<Result<ImageDetail, ApiError>>;
     fn handle(&mut self, message: InspectImage, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/inspect");
         self.blocking(move |store| {
             let mut detail = store.inspect(&message.reference)?;
             detail.used_by = message.users.get(&detail.summary.digest).cloned().unwrap_or_default();
@@ -214,6 +228,7 @@ pub struct RemoveImage {
 impl Handler<RemoveImage> for ImageActor {
     type Result = ResponseFuture<Result<(), ApiError>>;
     fn handle(&mut self, message: RemoveImage, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/remove");
         self.blocking(move |store| store.remove(&message.reference, message.force, &message.users))
     }
 }
@@ -233,6 +248,7 @@ pub struct LoadImage {
 impl Handler<LoadImage> for ImageActor {
     type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
     fn handle(&mut self, mut message: LoadImage, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/load");
         self.blocking(move |store| {
             let progress = message.progress;
             store.load(&mut *message.archive, message.tag.as_deref(), &mut |event| match event {
@@ -253,6 +269,7 @@ pub struct CheckStore;
 impl Handler<CheckStore> for ImageActor {
     type Result = ResponseFuture<Result<StoreReport, ApiError>>;
     fn handle(&mut self, _: CheckStore, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/check");
         self.blocking(|store| store.check())
     }
 }
@@ -260,6 +277,7 @@ impl Handler<CheckStore> for ImageActor {
 impl Handler<Inspect> for ImageActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/inspect_actor");
         MessageResult(ActorReport {
             handled: self.handled,
             state: format!("{} images being prepared", self.in_flight.len()),

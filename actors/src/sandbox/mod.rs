@@ -3,7 +3,9 @@
 pub mod activity;
 pub mod actor;
 pub mod directories;
+pub mod health;
 pub mod heartbeat;
 pub mod machine;
 pub mod plan;
+pub mod probe;
 pub mod view;

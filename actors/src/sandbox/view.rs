@@ -65,6 +65,7 @@ pub fn detail(
             ports: Vec::new(),
             labels: record.labels.clone(),
             engine: record.engine,
+            health: None,
         },
         spec: record.spec.clone(),
         image_digest: record.image_digest.clone(),
@@ -82,5 +83,6 @@ pub fn detail(
         stops_in_ms: None,
         last_activity: None,
         boot_error: record.boot_error.clone(),
+        health_report: None,
     }
 }

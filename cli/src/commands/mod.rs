@@ -12,6 +12,8 @@ pub mod events;
 pub mod exec;
 pub mod image;
 pub mod inspect;
+pub mod itself;
+pub mod label;
 pub mod list;
 pub mod logs;
 pub mod remove;
@@ -49,6 +51,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Attach(args) => attach::run(args, context).await,
         Command::Shell(args) => shell::run(args, context).await,
         Command::Wait(args) => wait::run(args, context).await,
+        Command::Label(args) => label::run(args, context).await,
         Command::Detach(args) => detach::run(args, context).await,
         Command::Touch(args) => detach::touch(args, context).await,
         Command::Image { command } => image::run(command, context).await,
@@ -59,12 +62,12 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Events(args) => events::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
+        Command::Itself { command } => itself::run(command, context).await,
         Command::Completion(args) => completion::run(args, context),
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
         Command::Copy(_) => unbuilt("msb cp"),
         Command::Ssh(_) => unbuilt("msb ssh"),
-        Command::Label(_) => unbuilt("msb label"),
         Command::Fork(_) => unbuilt("msb fork"),
         Command::Pause(_) => unbuilt("msb pause"),
         Command::Resume(_) => unbuilt("msb resume"),
@@ -80,7 +83,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Net(_) => unbuilt("msb net"),
         Command::Install(_) => unbuilt("msb install"),
         Command::Uninstall(_) => unbuilt("msb uninstall"),
-        Command::Itself(_) => unbuilt("msb self"),
         Command::Mcp(_) => unbuilt("msb mcp"),
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use msb_protocol::control::CreateRequest;
+use msb_protocol::health::{HealthCheck, PreStop};
 use msb_protocol::id::SandboxName;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
 
@@ -214,6 +215,21 @@ impl SandboxBuilder {
     #[must_use]
     pub fn max_duration(mut self, duration: Duration) -> Self {
         self.spec.max_duration_ms = Some(milliseconds(duration));
+        self
+    }
+
+    /// Asks a command at intervals whether the workload is well.
+    #[must_use]
+    pub fn health(mut self, check: HealthCheck) -> Self {
+        self.spec.health = Some(check);
+        self
+    }
+
+    /// Runs a command in it before every stop; its workload is asked to end when that is over, or after this time.
+    #[must_use]
+    pub fn pre_stop<S: Into<String>>(mut self, command: impl IntoIterator<Item = S>, timeout: Duration) -> Self {
+        let command = command.into_iter().map(Into::into).collect();
+        self.spec.pre_stop = Some(PreStop { command, timeout_ms: milliseconds(timeout) });
         self
     }
 
