@@ -24,6 +24,7 @@ mod install;
 mod kernel;
 mod lab;
 mod program;
+mod sdk;
 mod test;
 
 use std::process::ExitCode;
