@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 
 use crate::registry::Credential;
-use crate::registry::helper;
+use crate::registry::secret_program;
 use crate::store::read_bounded;
 
 /// Largest file that is read, in bytes.
@@ -98,7 +98,7 @@ fn ask_helper(name: &str, key: &str) -> Option<Credential> {
     if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
         return None;
     }
-    match helper::ask(&format!("docker-credential-{name}"), &["get"], key.as_bytes()) {
+    match secret_program::ask(&format!("docker-credential-{name}"), &["get"], key.as_bytes()) {
         Ok(answer) => {
             let answer: HelperAnswer = serde_json::from_slice(&answer).ok()?;
             Some(if answer.username == "<token>" {

@@ -2,7 +2,7 @@
 //!
 //! Most servers have none; then [`available`] says so and logins go to a file.
 
-use crate::registry::helper::{self, HelperError};
+use crate::registry::secret_program::{self, HelperError};
 
 const PROGRAM: &str = "secret-tool";
 
@@ -17,17 +17,17 @@ pub(super) fn available(variable: &dyn Fn(&str) -> Option<String>) -> bool {
 pub(super) fn store(registry: &str, password: &str) -> Result<(), HelperError> {
     let label = format!("--label=msb: {registry}");
     let arguments = ["store", &label, "service", "msb", "registry", registry];
-    helper::ask(PROGRAM, &arguments, password.as_bytes()).map(drop)
+    secret_program::ask(PROGRAM, &arguments, password.as_bytes()).map(drop)
 }
 
 /// The stored password of a registry.
 pub(super) fn lookup(registry: &str) -> Option<String> {
     let arguments = ["lookup", "service", "msb", "registry", registry];
-    let answer = helper::ask(PROGRAM, &arguments, b"").ok()?;
+    let answer = secret_program::ask(PROGRAM, &arguments, b"").ok()?;
     String::from_utf8(answer).ok().filter(|password| !password.is_empty())
 }
 
 /// Forgets the password of a registry.
 pub(super) fn clear(registry: &str) -> Result<(), HelperError> {
-    helper::ask(PROGRAM, &["clear", "service", "msb", "registry", registry], b"").map(drop)
+    secret_program::ask(PROGRAM, &["clear", "service", "msb", "registry", registry], b"").map(drop)
 }

@@ -19,11 +19,11 @@ pub(crate) mod challenge;
 mod credentials;
 mod docker_config;
 mod download;
-mod helper;
 mod keyring;
 pub(crate) mod manifest;
 mod pull;
 mod retry;
+mod secret_program;
 mod wire;
 
 use std::fmt;
