@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use msb_sdk::protocol::error::ErrorCode;
+use msb_sdk::protocol::images::PullPolicy;
 use msb_sdk::protocol::paths::Surroundings;
 use msb_sdk::protocol::state::SandboxState;
 use msb_sdk::{Client, Error, Exec, Locator, Sandbox, SessionEvent};
@@ -118,8 +119,8 @@ async fn errors_have_types_and_codes_before_and_after_a_request() {
     let home = Home::new("sdk_errors");
     home.succeeds(&["ls"]);
     let client = client(&home).await;
-    let missing =
-        Sandbox::builder("a").image("nothing-here").detached(true).create_on(&client).await.expect_err("no such image");
+    let wanted = Sandbox::builder("a").image("nothing-here").pull(PullPolicy::Never).detached(true);
+    let missing = wanted.create_on(&client).await.expect_err("no such image");
     assert_eq!(missing.code(), ErrorCode::ImageNotFound);
     assert!(missing.is_not_found() && !missing.hint().is_empty());
     home.finish();
