@@ -16,7 +16,7 @@ struct Screen<'a> {
 
 impl<'a> Screen<'a> {
     fn open(home: &'a Home) -> Self {
-        let screen = Self { home, socket: home.runtime().join("tmux").display().to_string() };
+        let screen = Self { home, socket: home.scratch().join("tmux").display().to_string() };
         screen.tmux("-f /dev/null new-session -d -x 100 -y 30 \"PS1='host> ' TERM=xterm-256color exec sh\"");
         screen.wait_for("host>");
         screen
@@ -60,6 +60,8 @@ impl<'a> Screen<'a> {
 impl Drop for Screen<'_> {
     fn drop(&mut self) {
         let _ = self.home.shell(&format!("exec tmux -S '{}' kill-server", self.socket)).run();
+        // tmux leaves its socket.
+        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
