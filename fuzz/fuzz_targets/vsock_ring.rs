@@ -21,7 +21,7 @@ fuzz_target!(|packets: Vec<(Vec<u8>, u16, bool)>| {
     let listener = UnixListener::bind(dir.path().join("v")).expect("bind");
     let (link, device_end) = UnixStream::pair().expect("pair");
     let event_loop = LoopHandle::start("fuzz-vsock").expect("loop");
-    let options = VsockOptions { guest_cid: 3, listener, guest_ports: vec![GuestPort { port: 1025, stream: device_end }] };
+    let options = VsockOptions { guest_cid: 3, listener, guest_ports: vec![GuestPort { port: 1025, stream: device_end }], on_stop: None };
     let mut device = Vsock::new(options, event_loop.clone()).expect("device");
     let memory = guest_memory(8);
     let mut receive = DriverRing::new(Arc::clone(&memory), 0x1000, 64);
@@ -47,7 +47,8 @@ fuzz_target!(|packets: Vec<(Vec<u8>, u16, bool)>| {
             let length = u32::try_from(packet.len() - 44).expect("small");
             packet[24..28].copy_from_slice(&length.to_le_bytes());
             packet[28..30].copy_from_slice(&1u16.to_le_bytes());
-            packet[30..32].copy_from_slice(&(u16::from(packet[30]) % 9).to_le_bytes());
+            let operation = u16::from(packet[30]) % 9;
+            packet[30..32].copy_from_slice(&operation.to_le_bytes());
         }
         memory.write_slice(&packet, GuestAddress(OUT)).expect("packet");
         let length = u32::try_from(packet.len()).expect("small");
