@@ -20,6 +20,8 @@ use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
+use msb_protocol::vmm::NetworkExplanation;
+use tokio::sync::mpsc;
 
 use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
@@ -27,8 +29,9 @@ use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::metrics::{Latest, MetricsActor};
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
-use crate::sandbox::actor::{Ask, LetGo, OpenSsh};
+use crate::sandbox::actor::{Ask, Explain, LetGo, OpenSsh};
 use crate::sandbox::machine::{By, Event, Then};
+use crate::sandbox::network;
 use crate::sandbox::plan;
 use crate::sandbox::ssh::{self, SshForwarder};
 use crate::sandbox::view::View;
@@ -253,6 +256,26 @@ impl Daemon {
             states,
             sandboxes,
         })
+    }
+
+    /// Which rule of a sandbox's network would decide about a target; nothing is sent. A running one knows what its names led to.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_request`.
+    pub async fn explain_network(&self, name: &SandboxName, target: String) -> Result<NetworkExplanation, ApiError> {
+        let sandbox = self.find(name).await?;
+        if let Some(address) = &sandbox.address
+            && let Ok(Some(answer)) = address.send(Explain(target.clone())).await
+            && let Ok(answer) = answer.await
+        {
+            return answer;
+        }
+        let spec = sandbox.view.borrow().detail.spec.network.clone();
+        let network = network::vm_network(&spec, &spec.ports).ok_or_else(|| {
+            ApiError::new(ErrorCode::InvalidRequest, format!("sandbox {name} has no network"))
+                .with_hint("it was created with --no-net")
+        })?;
+        self.surroundings.launcher.explain(network, target).await
     }
 
     /// Starts a sandbox and waits until it is up.

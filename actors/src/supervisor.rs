@@ -364,6 +364,7 @@ impl Handler<Create> for SupervisorActor {
             engine_reason: None,
             boot_phases: Vec::new(),
             jail: Default::default(),
+            ports: Vec::new(),
             spec,
         };
         Ok(self.adopt_child(record, pidfd, Some(Event::Start { by: By::User, hold_main: request.hold_main })))

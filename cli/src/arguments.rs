@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, remove,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, net, remove,
     restart, run, ssh, start, status, stop, uninstall, wait,
 };
 
@@ -168,8 +168,12 @@ pub enum Command {
     Metrics(Unbuilt),
     /// Watch what sandboxes use (not built yet)
     Top(Unbuilt),
-    /// Explain and log what the network allows (not built yet)
-    Net(Unbuilt),
+    /// Explain and log what the network allows
+    Net {
+        /// What to ask.
+        #[command(subcommand)]
+        command: net::NetCommand,
+    },
 
     /// Say what this host can do, and what to install
     Doctor(doctor::DoctorArgs),

@@ -8,6 +8,7 @@ use msb_protocol::error::ApiError;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
 use crate::failure::{self, Failure};
+use crate::network_options::NetworkArgs;
 use crate::{env_file, parse};
 
 /// Which engine runs the virtual machine.
@@ -132,8 +133,11 @@ pub struct CreationArgs {
     /// End every run after this time
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     pub max_duration: Option<u64>,
+    /// Its network.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// Print help
-    #[arg(long, action = ArgAction::Help)]
+    #[arg(long, action = ArgAction::Help, help_heading = "Options")]
     pub help: Option<bool>,
     /// Options of parts that have yet to be built.
     #[command(flatten)]
@@ -162,14 +166,8 @@ unbuilt_options! {
     volume "volumes" #[arg(short = 'v')];
     mount "volumes";
     tmpfs "volumes";
-    port "the network" #[arg(short = 'p', alias = "publish")];
-    no_net "the network";
-    net "the network";
-    net_rule "the network";
-    net_default "the network";
-    dns_nameserver "the network";
     secret "secrets";
-    tls_intercept "the network";
+    tls_intercept "TLS interception";
     script "scripts";
     copy "rootfs patches";
     mkdir "rootfs patches";
@@ -227,6 +225,7 @@ impl CreationArgs {
             Some(Idle::Stop) | None => OnIdle::Stop,
         };
         spec.max_duration_ms = self.max_duration;
+        spec.network = self.network.spec()?;
         Ok(spec)
     }
 
@@ -415,9 +414,7 @@ mod tests {
         for words in [
             &["-v", "a:/b"][..],
             &["--tmpfs", "/x"],
-            &["-p", "80:80"],
-            &["--publish", "80:80"],
-            &["--no-net"],
+            &["--tls-intercept"],
             &["--secret", "A@b"],
             &["--snapshot", "s"],
             &["--health-cmd", "true"],
@@ -425,8 +422,8 @@ mod tests {
         ] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");
         }
-        let Err(Failure::Api(error)) = spec_with(&["--net-rule", "x"], &Config::default()) else { panic!() };
-        assert_eq!(error.message, "--net-rule (the network) is not built yet");
+        let Err(Failure::Api(error)) = spec_with(&["--tls-intercept", "x"], &Config::default()) else { panic!() };
+        assert_eq!(error.message, "--tls-intercept (TLS interception) is not built yet");
     }
 
     #[test]

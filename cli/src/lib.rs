@@ -26,6 +26,7 @@ pub mod detach_keys;
 pub mod env_file;
 pub mod failure;
 pub mod groups;
+pub mod network_options;
 pub mod parse;
 pub mod printer;
 pub mod signals;

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use msb_network::policy::class::{AddressClass, classify};
 use msb_network::policy::pins::Pins;
-use msb_network::policy::{Attempt, Decider, Policy, profile_rules};
+use msb_network::policy::{Attempt, Decider, Policy};
 use msb_protocol::network::{
-    Action, AddressGroup, Cidr, Direction, DomainName, NetworkProfile, NetworkSpec, PortRange, Rule, Target, Transport,
+    Action, AddressGroup, Cidr, Direction, DomainName, NetworkProfile, NetworkSpec, PortRange, ProfilePolicy, Rule,
+    Target, Transport,
 };
 use proptest::prelude::*;
 
@@ -180,7 +181,7 @@ proptest! {
         let policy = Policy::new(&spec, vec![HOST]);
         let decision = policy.decide(Duration::ZERO, &attempt, &table);
 
-        let (profile_rules, egress, in_default) = profile_rules(profile);
+        let ProfilePolicy { rules: profile_rules, default_egress: egress, default_ingress: in_default } = profile.policy();
         let all: Vec<Rule> = own.iter().cloned().chain(profile_rules).collect();
         let (action, index) = reference(&all, (egress, in_default), &attempt, &pinned);
         let found = match decision.decider {

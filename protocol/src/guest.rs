@@ -220,6 +220,36 @@ pub struct GuestConfig {
     /// Memory in bytes that the workload's cgroup leaves for the agent.
     #[prost(uint64, tag = "12")]
     pub memory_reserve_bytes: u64,
+    /// The network interface, if there is one.
+    #[prost(message, optional, tag = "20")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<GuestNetwork>,
+}
+
+/// How the guest's one network interface is set up: statically, without asking anybody.
+#[derive(Clone, PartialEq, Message, serde::Serialize, serde::Deserialize)]
+pub struct GuestNetwork {
+    /// IPv4 address, 4 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub ipv4: Vec<u8>,
+    /// Length of its prefix in bits.
+    #[prost(uint32, tag = "2")]
+    pub ipv4_prefix_len: u32,
+    /// IPv4 default gateway, 4 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub gateway_ipv4: Vec<u8>,
+    /// IPv6 address, 16 bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub ipv6: Vec<u8>,
+    /// Length of its prefix in bits.
+    #[prost(uint32, tag = "5")]
+    pub ipv6_prefix_len: u32,
+    /// IPv6 default gateway, 16 bytes.
+    #[prost(bytes = "vec", tag = "6")]
+    pub gateway_ipv6: Vec<u8>,
+    /// Largest IP packet in bytes.
+    #[prost(uint32, tag = "7")]
+    pub mtu_bytes: u32,
 }
 
 /// The main workload.

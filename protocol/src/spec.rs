@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ApiError, ErrorCode};
 use crate::id::SandboxName;
 use crate::labels;
+use crate::network::NetworkSpec;
 
 /// The version this build writes.
 pub const SPEC_VERSION: u32 = 1;
@@ -216,6 +217,9 @@ pub struct SandboxSpec {
     /// Longest time one run may take, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_duration_ms: Option<u64>,
+    /// Its network: what it may reach, published ports, name servers.
+    #[serde(default)]
+    pub network: NetworkSpec,
 }
 
 fn spec_version() -> u32 {
@@ -266,6 +270,7 @@ impl SandboxSpec {
             idle_timeout_ms: None,
             on_idle: OnIdle::Stop,
             max_duration_ms: None,
+            network: NetworkSpec::default(),
         }
     }
 
@@ -318,7 +323,7 @@ impl SandboxSpec {
         {
             return refuse(format!("user {user:?} must be USER|UID[:GROUP|GID]"));
         }
-        Ok(())
+        self.network.check()
     }
 }
 

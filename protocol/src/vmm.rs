@@ -4,6 +4,7 @@
 //! input; it begins with [`Request::Launch`]. A daemon that was restarted connects to `<run>/control.sock` and begins with
 //! [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ApiError;
 use crate::guest::GuestConfig;
 use crate::id::{BootId, SandboxId, SandboxName};
+use crate::network::VmNetwork;
 use crate::spec::EngineChoice;
 use crate::state::{EndCause, ProcessEnd};
 
@@ -26,6 +28,8 @@ pub const BOOT_ERROR_FILE: &str = "boot-error.json";
 pub const WORKLOAD_LOG_FILE: &str = "workload.jsonl";
 /// File name of the guest's console output in the log directory: raw bytes; rotated as the workload's log.
 pub const CONSOLE_LOG_FILE: &str = "console.log";
+/// File name of the network's decision log in the log directory: JSON lines; rotated as the workload's log.
+pub const DECISION_LOG_FILE: &str = "network.jsonl";
 /// virtio serial of the read-only root.
 pub const LOWER_SERIAL: &str = "root";
 /// virtio serial of the writable disk.
@@ -49,7 +53,8 @@ pub enum Request {
         /// What to boot.
         spec: Box<VmSpec>,
     },
-    /// First on a later connection: tell me what you are and send me your events.
+    /// First on a later connection: tell me what you are and send me your events. Duplicates of the published ports' listeners come
+    /// with the answer, in their order.
     Adopt {
         /// The daemon's generation of this border.
         generation: u32,
@@ -73,6 +78,11 @@ pub enum Request {
     },
     /// Counters of the devices and vCPUs.
     Sample,
+    /// Which network rule would decide about a target; nothing is sent.
+    ExplainNetwork {
+        /// A URL, `NAME:PORT`, `ADDRESS:PORT`, `udp://…` or `icmp://…`.
+        target: String,
+    },
 }
 
 /// msb-vmm → msbd.
@@ -135,6 +145,8 @@ pub enum Reply {
     },
     /// To `Sample`.
     Sample(Box<Sample>),
+    /// To `ExplainNetwork`.
+    Explanation(Box<NetworkExplanation>),
 }
 
 /// What a VM process is now.
@@ -318,6 +330,57 @@ pub struct Sample {
     pub network_received_packets: u64,
     /// Packets the guest sent.
     pub network_sent_packets: u64,
+    /// Connections and flows through published ports that were opened since the boot.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub network_inbound_opened: u64,
+    /// Connections and flows through published ports that are open now.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub network_inbound_open: u64,
+    /// The network's other counters, each under the name of its metric.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network: Vec<NetworkCount>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// One counter of the network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct NetworkCount {
+    /// Name of the metric.
+    pub metric: String,
+    /// Its attributes.
+    pub attributes: BTreeMap<String, String>,
+    /// Its value: since the boot, or now where the metric is a gauge.
+    pub value: u64,
+}
+
+/// What the policy of a network would say about a target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct NetworkExplanation {
+    /// Whether a connection would be allowed: `allow` or `deny`.
+    pub action: String,
+    /// Each decision on the way.
+    pub steps: Vec<NetworkExplanationStep>,
+}
+
+/// One decision in words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct NetworkExplanationStep {
+    /// About what: `dns api.example.com`, `tcp 1.2.3.4:443 (public)`.
+    pub about: String,
+    /// `allow` or `deny`.
+    pub action: String,
+    /// What decided: `rule`, `profile_rule`, `default`, `encrypted_dns`.
+    pub by: String,
+    /// Place of the rule in its list, counted from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<usize>,
+    /// Text of the rule, or `default`, or `encrypted-dns`.
+    pub rule: String,
+    /// The sentence for people.
+    pub because: String,
 }
 
 /// What to boot. Made by an actor, turned into devices only by `msb-vmm`, which checks it again.
@@ -366,6 +429,9 @@ pub struct VmSpec {
     /// The QEMU program, if it is not the one in PATH.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<PathBuf>,
+    /// The network; none: loopback only. The listeners of its published ports come as descriptors with the launch, in their order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<VmNetwork>,
 }
 
 /// One file of the read-only root.

@@ -73,6 +73,7 @@ fn config() -> GuestConfig {
         rlimits: vec![ResourceLimit { resource: "core".into(), soft: 0, hard: 0 }],
         main: Some(MainConfig { exec: Some(exec()), autostart: true, stop_signal: 15 }),
         memory_reserve_bytes: 16 << 20,
+        network: None,
     }
 }
 
@@ -349,6 +350,7 @@ fn vm_spec() -> VmSpec {
         boot_timeout_ms: 3,
         disk_full_timeout_ms: 4,
         qemu: Some("/q".into()),
+        network: None,
     }
 }
 

@@ -120,8 +120,8 @@ fn the_life_of_a_sandbox_over_http() {
     serve(|world| async move {
         let (status, detail) = world.create("box", json!({"labels": {"team": "ml"}})).await;
         assert_eq!(
-            (status, &detail["status"], &detail["network"]),
-            (200, &json!("running"), &json!("loopback only")),
+            (status, &detail["status"], &detail["network"]["addresses"]["guest_ipv4"]),
+            (200, &json!("running"), &json!("172.16.0.2")),
             "{detail}"
         );
         let (status, error) = world.create("box", json!({})).await;

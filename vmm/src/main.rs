@@ -4,6 +4,7 @@
 //!  msb-vmm                    standard input is a socket: wait for `Launch`
 //!  msb-vmm --spec FILE        boot the VmSpec in FILE (JSON), as a benchmark or a developer does; control.sock works as usual
 //!  msb-vmm --probe            print which engine this host can run (JSON)
+//!  msb-vmm --explain TARGET   print which rule of the VmNetwork on standard input (JSON) would decide about TARGET (JSON)
 //!  msb-vmm --version
 //! ```
 //!
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use msb_vmm::control::{Connection, receive_launch};
+use msb_vmm::control::{Connection, explain_network, receive_launch};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
 use msb_vmm::launch::engine_choice;
@@ -58,11 +59,17 @@ fn dispatch(
             print(&serde_json::to_string_pretty(&engine_choice::report(qemu.as_deref()))?);
             Ok(0)
         }
+        Some("--explain") => {
+            let target = words.next().context("--explain needs a target")?;
+            let network = serde_json::from_reader(std::io::stdin().lock()).context("standard input is no VmNetwork")?;
+            print(&serde_json::to_string(&explain_network(&network, &target.to_string_lossy()))?);
+            Ok(0)
+        }
         Some("--version") => {
             print(&format!("msb-vmm {}", env!("CARGO_PKG_VERSION")));
             Ok(0)
         }
-        _ => bail!("unknown argument {first:?}; usage: msb-vmm [--spec FILE | --probe | --version]"),
+        _ => bail!("unknown argument {first:?}; usage: msb-vmm [--spec FILE | --probe | --explain TARGET | --version]"),
     }
 }
 

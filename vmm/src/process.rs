@@ -6,6 +6,7 @@
 //!        boot ──► run ──► verdict ─┴──────────────────────────────────────────────────────► exit
 //! ```
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -114,10 +115,13 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         error
     };
     let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
+    let listeners = launcher.as_mut().map(|launcher| launcher.connection.take_descriptors()).unwrap_or_default();
     let ready = engine_choice::choose(spec.engine, qemu.as_deref()).and_then(|chosen| {
-        Ok((chosen, machine::prepare(spec, run)?, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
+        // The control thread gives them to a daemon that adopts this process.
+        let kept = duplicate(&listeners)?;
+        Ok((chosen, machine::prepare(spec, run, listeners)?, kept, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
     });
-    let (chosen, prepared, listener) = ready.map_err(|error| refused(launcher, error))?;
+    let (chosen, prepared, ports, listener) = ready.map_err(|error| refused(launcher, error))?;
     let log = WorkloadLog::open(
         &spec.log_dir.join(WORKLOAD_LOG_FILE),
         spec.log_size_max_bytes,
@@ -142,6 +146,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         engine: chosen.engine,
         engine_reason: chosen.reason,
         meters: prepared.meters,
+        ports,
         boot_timeout_ms: spec.boot_timeout_ms,
     })
     .map_err(ApiError::internal)?;
@@ -177,6 +182,11 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     Ok(Outcome { end, control, engine })
 }
 
+/// Second handles on the listeners of published ports.
+fn duplicate(listeners: &[OwnedFd]) -> Result<Vec<OwnedFd>, ApiError> {
+    listeners.iter().map(|listener| listener.try_clone().map_err(ApiError::internal)).collect()
+}
+
 /// What is left of a machine that has run.
 struct Outcome {
     end: EngineEnd,
@@ -189,7 +199,12 @@ struct Outcome {
 fn close_jail(spec: &VmSpec, loops: &[LoopHandle], child_pids: &[u32]) -> Result<JailReport, String> {
     let mut read = vec![PathBuf::from("/proc/self")];
     read.extend(child_pids.iter().map(|pid| PathBuf::from(format!("/proc/{pid}"))));
-    let files = FilePlan { read, write: vec![spec.run_dir.clone(), spec.log_dir.clone()], ..FilePlan::default() };
+    let files = FilePlan {
+        read,
+        write: vec![spec.run_dir.clone(), spec.log_dir.clone()],
+        network: spec.network.is_some(),
+        ..FilePlan::default()
+    };
     let plan = JailPlan { files, has_child: !child_pids.is_empty() };
     let report = jail::close(&plan).map_err(|error| error.to_string())?;
     for handle in loops {

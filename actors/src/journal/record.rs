@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use msb_protocol::control::RunEnd;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::network::PublishedPort;
 use msb_protocol::spec::{EngineChoice, SandboxSpec};
 use msb_protocol::state::{EndCause, SandboxState};
 use msb_protocol::vmm::{BootError, JailReport, Phase};
@@ -60,6 +61,9 @@ pub struct SandboxRecord {
     /// What confines the VM process.
     #[serde(default)]
     pub jail: JailReport,
+    /// Published ports as they were last bound.
+    #[serde(default)]
+    pub ports: Vec<PublishedPort>,
 }
 
 /// An event before the journal gave it its number and time.

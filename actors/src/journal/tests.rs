@@ -37,6 +37,7 @@ fn record(name: &str) -> SandboxRecord {
         engine_reason: None,
         boot_phases: Vec::new(),
         jail: Default::default(),
+        ports: Vec::new(),
     }
 }
 

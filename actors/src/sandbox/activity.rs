@@ -7,6 +7,7 @@
 //! | file sessions that do more than watch | from open to close |
 //! | touch | once |
 //! | connections forwarded by SSH | their opening, and each piece of their bytes |
+//! | connections through published ports | each second while one is open or was opened, as the VM process counts them |
 //! | everything else | never: it has no guard to hold |
 
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub enum ActivityKind {
     Ssh,
     /// Bytes of a connection that an SSH client forwards.
     Forward,
+    /// A connection through a published port.
+    Connection,
 }
 
 impl ActivityKind {
@@ -44,6 +47,7 @@ impl ActivityKind {
             Self::Touch => "touch",
             Self::Ssh => "ssh",
             Self::Forward => "forward",
+            Self::Connection => "connection",
         }
     }
 }

@@ -13,6 +13,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use actix::prelude::*;
 use jiff::SignedDuration;
@@ -22,13 +23,14 @@ use msb_protocol::id::BootId;
 use msb_protocol::labels;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
-use msb_protocol::vmm::BootError;
-use tokio::sync::{mpsc, watch};
+use msb_protocol::vmm::{BootError, NetworkExplanation};
+use tokio::sync::{mpsc, oneshot, watch};
 
-use super::activity::Activity;
+use super::activity::{Activity, ActivityKind};
 use super::directories::Directories;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
-use super::machine::{Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
+use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
+use super::network::BoundPorts;
 use super::plan;
 use super::ssh::SshForwarder;
 use super::view::{self, View};
@@ -147,6 +149,12 @@ pub struct SandboxActor {
     first_effects: Vec<Effect>,
     vm: Option<VmHandle>,
     image: Option<PreparedImage>,
+    /// Published ports, bound from the boot until the sandbox rests.
+    ports: BoundPorts,
+    /// Waits for visitors while the sandbox sleeps.
+    port_watch: Option<SpawnHandle>,
+    /// Connections through published ports that were opened, as of the last sample.
+    visits: Arc<AtomicU64>,
     beats: Option<BeatWatch>,
     /// Events of a run whose launch or adoption is under way.
     coming: Option<(BootId, mpsc::Receiver<VmEvent>)>,
@@ -199,6 +207,9 @@ impl SandboxActor {
             first_effects,
             vm: None,
             image: None,
+            ports: BoundPorts::default(),
+            port_watch: None,
+            visits: Arc::default(),
             beats: None,
             coming: None,
             timer: None,
@@ -345,8 +356,55 @@ impl SandboxActor {
 
     /// All steps are done: show what is, and wait for what comes.
     fn settle(&mut self, ctx: &mut Context<Self>) {
+        self.mind_ports(ctx);
         self.publish();
         self.arm(ctx);
+    }
+
+    /// Published ports are closed when the sandbox rests and watched while it sleeps.
+    fn mind_ports(&mut self, ctx: &mut Context<Self>) {
+        let asleep = matches!(self.machine.state(), State::Asleep);
+        if !asleep && let Some(watch) = self.port_watch.take() {
+            ctx.cancel_future(watch);
+        }
+        if !view::holds_ports(self.machine.shown()) {
+            self.ports = BoundPorts::default();
+        }
+        if !asleep || self.port_watch.is_some() || self.record.ports.is_empty() {
+            return;
+        }
+        if self.ports.is_empty() {
+            // A new daemon: the one before it held them and is gone.
+            match BoundPorts::bind(&self.record.ports, &[]) {
+                Ok(ports) => self.ports = ports,
+                Err(error) => {
+                    tracing::error!(sandbox = %self.record.name, error = %error.message, "a sleeping sandbox lost its published ports");
+                    return;
+                }
+            }
+        }
+        let visited = self.ports.clone().visited();
+        self.port_watch = Some(ctx.spawn(visited.into_actor(self).map(|outcome, this, ctx| {
+            this.port_watch = None;
+            match outcome {
+                Ok(()) => this.tell(Event::Start { by: By::User, hold_main: false }, ctx),
+                Err(error) => {
+                    tracing::error!(sandbox = %this.record.name, %error, "published ports cannot be watched");
+                }
+            }
+        })));
+    }
+
+    /// Binds the published ports unless they are bound.
+    fn bind_ports(&mut self) -> Result<(), ApiError> {
+        let network = &self.record.spec.network;
+        if !network.enabled || network.ports.is_empty() {
+            self.record.ports = Vec::new();
+        } else if self.ports.is_empty() {
+            self.ports = BoundPorts::bind(&network.ports, &self.record.ports)?;
+            self.record.ports = self.ports.ports().to_vec();
+        }
+        Ok(())
     }
 
     fn publish(&mut self) {
@@ -494,6 +552,9 @@ impl SandboxActor {
     }
 
     fn make_disks(&mut self, ctx: &mut Context<Self>) {
+        if let Err(error) = self.bind_ports() {
+            return self.hear(News::Disks(Err(error)), ctx);
+        }
         let (directories, images, size_mib) =
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         self.later(ctx, async move {
@@ -524,7 +585,7 @@ impl SandboxActor {
         let who = (self.record.id, &self.record.name);
         let spec = plan::vm_spec(
             who,
-            &self.record.spec,
+            (&self.record.spec, self.ports.ports()),
             run,
             (&image.config, image.lower.clone()),
             &self.surroundings.host,
@@ -534,7 +595,7 @@ impl SandboxActor {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(spec) => {
                 let events = self.listen(run.boot_id);
-                let launching = self.surroundings.launcher.launch(Box::new(spec), events);
+                let launching = self.surroundings.launcher.launch(Box::new(spec), self.ports.listeners(), events);
                 self.later(ctx, async move { News::Spawned(launching.await) });
             }
         }
@@ -608,9 +669,15 @@ impl SandboxActor {
                 self.vm = Some(vm);
                 (Event::PhaseDone(StartPhase::VmSpawned), None)
             }
-            News::Adopted(Adoption::Alive(vm, status)) => {
+            News::Adopted(Adoption::Alive(vm, status, listeners)) => {
                 self.record.vmm = Some(vm.identity.clone());
                 self.vm = Some(vm);
+                match BoundPorts::adopt(&self.record.ports, listeners) {
+                    Some(ports) => self.ports = ports,
+                    None => {
+                        tracing::warn!(sandbox = %self.record.name, "the VM process did not give its published ports back");
+                    }
+                }
                 self.note_status(&status);
                 let ready = !matches!(
                     status.state,
@@ -848,14 +915,37 @@ impl SandboxActor {
         self.command(VmCommand::Sample(reply));
         let metrics = self.surroundings.metrics.clone();
         let (id, name) = (self.record.id, self.record.name.clone());
+        let (activity, visits) = (self.activity.clone(), self.visits.clone());
         tokio::spawn(async move {
             if let Ok(Ok(sample)) = answer.await {
+                let opened = sample.network_inbound_opened;
+                if sample.network_inbound_open > 0 || (visits.swap(opened, Ordering::Relaxed) != opened && opened > 0) {
+                    activity.touch(ActivityKind::Connection);
+                }
                 metrics.sample(BeatSample { id, name, boot_id, at_ms: now_ms, beat, sample });
             }
         });
         if self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }
+    }
+}
+
+/// Asks the running VM which network rule would decide about a target. The answer comes from the VM process, beside the mailbox.
+#[derive(Debug, Message)]
+#[rtype(result = "Option<oneshot::Receiver<Result<NetworkExplanation, ApiError>>>")]
+pub struct Explain(pub String);
+
+impl Handler<Explain> for SandboxActor {
+    type Result = MessageResult<Explain>;
+    fn handle(&mut self, Explain(target): Explain, _: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        let running = matches!(self.machine.state(), State::Running { .. } | State::Draining { .. });
+        MessageResult(running.then(|| {
+            let (reply, answer) = oneshot::channel();
+            self.command(VmCommand::ExplainNetwork(target, reply));
+            answer
+        }))
     }
 }
 

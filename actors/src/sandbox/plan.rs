@@ -10,12 +10,14 @@ use msb_protocol::control::ImageConfigDetail;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceLimit, TerminalSize};
 use msb_protocol::id::{SandboxId, SandboxName};
+use msb_protocol::network::PublishedPort;
 use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, UPPER_SERIAL, VmSpec};
 
 use super::directories::Directories;
 use super::machine::Run;
+use super::network;
 
 /// Memory that the workload's limit leaves for the agent, in bytes.
 pub const MEMORY_RESERVE_BYTES: u64 = 16 << 20;
@@ -60,13 +62,13 @@ pub fn command_line(spec: &SandboxSpec, image: &ImageConfigDetail) -> Vec<String
     entrypoint.iter().chain(command).cloned().collect()
 }
 
-/// The VM of one run.
+/// The VM of one run; `ports` are the published ones as they were bound.
 ///
 /// # Errors
 /// `invalid_config` for a workload without a command or a stop signal that is none.
 pub fn vm_spec(
     (id, name): (SandboxId, &SandboxName),
-    spec: &SandboxSpec,
+    (spec, ports): (&SandboxSpec, &[PublishedPort]),
     run: Run,
     image: (&ImageConfigDetail, Vec<DiskPart>),
     host: &HostSettings,
@@ -94,6 +96,7 @@ pub fn vm_spec(
         boot_timeout_ms: host.boot_timeout_ms,
         disk_full_timeout_ms: host.disk_full_timeout_ms,
         qemu: host.qemu.clone(),
+        network: network::vm_network(&spec.network, ports),
     })
 }
 
@@ -138,7 +141,7 @@ pub fn guest_config(
     Ok(GuestConfig {
         hosts: format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"),
         hostname,
-        resolv_conf: "# no name servers: this sandbox has loopback only\n".into(),
+        resolv_conf: network::resolv_conf(&spec.network),
         lower_serial: LOWER_SERIAL.into(),
         upper_serial: UPPER_SERIAL.into(),
         volume_paths: volume_paths(&image.volumes),
@@ -148,6 +151,7 @@ pub fn guest_config(
         rlimits: resource_limits(&spec.rlimits)?,
         main,
         memory_reserve_bytes: MEMORY_RESERVE_BYTES,
+        network: network::guest_network(&spec.network),
     })
 }
 

@@ -1,8 +1,9 @@
 //! What others see of a sandbox: published by its actor after a change is durable, read without asking the actor.
 
 use jiff::Timestamp;
-use msb_protocol::control::{SandboxDetail, SandboxSummary};
+use msb_protocol::control::{NetworkDetail, SandboxDetail, SandboxSummary};
 use msb_protocol::error::ApiError;
+use msb_protocol::network::NetworkSpec;
 use msb_protocol::state::SandboxState;
 
 use super::directories::Directories;
@@ -42,6 +43,20 @@ impl View {
     }
 }
 
+/// Whether published ports are bound in a state: from the boot until the sandbox rests, and while it sleeps.
+#[must_use]
+pub fn holds_ports(state: SandboxState) -> bool {
+    !matches!(state, SandboxState::Created | SandboxState::Stopped | SandboxState::Crashed)
+}
+
+fn network(spec: &NetworkSpec) -> NetworkDetail {
+    if spec.enabled {
+        NetworkDetail { addresses: Some(spec.addresses()), policy: spec.policy_lines() }
+    } else {
+        NetworkDetail::default()
+    }
+}
+
 /// What the API shows of a record.
 #[must_use]
 pub fn detail(
@@ -62,7 +77,11 @@ pub fn detail(
             started_at: record.started_at,
             last_end: record.last_end.clone(),
             restarts: machine.restarts(),
-            ports: Vec::new(),
+            ports: if holds_ports(machine.shown()) {
+                record.ports.iter().map(ToString::to_string).collect()
+            } else {
+                Vec::new()
+            },
             labels: record.labels.clone(),
             engine: record.engine,
         },
@@ -73,7 +92,7 @@ pub fn detail(
         engine_reason: record.engine_reason.clone(),
         boot_phases: record.boot_phases.clone(),
         jail: record.jail.clone(),
-        network: "loopback only".into(),
+        network: network(&record.spec.network),
         root_allocated_bytes: 0,
         directory: directories.root.display().to_string(),
         heartbeat_file: directories.heartbeat.display().to_string(),

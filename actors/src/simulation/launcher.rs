@@ -1,6 +1,7 @@
 //! A launcher whose VMs are tasks.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,9 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
+use msb_protocol::network::VmNetwork;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{Phase, VmSpec, VmState, VmStatus};
+use msb_protocol::vmm::{NetworkExplanation, Phase, VmSpec, VmState, VmStatus};
 use tokio::sync::mpsc;
 
 use super::agent;
@@ -46,6 +48,7 @@ pub struct Faults {
 struct FakeVm {
     spec: VmSpec,
     identity: ProcessIdentity,
+    listeners: Vec<Arc<OwnedFd>>,
     inbox: mpsc::UnboundedSender<Input>,
     gone: Mutex<Option<Gone>>,
 }
@@ -158,8 +161,13 @@ impl FakeLauncher {
 }
 
 impl Launcher for Arc<FakeLauncher> {
-    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
-        (**self).launch(spec, events)
+    fn launch(
+        &self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>> {
+        (**self).launch(spec, listeners, events)
     }
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
         (**self).adopt(request, events)
@@ -167,10 +175,18 @@ impl Launcher for Arc<FakeLauncher> {
     fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>> {
         (**self).connect(run_dir)
     }
+    fn explain(&self, network: VmNetwork, target: String) -> Boxed<Result<NetworkExplanation, ApiError>> {
+        (**self).explain(network, target)
+    }
 }
 
 impl Launcher for FakeLauncher {
-    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
+    fn launch(
+        &self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>> {
         let faults = self.faults();
         if faults.launch {
             return Box::pin(async { Err(ApiError::new(ErrorCode::EngineUnavailable, "injected: no engine")) });
@@ -181,7 +197,7 @@ impl Launcher for FakeLauncher {
         let identity =
             ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
         let (inbox, inputs) = mpsc::unbounded_channel();
-        let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), inbox, gone: Mutex::new(None) });
+        let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), listeners, inbox, gone: Mutex::new(None) });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
         let (commands, queue) = mpsc::channel(16);
         if faults.early_ready {
@@ -207,11 +223,16 @@ impl Launcher for FakeLauncher {
                     let (commands, queue) = mpsc::channel(16);
                     let _ = vm.inbox.send(Input::Adopt(events, queue));
                     let status = status(&vm, VmState::Ready);
-                    Adoption::Alive(VmHandle { identity: vm.identity.clone(), commands }, Box::new(status))
+                    let listeners = vm.listeners.iter().filter_map(|listener| listener.try_clone().ok()).collect();
+                    Adoption::Alive(VmHandle { identity: vm.identity.clone(), commands }, Box::new(status), listeners)
                 }
             },
         };
         Box::pin(async move { outcome })
+    }
+
+    fn explain(&self, _: VmNetwork, _: String) -> Boxed<Result<NetworkExplanation, ApiError>> {
+        Box::pin(async { Err(no_policy()) })
     }
 
     fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>> {
@@ -233,6 +254,10 @@ impl Launcher for FakeLauncher {
             Ok(Box::new(ours) as Box<dyn AgentIo>)
         })
     }
+}
+
+fn no_policy() -> ApiError {
+    ApiError::internal("a simulated VM has no policy")
 }
 
 fn status(vm: &FakeVm, state: VmState) -> VmStatus {
@@ -315,6 +340,7 @@ async fn live(
                 VmCommand::Kill { cause } => break end(cause, None),
                 VmCommand::Sample(reply) => drop(reply.send(Ok(Default::default()))),
                 VmCommand::ConsoleTail(reply) => drop(reply.send(Ok(String::new()))),
+                VmCommand::ExplainNetwork(_, reply) => drop(reply.send(Err(no_policy()))),
             },
             () = clock.sleep_until(wake_ms) => {
                 let now = clock.now_ms();

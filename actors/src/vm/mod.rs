@@ -5,19 +5,24 @@
 //! that the next actor (or daemon) can adopt it.
 
 pub mod agent;
+mod descriptors;
+mod explain;
 pub mod files;
 pub mod process;
 pub mod session;
 
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 
 use msb_protocol::error::ApiError;
 use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
+use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, Phase, Sample, VmSpec, VmStatus};
+use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
@@ -52,6 +57,8 @@ pub enum VmCommand {
     },
     /// Counters.
     Sample(oneshot::Sender<Result<Sample, ApiError>>),
+    /// Which network rule would decide about a target.
+    ExplainNetwork(String, oneshot::Sender<Result<NetworkExplanation, ApiError>>),
     /// The end of the console's output.
     ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
 }
@@ -116,18 +123,25 @@ pub struct AdoptRequest {
 /// What was found.
 #[derive(Debug)]
 pub enum Adoption {
-    /// It lives, and its events come.
-    Alive(VmHandle, Box<VmStatus>),
+    /// It lives, and its events come. The descriptors are the listeners of its published ports.
+    Alive(VmHandle, Box<VmStatus>, Vec<OwnedFd>),
     /// It does not.
     Gone(Gone),
 }
 
 /// Whatever runs virtual machines.
 pub trait Launcher: Send + Sync + 'static {
-    /// Starts one. Returns when its process exists and has taken the spec.
-    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>>;
+    /// Starts one, with the listeners of its published ports. Returns when its process exists and has taken the spec.
+    fn launch(
+        &self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>>;
     /// Looks for one.
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
+    /// Which rule of a network that does not run would decide about a target.
+    fn explain(&self, network: VmNetwork, target: String) -> Boxed<Result<NetworkExplanation, ApiError>>;
     /// Opens a stream to the agent of the VM in this run directory.
     fn connect(&self, run_dir: &Path) -> Boxed<std::io::Result<Box<dyn AgentIo>>>;
 }

@@ -24,17 +24,21 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::frame::{Decoder, decode_json, encode_json, encode_json_spec};
 use msb_protocol::guest::{AGENT_PORT, Shutdown};
 use msb_protocol::id::BootId;
+use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
-    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, Phase, Reply, Request,
-    RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply,
+    Request, RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent};
+use super::{
+    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
+    descriptors, explain,
+};
 use crate::identity::{self, ProcessIdentity};
 
 /// Time for a VM process to answer on its control link.
@@ -56,14 +60,23 @@ pub struct ProcessLauncher {
 }
 
 impl Launcher for ProcessLauncher {
-    fn launch(&self, spec: Box<VmSpec>, events: EventSink) -> Boxed<Result<VmHandle, ApiError>> {
+    fn launch(
+        &self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>> {
         let this = self.clone();
-        Box::pin(async move { this.spawn(spec, events).await })
+        Box::pin(async move { this.spawn(spec, listeners, events).await })
     }
 
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
         let this = self.clone();
         Box::pin(async move { this.find(request, events).await })
+    }
+
+    fn explain(&self, network: VmNetwork, target: String) -> Boxed<Result<NetworkExplanation, ApiError>> {
+        Box::pin(explain::run(self.program.clone(), network, target))
     }
 
     fn connect(&self, run_dir: &Path) -> Boxed<io::Result<Box<dyn AgentIo>>> {
@@ -115,10 +128,16 @@ enum Pending {
     Status,
     Sample(oneshot::Sender<Result<msb_protocol::vmm::Sample, ApiError>>),
     ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
+    Explanation(oneshot::Sender<Result<NetworkExplanation, ApiError>>),
 }
 
 impl ProcessLauncher {
-    async fn spawn(self, spec: Box<VmSpec>, events: EventSink) -> Result<VmHandle, ApiError> {
+    async fn spawn(
+        self,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Result<VmHandle, ApiError> {
         let failed = |what: &str, error: io::Error| {
             let code =
                 if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
@@ -167,7 +186,7 @@ impl ProcessLauncher {
             ready_phases: None,
         };
         let (commands, queue) = mpsc::channel(16);
-        if let Err(error) = driver.request(Request::Launch { spec }, Some(Pending::Status)).await {
+        if let Err(error) = driver.launch(spec, &listeners).await {
             // The process is there but takes nothing: its end says why better than the broken link does.
             tracing::warn!(%error, "the VM process did not take its launch");
         }
@@ -191,7 +210,7 @@ impl ProcessLauncher {
             ))
         };
         let adopting = self.clone().greet(&request);
-        let (control, decoder, status) = match tokio::time::timeout(ADOPT_TIMEOUT, adopting).await {
+        let (control, decoder, status, listeners) = match tokio::time::timeout(ADOPT_TIMEOUT, adopting).await {
             Ok(Ok(found)) => found,
             outcome => {
                 let why = outcome.map_or_else(
@@ -248,48 +267,66 @@ impl ProcessLauncher {
             };
             driver.drive(queue, events, end, None).await;
         });
-        Adoption::Alive(handle, status)
+        Adoption::Alive(handle, status, listeners)
     }
 
-    async fn greet(self, request: &AdoptRequest) -> io::Result<(UnixStream, Decoder, Box<VmStatus>)> {
+    async fn greet(self, request: &AdoptRequest) -> io::Result<Greeted> {
         let mut control = UnixStream::connect(request.run_dir.join(CONTROL_SOCKET)).await?;
         let mut wire = Vec::new();
         let frame = RequestFrame { id: 1, request: Request::Adopt { generation: VMM_GENERATION } };
         encode_json(&frame, &mut wire).map_err(io::Error::other)?;
         control.write_all(&wire).await?;
-        let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(16 << 10));
+        let (mut decoder, mut buffer, mut listeners) = (Decoder::new(), vec![0; 16 << 10], Vec::new());
         loop {
             while let Some(body) = decoder.next_body().map_err(io::Error::other)? {
                 match decode_json::<Message>(body).map_err(io::Error::other)? {
                     Message::Reply { id: 1, result: Ok(Reply::Status(status)) } => {
-                        return Ok((control, decoder, status));
+                        return Ok((control, decoder, status, listeners));
                     }
                     Message::Reply { result: Err(error), .. } => return Err(io::Error::other(error.message)),
                     // Its state comes with the status; what happens later comes later.
                     Message::Reply { .. } | Message::Event { .. } => {}
                 }
             }
-            buffer.clear();
-            if control.read_buf(&mut buffer).await? == 0 {
+            let read = descriptors::receive(&control, &mut buffer, &mut listeners).await?;
+            if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            decoder.push(&buffer);
+            decoder.push(&buffer[..read]);
         }
     }
 }
 
+/// A VM process that answered: its link, what was read of it already, its state, the listeners of its published ports.
+type Greeted = (UnixStream, Decoder, Box<VmStatus>, Vec<OwnedFd>);
+
 impl Driver {
-    async fn request(&mut self, request: Request, pending: Option<Pending>) -> io::Result<()> {
+    /// Sends the spec, and the listeners of the published ports with its first byte.
+    async fn launch(&mut self, spec: Box<VmSpec>, listeners: &[Arc<OwnedFd>]) -> io::Result<()> {
         let id = self.next_id;
         self.next_id += 1;
         let mut wire = Vec::new();
         // A launch carries the sandbox's whole environment, which does not fit an ordinary frame.
-        let frame = RequestFrame { id, request };
-        match &frame.request {
-            Request::Launch { .. } => encode_json_spec(&frame, &mut wire),
-            _ => encode_json(&frame, &mut wire),
+        encode_json_spec(&RequestFrame { id, request: Request::Launch { spec } }, &mut wire)
+            .map_err(io::Error::other)?;
+        let sending = async {
+            let (first, rest) = wire.split_at(1);
+            descriptors::send(&self.control, first, listeners).await?;
+            self.control.write_all(rest).await
+        };
+        match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
+            Ok(sent) => sent?,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
         }
-        .map_err(io::Error::other)?;
+        self.pending.push((id, Pending::Status));
+        Ok(())
+    }
+
+    async fn request(&mut self, request: Request, pending: Option<Pending>) -> io::Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut wire = Vec::new();
+        encode_json(&RequestFrame { id, request }, &mut wire).map_err(io::Error::other)?;
         match tokio::time::timeout(ANSWER_TIMEOUT, self.control.write_all(&wire)).await {
             Ok(written) => written?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),
@@ -409,6 +446,13 @@ impl Driver {
                         }));
                         return true;
                     }
+                    (Pending::Explanation(reply), result) => {
+                        let _ = reply.send(result.and_then(|reply| match reply {
+                            Reply::Explanation(explanation) => Ok(*explanation),
+                            _ => Err(ApiError::internal("the VM process answered with something else")),
+                        }));
+                        return true;
+                    }
                     (Pending::Status, Ok(_)) => return true,
                 }
             }
@@ -469,6 +513,9 @@ impl Driver {
                 Ok(())
             }
             VmCommand::Sample(reply) => self.request(Request::Sample, Some(Pending::Sample(reply))).await,
+            VmCommand::ExplainNetwork(target, reply) => {
+                self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await
+            }
             VmCommand::ConsoleTail(reply) => {
                 self.request(Request::ConsoleTail { bytes_max: 64 << 10 }, Some(Pending::ConsoleTail(reply))).await
             }

@@ -363,7 +363,7 @@ mod tests {
             "name": "box", "id": "018cc251-f400-7000-8000-000000000001", "status": "running", "image": "busybox",
             "command": ["sh", "hunter2"], "created_at": "2026-01-02T03:04:05Z", "restarts": 0, "ports": [], "labels": {"k": "hunter2"},
             "spec": {"image": "busybox", "env": {"A": "hunter2"}, "labels": {"k": "hunter2"}, "command": ["sh", "hunter2"], "entrypoint": ["e", "hunter2"]},
-            "image_digest": "sha256:0", "boot_phases": [], "jail": {"in_force": [], "missing": []}, "network": "loopback only",
+            "image_digest": "sha256:0", "boot_phases": [], "jail": {"in_force": [], "missing": []}, "network": {"policy": []},
             "root_allocated_bytes": 0, "directory": "/d", "heartbeat_file": "/h"
         }))
         .unwrap();

@@ -74,7 +74,7 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
         &detail.engine_reason.as_ref().map_or(engine.to_owned(), |reason| format!("{engine} ({reason})")),
     );
     text.optional("Kernel", spec.kernel.clone());
-    text.line("Network", &detail.network);
+    network(&mut text, detail);
     text.optional("Ports", Some(summary.ports.join(", ")).filter(|ports| !ports.is_empty()));
     text.optional("User", spec.user.clone());
     text.optional("Workdir", spec.workdir.clone());
@@ -118,6 +118,19 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
         }
     }
     text.0
+}
+
+fn network(text: &mut Lines, detail: &SandboxDetail) {
+    match &detail.network.addresses {
+        None => text.line("Network", "loopback only"),
+        Some(link) => text.line(
+            "Network",
+            &format!("{}/{}, {}/{}", link.guest_ipv4, link.ipv4_prefix_len, link.guest_ipv6, link.ipv6_prefix_len),
+        ),
+    }
+    for (index, line) in detail.network.policy.iter().enumerate() {
+        text.line(if index == 0 { "Policy" } else { "" }, line);
+    }
 }
 
 #[derive(Default)]

@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod install;
 pub mod list;
 pub mod logs;
+pub mod net;
 pub mod prune;
 pub mod pull;
 pub mod registry;
@@ -65,6 +66,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Rmi(args) => image::remove(args, context).await,
         Command::Load(args) => image::load(args, context).await,
         Command::Logs(args) => logs::run(args, context).await,
+        Command::Net { command } => net::run(command, context).await,
         Command::Events(args) => events::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
@@ -85,7 +87,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Df => df::run(context).await,
         Command::Metrics(_) => unbuilt("msb metrics"),
         Command::Top(_) => unbuilt("msb top"),
-        Command::Net(_) => unbuilt("msb net"),
         Command::Install(args) => install::run(args, context).await,
         Command::Uninstall(args) => uninstall::run(args, context).await,
         Command::Itself(_) => unbuilt("msb self"),

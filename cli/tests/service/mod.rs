@@ -17,13 +17,14 @@ use axum::routing::{delete, get, post};
 use futures_util::StreamExt;
 use msb_protocol::control::{
     ActorRow, ActorTree, ClientMessage, CreateRequest, EventRecord, HostInfo, ImageConfigDetail, ImageDetail,
-    ImageLayerDetail, ImageList, ImageSummary, LoadEvent, LogRecord, LogSource, RunEnd, STDERR_TAG, STDOUT_TAG,
-    SandboxDetail, SandboxList, SandboxSummary, ServerMessage, StopRequest, StoreReport, VersionInfo,
+    ImageLayerDetail, ImageList, ImageSummary, LoadEvent, LogRecord, LogSource, NetworkDetail, RunEnd, STDERR_TAG,
+    STDOUT_TAG, SandboxDetail, SandboxList, SandboxSummary, ServerMessage, StopRequest, StoreReport, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::images::{ImageHistoryStep, ImageRemoval};
 use msb_protocol::labels::LabelTerm;
+use msb_protocol::network::NetworkSpec;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
@@ -193,7 +194,10 @@ fn detail(summary: SandboxSummary) -> SandboxDetail {
             Phase { name: "agent".into(), duration_us: 41_000 },
         ],
         jail: JailReport { in_force: vec!["no_new_privs".into()], missing: vec!["landlock: kernel too old".into()] },
-        network: "loopback only".into(),
+        network: NetworkDetail {
+            addresses: Some(NetworkSpec::default().addresses()),
+            policy: NetworkSpec::default().policy_lines(),
+        },
         root_allocated_bytes: 3 << 20,
         directory: format!("/home/u/.msb/sandboxes/{}", summary.name),
         heartbeat_file: format!("/home/u/.msb/sandboxes/{}/run/heartbeat.json", summary.name),

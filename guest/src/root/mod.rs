@@ -13,6 +13,8 @@ pub mod copy;
 pub mod directory;
 pub mod disks;
 pub mod environment;
+mod netlink;
+pub mod network;
 pub mod volumes;
 
 use std::io;
@@ -61,7 +63,7 @@ impl RootError {
     /// Whether it is about disks and mounts, and not about what is written into them.
     #[must_use]
     pub fn is_mount(&self) -> bool {
-        !matches!(self.stage, "cgroup" | "identity")
+        !matches!(self.stage, "cgroup" | "identity" | "network")
     }
 }
 
@@ -111,6 +113,10 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
     environment::write_files(&directory, config)?;
     environment::set_kernel(config)?;
     step("identity");
+    if let Some(network) = &config.network {
+        network::set_up(network)?;
+        step("network");
+    }
     mount_move(WORKLOAD, "/").trying("switch", "cannot move the root over /")?;
     step("switch");
     Ok(Root { directory, terminals, workload, upper })

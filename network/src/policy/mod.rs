@@ -92,32 +92,17 @@ pub struct Policy {
     host: Vec<IpAddr>,
 }
 
-/// The rules of a profile and its defaults for outbound and inbound connections.
-#[must_use]
-pub fn profile_rules(profile: NetworkProfile) -> (Vec<Rule>, Action, Action) {
-    let group = |group| Rule::egress(Action::Allow, Target::Group(group));
-    let dns = || [group(AddressGroup::Host).on(Transport::Udp, 53), group(AddressGroup::Host).on(Transport::Tcp, 53)];
-    let with = |groups: &[AddressGroup]| dns().into_iter().chain(groups.iter().copied().map(group)).collect();
-    match profile {
-        NetworkProfile::Public => (with(&[AddressGroup::Public]), Action::Deny, Action::Allow),
-        NetworkProfile::Private => (with(&[AddressGroup::Public, AddressGroup::Private]), Action::Deny, Action::Allow),
-        NetworkProfile::Host => (with(&[AddressGroup::Public, AddressGroup::Host]), Action::Deny, Action::Allow),
-        NetworkProfile::All => (Vec::new(), Action::Allow, Action::Allow),
-        NetworkProfile::None => (Vec::new(), Action::Deny, Action::Deny),
-    }
-}
-
 impl Policy {
     /// The policy of a specification; `host` holds the gateway's addresses and those of the host's interfaces.
     #[must_use]
     pub fn new(spec: &NetworkSpec, host: Vec<IpAddr>) -> Self {
-        let (profile, default_egress, default_ingress) = profile_rules(spec.profile);
+        let profile = spec.profile.policy();
         let allow_encrypted = spec.dns.allow_encrypted.unwrap_or(spec.profile == NetworkProfile::All);
         Self {
             own_count: spec.rules.len(),
-            rules: spec.rules.iter().cloned().chain(profile).collect(),
-            default_egress: spec.default_egress.unwrap_or(default_egress),
-            default_ingress: spec.default_ingress.unwrap_or(default_ingress),
+            rules: spec.rules.iter().cloned().chain(profile.rules).collect(),
+            default_egress: spec.default_egress.unwrap_or(profile.default_egress),
+            default_ingress: spec.default_ingress.unwrap_or(profile.default_ingress),
             encrypted: (!allow_encrypted).then(EncryptedDns::new),
             host,
         }

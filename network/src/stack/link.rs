@@ -45,8 +45,7 @@ impl Outbox {
         capabilities.medium = Medium::Ip;
         capabilities.max_transmission_unit = usize::from(link.mtu_bytes);
         capabilities.checksum.ipv4 = Checksum::Tx;
-        capabilities.checksum.tcp = if checksums { Checksum::Tx } else { Checksum::None };
-        Self {
+        let mut outbox = Self {
             backlog: VecDeque::new(),
             backlog_bytes: 0,
             scratch: Vec::new(),
@@ -56,7 +55,14 @@ impl Outbox {
             frames: 0,
             bytes: 0,
             dropped: 0,
-        }
+        };
+        outbox.set_checksums(checksums);
+        outbox
+    }
+
+    /// Whether TCP segments to the guest get checksums.
+    pub(super) fn set_checksums(&mut self, needed: bool) {
+        self.capabilities.checksum.tcp = if needed { Checksum::Tx } else { Checksum::None };
     }
 
     /// Sends a frame now, or later, or, when the guest has not read for long, never.

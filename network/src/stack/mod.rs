@@ -287,6 +287,17 @@ impl<H: Host> Stack<H> {
         &self.counters
     }
 
+    /// Whether the guest needs checksums in the segments it gets; it does unless its driver took VIRTIO_NET_F_GUEST_CSUM.
+    pub fn set_checksums(&mut self, needed: bool) {
+        self.outbox.set_checksums(needed);
+    }
+
+    /// Connections and flows through published ports that are open now.
+    #[must_use]
+    pub fn inbound_open(&self) -> usize {
+        self.connections.values().filter(|connection| connection.inbound).count() + self.visitors.len()
+    }
+
     /// What policy would say about a connection, without sending anything.
     #[must_use]
     pub fn explain(&self, now: Duration, question: &Question) -> Explanation {

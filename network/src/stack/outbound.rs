@@ -97,7 +97,7 @@ impl<H: Host> Stack<H> {
         }
         self.connecting_count += 1;
         let state = State::Connecting { syn: syn.into() };
-        self.connections.insert(key, Connection { id, state, deadline: None, queued: false });
+        self.connections.insert(key, Connection { id, state, deadline: None, queued: false, inbound: false });
         self.owners.insert(id, Owner::Connection(key));
         self.set_timer(key, Some(now + CONNECT_TIMEOUT));
     }
@@ -141,7 +141,7 @@ impl<H: Host> Stack<H> {
         open.ingress(&mut turn, syn);
         *self.counters.opened.entry((Way::Outbound, Transport::Tcp.into())).or_default() += 1;
         let state = State::Open(Box::new(open));
-        self.connections.insert(key, Connection { id, state, deadline: None, queued: false });
+        self.connections.insert(key, Connection { id, state, deadline: None, queued: false, inbound: false });
         self.owners.insert(id, Owner::Connection(key));
         self.queue_connection(key);
     }

@@ -82,7 +82,7 @@ impl<H: Host> Stack<H> {
             *self.counters.opened.entry((Way::Inbound, Transport::Tcp.into())).or_default() += 1;
             let key = ConnectionKey { guest_port: port.guest_port, peer: from };
             let state = State::Open(Box::new(open));
-            self.connections.insert(key, Connection { id, state, deadline: None, queued: false });
+            self.connections.insert(key, Connection { id, state, deadline: None, queued: false, inbound: true });
             self.owners.insert(id, Owner::Connection(key));
             self.queue_connection(key);
         }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -38,7 +39,6 @@ pub struct SystemHost {
     epoll: OwnedFd,
     sockets: HashMap<SocketId, Socket>,
     listeners: Vec<Listener>,
-    events: Vec<epoll::Event>,
 }
 
 impl std::fmt::Debug for SystemHost {
@@ -71,7 +71,7 @@ impl SystemHost {
                 }
             }
         }
-        Ok(Self { epoll, sockets: HashMap::new(), listeners, events: Vec::with_capacity(EVENTS_AT_ONCE) })
+        Ok(Self { epoll, sockets: HashMap::new(), listeners })
     }
 
     fn watch(&self, id: SocketId, socket: impl AsFd) -> io::Result<()> {
@@ -191,16 +191,11 @@ impl Host for SystemHost {
 
     fn take_events(&mut self, events: &mut Vec<Event>) {
         loop {
-            self.events.clear();
-            let taken = epoll::wait(
-                &self.epoll,
-                rustix::buffer::spare_capacity(&mut self.events),
-                Some(&Timespec { tv_sec: 0, tv_nsec: 0 }),
-            );
-            if taken.is_err() {
-                return;
-            }
-            for event in &self.events {
+            // Not kept between calls: the kernel's event holds a pointer and must not move to another thread.
+            let mut space = [const { MaybeUninit::uninit() }; EVENTS_AT_ONCE];
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let Ok((taken, _)) = epoll::wait(&self.epoll, &mut space[..], Some(&now)) else { return };
+            for event in &*taken {
                 let flags = event.flags;
                 let broken = flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP);
                 let data = event.data.u64();
@@ -214,7 +209,7 @@ impl Host for SystemHost {
                     writable: broken || flags.contains(epoll::EventFlags::OUT),
                 });
             }
-            if self.events.len() < EVENTS_AT_ONCE {
+            if taken.len() < EVENTS_AT_ONCE {
                 return;
             }
         }

@@ -94,6 +94,8 @@ pub(super) struct Connection {
     pub(super) deadline: Option<Duration>,
     /// Whether it is in the queue of connections that have work.
     pub(super) queued: bool,
+    /// Whether it came through a published port.
+    pub(super) inbound: bool,
 }
 
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 
 mod name;
 mod port;
+mod profile;
 mod rule;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::name::{DOMAIN_LABEL_LEN_MAX, DOMAIN_NAME_LEN_MAX, DomainName, DomainNameError};
 pub use self::port::{PORTS_COUNT_MAX, PortError, PortTransport, PublishedPort};
+pub use self::profile::ProfilePolicy;
 pub use self::rule::{
     Action, AddressGroup, Cidr, Direction, PortRange, RULES_COUNT_MAX, Rule, RuleError, Target, Transport, parse_rules,
 };

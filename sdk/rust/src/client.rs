@@ -17,8 +17,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    ImageSummary, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, SandboxDetail, SandboxList, StartRequest,
-    StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ImageSummary, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail,
+    SandboxList, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
@@ -28,6 +28,7 @@ use msb_protocol::images::{
     RegistryList, SaveRequest, TagRequest,
 };
 use msb_protocol::version::CONTROL_API_VERSION;
+use msb_protocol::vmm::NetworkExplanation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -319,6 +320,28 @@ impl Client {
         pairs: &[(&str, String)],
     ) -> Result<JsonLines<WatchRecord>, Error> {
         self.lines(&with_query(&sandbox(name, "/files/watch"), pairs)).await
+    }
+
+    /// Reads a sandbox's network decision log.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn network_log(
+        &self,
+        name: &SandboxName,
+        query: &NetworkLogQuery,
+    ) -> Result<JsonLines<NetworkDecision>, Error> {
+        let mut pairs = flag("follow", query.follow);
+        pairs.extend(query.tail.map(|tail| ("tail", tail.to_string())));
+        self.lines(&with_query(&sandbox(name, "/network/log"), &pairs)).await
+    }
+
+    /// Asks which rule of a sandbox's network would decide about a target; nothing is sent.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_request`.
+    pub async fn explain_network(&self, name: &SandboxName, target: &str) -> Result<NetworkExplanation, Error> {
+        self.get(&with_query(&sandbox(name, "/network/explain"), &[("target", target.to_owned())])).await
     }
 
     /// Reads what happened.

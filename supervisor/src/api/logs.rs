@@ -1,14 +1,9 @@
 //! A sandbox's log: the files that its VM process writes and rotates, read back in order and followed.
 //!
-//! `workload.jsonl` is the newest, `workload.jsonl.1` the one before it. Each line is a [`LogRecord`]. A boot that failed comes first, as
-//! system lines made from its evidence. Reading is blocking work on the pool; what waits for a slow client is bounded by a channel.
+//! Each line of `workload.jsonl` is a [`LogRecord`]. A boot that failed comes first, as system lines made from its evidence. Reading is
+//! blocking work on the pool ([`log_files`]); what waits for a slow client is bounded by a channel.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path as RoutePath, Query, State};
@@ -22,21 +17,11 @@ use tokio::sync::{mpsc, watch};
 use super::ApiState;
 use super::failure::{Failure, query};
 use super::images::json_lines;
+use super::log_files::{self, QUEUE_LEN, Which};
 use super::sandboxes::name;
 
 /// The newest file's name.
 const LOG_FILE: &str = msb_protocol::vmm::WORKLOAD_LOG_FILE;
-/// Rotated files that are looked for.
-const FILES_MAX: u32 = 100;
-/// Longest line that is read, in bytes; a longer one is left out.
-const LINE_LEN_MAX: u64 = 1 << 20;
-/// Most lines of `tail`, so that a client cannot make the daemon remember more.
-const TAIL_MAX: u64 = 100_000;
-/// Records that wait for a slow client.
-const QUEUE_LEN: usize = 256;
-/// How often a followed file is looked at.
-const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
-
 /// Which lines, parsed.
 #[derive(Clone, Debug)]
 struct Filter {
@@ -85,18 +70,7 @@ pub(crate) async fn logs(
     let directory = state.daemon.surroundings().directories(&sandbox.name, sandbox.id).logs;
     let boot_error = sandbox.view.borrow().detail.boot_error.clone();
     let (lines, waiting) = mpsc::channel(QUEUE_LEN);
-    let mut view = sandbox.view;
-    let (rest, rests) = watch::channel(false);
-    if which.follow {
-        let lines = lines.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                // A view without a sender belongs to a sandbox that is gone.
-                _ = view.wait_for(|view| view.rests()) => drop(rest.send_replace(true)),
-                () = lines.closed() => {}
-            }
-        });
-    }
+    let rests = log_files::rests(sandbox.view, which.follow.then(|| lines.clone()));
     tokio::task::spawn_blocking(move || read(&directory, &filter, &which, boot_error.as_ref(), &lines, &rests));
     Ok(json_lines(waiting))
 }
@@ -117,109 +91,8 @@ fn read(
             }
         }
     }
-    let mut current = None;
-    let mut kept: VecDeque<LogRecord> = VecDeque::new();
-    let tail = which.tail.map(|tail| usize::try_from(tail.min(TAIL_MAX)).unwrap_or(usize::MAX));
-    for path in files(directory) {
-        let Ok(mut file) = LogFile::open(&path) else { continue };
-        while let Some(record) = file.next_record() {
-            if !filter.takes(&record) {
-                continue;
-            }
-            match tail {
-                None => {
-                    if lines.blocking_send(record).is_err() {
-                        return;
-                    }
-                }
-                Some(limit) => {
-                    kept.push_back(record);
-                    if kept.len() > limit {
-                        kept.pop_front();
-                    }
-                }
-            }
-        }
-        current = Some(file);
-    }
-    for record in kept {
-        if lines.blocking_send(record).is_err() {
-            return;
-        }
-    }
-    if which.follow {
-        follow(&directory.join(LOG_FILE), current, filter, lines, rests);
-    }
-}
-
-fn follow(
-    path: &Path,
-    mut current: Option<LogFile>,
-    filter: &Filter,
-    lines: &mpsc::Sender<LogRecord>,
-    rests: &watch::Receiver<bool>,
-) {
-    loop {
-        // Looked at before reading: what was written until the sandbox rested is read after it.
-        let over = *rests.borrow() || rests.has_changed().is_err();
-        let newest = std::fs::metadata(path).ok().map(|file| file.ino());
-        if let Some(file) = &mut current {
-            while let Some(record) = file.next_record() {
-                if filter.takes(&record) && lines.blocking_send(record).is_err() {
-                    return;
-                }
-            }
-        }
-        // Read to its end first, then turned: nothing is appended to a file that was put aside.
-        if newest.is_some()
-            && newest != current.as_ref().map(|file| file.inode)
-            && let Ok(file) = LogFile::open(path)
-        {
-            current = Some(file);
-            continue;
-        }
-        if over || lines.is_closed() {
-            return;
-        }
-        std::thread::sleep(FOLLOW_INTERVAL);
-    }
-}
-
-/// Existing files, oldest first.
-fn files(directory: &Path) -> Vec<PathBuf> {
-    let rotated = (1..=FILES_MAX).rev().map(|number| directory.join(format!("{LOG_FILE}.{number}")));
-    rotated.chain(std::iter::once(directory.join(LOG_FILE))).filter(|path| path.exists()).collect()
-}
-
-struct LogFile {
-    reader: BufReader<File>,
-    inode: u64,
-}
-
-impl LogFile {
-    fn open(path: &Path) -> std::io::Result<Self> {
-        let file = File::open(path)?;
-        let inode = file.metadata()?.ino();
-        Ok(Self { reader: BufReader::new(file), inode })
-    }
-
-    /// The next whole record; lines that are none are left out, an unfinished one waits for its end.
-    fn next_record(&mut self) -> Option<LogRecord> {
-        loop {
-            let mut line = Vec::new();
-            let read = std::io::Read::take(&mut self.reader, LINE_LEN_MAX).read_until(b'\n', &mut line).ok()?;
-            if read == 0 {
-                return None;
-            }
-            if !line.ends_with(b"\n") && (read as u64) < LINE_LEN_MAX {
-                self.reader.seek(SeekFrom::Current(-i64::try_from(read).ok()?)).ok()?;
-                return None;
-            }
-            if let Ok(record) = serde_json::from_slice(&line) {
-                return Some(record);
-            }
-        }
-    }
+    let which = Which { tail: which.tail, follow: which.follow };
+    log_files::read(directory, LOG_FILE, which, |record| filter.takes(record), lines, rests);
 }
 
 /// The evidence of a failed boot as log lines.
@@ -238,8 +111,11 @@ fn boot_error_records(error: &BootError) -> Vec<LogRecord> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::log_files::LogFile;
     use msb_protocol::id::BootId;
+    use std::fs::File;
     use std::io::Write;
+    use std::path::Path;
 
     fn record(number: i64, source: LogSource) -> LogRecord {
         let time = Timestamp::from_second(number).unwrap();
@@ -291,7 +167,7 @@ mod tests {
         let path = directory.path().join(LOG_FILE);
         let line = serde_json::to_string(&record(1, LogSource::Stdout)).unwrap();
         std::fs::write(&path, format!("not json\n\u{0}\n{line}\n{}", &line[..20])).unwrap();
-        let mut file = LogFile::open(&path).unwrap();
+        let mut file = LogFile::<LogRecord>::open(&path).unwrap();
         assert_eq!(file.next_record(), Some(record(1, LogSource::Stdout)));
         assert_eq!(file.next_record(), None);
         writeln!(File::options().append(true).open(&path).unwrap(), "{}", &line[20..]).unwrap();

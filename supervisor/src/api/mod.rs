@@ -8,7 +8,9 @@ mod failure;
 mod files;
 mod host;
 mod images;
+mod log_files;
 mod logs;
+mod network;
 mod registries;
 mod sandboxes;
 mod ssh;
@@ -82,6 +84,7 @@ impl ApiState {
         msb_protocol::control::ClientMessage,
         msb_protocol::control::ServerMessage,
         msb_protocol::control::LogRecord,
+        msb_protocol::control::NetworkDecision,
         msb_protocol::control::EventRecord,
         msb_protocol::control::LoadEvent,
         msb_protocol::images::PullEvent,
@@ -115,6 +118,8 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(ssh::connect))
         .routes(routes!(ssh::host))
         .routes(routes!(ssh::authorized_keys, ssh::authorize))
+        .routes(routes!(network::log))
+        .routes(routes!(network::explain))
         .routes(routes!(events::events))
         .routes(routes!(images::list))
         .routes(routes!(images::inspect, images::remove))

@@ -1,12 +1,18 @@
 //! One connection of a daemon: frames in, frames out, both bounded.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
+use msb_protocol::network::PORTS_COUNT_MAX;
 use msb_protocol::vmm::{Message, Request, RequestFrame, VmSpec};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 
 /// Bytes that may wait for a daemon that does not read; more than any sequence of answers needs.
 const OUTGOING_BYTES_MAX: usize = 4 << 20;
@@ -20,6 +26,10 @@ pub struct Connection {
     stream: UnixStream,
     decoder: Decoder,
     outgoing: Vec<u8>,
+    /// Descriptors that go with the next bytes.
+    outgoing_descriptors: Vec<OwnedFd>,
+    /// Descriptors that came.
+    descriptors: Vec<OwnedFd>,
     /// Whether events go here too; newer ones take over.
     pub(super) wants_events: bool,
 }
@@ -28,7 +38,43 @@ impl Connection {
     /// Takes a connected socket.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, decoder: Decoder::with_limit(SPEC_LEN_MAX), outgoing: Vec::new(), wants_events: false })
+        Ok(Self {
+            stream,
+            decoder: Decoder::with_limit(SPEC_LEN_MAX),
+            outgoing: Vec::new(),
+            outgoing_descriptors: Vec::new(),
+            descriptors: Vec::new(),
+            wants_events: false,
+        })
+    }
+
+    /// The descriptors that came with the launch.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors)
+    }
+
+    /// Sends duplicates of `descriptors` along with the next bytes (SCM_RIGHTS, unix(7)).
+    pub(super) fn attach(&mut self, descriptors: &[OwnedFd]) {
+        for descriptor in descriptors {
+            match descriptor.try_clone() {
+                Ok(copy) => self.outgoing_descriptors.push(copy),
+                Err(error) => tracing::error!(%error, "a listener cannot be given to the daemon"),
+            }
+        }
+    }
+
+    /// Reads bytes and the descriptors that come with them.
+    fn receive_launch_bytes(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PORTS_COUNT_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(&self.stream, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                self.descriptors.extend(descriptors);
+            }
+        }
+        Ok(received.bytes)
     }
 
     /// Reads what has arrived; false once the peer is gone.
@@ -72,7 +118,7 @@ impl Connection {
     /// Sends what the socket takes; false if the peer is gone.
     pub(super) fn flush(&mut self) -> bool {
         while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
+            match self.write_outgoing() {
                 Ok(0) => return false,
                 Ok(count) => {
                     self.outgoing.drain(..count);
@@ -83,6 +129,21 @@ impl Connection {
             }
         }
         true
+    }
+
+    fn write_outgoing(&mut self) -> io::Result<usize> {
+        if self.outgoing_descriptors.is_empty() {
+            return self.stream.write(&self.outgoing);
+        }
+        let borrowed: Vec<BorrowedFd<'_>> = self.outgoing_descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PORTS_COUNT_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+            return Err(io::Error::other("too many descriptors for one message"));
+        }
+        let sent = sendmsg(&self.stream, &[IoSlice::new(&self.outgoing)], &mut control, SendFlags::NOSIGNAL)?;
+        self.outgoing_descriptors.clear();
+        Ok(sent)
     }
 
     /// Whether something waits to be sent.
@@ -120,7 +181,7 @@ pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Res
         connection.stream.set_nonblocking(false)?;
         connection.stream.set_read_timeout(Some(left))?;
         let mut buffer = [0u8; READ_BYTES];
-        let read = connection.stream.read(&mut buffer);
+        let read = connection.receive_launch_bytes(&mut buffer);
         connection.stream.set_nonblocking(true)?;
         match read {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -9,8 +9,10 @@
 //! protocol, is dropped. The same thread keeps the two deadlines of a run: the boot's, and that of a guest whose agent vanished.
 
 mod connection;
+mod explanation;
 mod sample;
 mod server;
 
 pub use connection::{Connection, receive_launch};
+pub use explanation::explain_network;
 pub use server::{Control, ControlOptions};

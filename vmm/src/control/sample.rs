@@ -4,7 +4,8 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use msb_protocol::vmm::Sample;
+use msb_network::stack::{Counters, Way};
+use msb_protocol::vmm::{NetworkCount, Sample};
 
 use crate::launch::machine::Meters;
 use crate::run::{Run, realtime_ns};
@@ -18,6 +19,7 @@ pub(super) fn take(run: &Run, meters: &Meters, machine_pids: &[u32]) -> Sample {
         meters.disks.iter().map(|disk| count(disk)).sum()
     };
     let own = [std::process::id()];
+    let (network, inbound_open) = meters.network.as_ref().map(|(network, _)| network.counters()).unwrap_or_default();
     let pids = if machine_pids.is_empty() { &own[..] } else { machine_pids };
     Sample {
         at_ns: realtime_ns(),
@@ -30,8 +32,29 @@ pub(super) fn take(run: &Run, meters: &Meters, machine_pids: &[u32]) -> Sample {
         disk_read_operations: disks(|disk| disk.read_operations.get()),
         disk_write_operations: disks(|disk| disk.write_operations.get()),
         root_allocated_bytes: meters.upper.metadata().map_or(0, |metadata| metadata.blocks() * 512),
-        ..Sample::default()
+        network_received_bytes: network.bytes_received,
+        network_sent_bytes: network.bytes_sent,
+        network_received_packets: network.frames_received,
+        network_sent_packets: network.frames_sent,
+        network_inbound_opened: network
+            .opened
+            .iter()
+            .filter(|((way, _), _)| *way == Way::Inbound)
+            .map(|(_, count)| count)
+            .sum(),
+        network_inbound_open: inbound_open,
+        network: if meters.network.is_some() { counts(&network) } else { Vec::new() },
     }
+}
+
+/// The network's counters under the names of their metrics.
+fn counts(counters: &Counters) -> Vec<NetworkCount> {
+    let mut counts = Vec::new();
+    counters.each(|metric, attributes, value| {
+        let attributes = attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        counts.push(NetworkCount { metric: metric.name().into(), attributes, value });
+    });
+    counts
 }
 
 fn read_proc(pid: u32, file: &str) -> String {

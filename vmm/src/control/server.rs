@@ -1,7 +1,7 @@
 //! The control thread: requests, events, deadlines.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +15,7 @@ use msb_protocol::vmm::{JailReport, Message, Reply, Request, VmState, VmStatus};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
+use super::explanation::{explanation, question};
 use super::sample;
 use crate::end::silent_agent;
 use crate::jail::{self, ThreadClass};
@@ -43,6 +44,8 @@ pub struct ControlOptions {
     pub engine_reason: Option<String>,
     /// The devices' counters.
     pub meters: Meters,
+    /// Listeners of published ports, for a daemon that adopts this process.
+    pub ports: Vec<OwnedFd>,
     /// Time for the agent to be ready, in milliseconds from the run's start.
     pub boot_timeout_ms: u64,
 }
@@ -79,6 +82,7 @@ impl Control {
             engine: options.engine,
             engine_reason: options.engine_reason,
             meters: options.meters,
+            ports: options.ports,
             boot_timeout_ms: options.boot_timeout_ms,
             late: Arc::clone(&late),
             ending: Arc::clone(&ending),
@@ -117,6 +121,7 @@ struct Server {
     engine: EngineChoice,
     engine_reason: Option<String>,
     meters: Meters,
+    ports: Vec<OwnedFd>,
     boot_timeout_ms: u64,
     late: Arc<std::sync::Mutex<Late>>,
     ending: Arc<AtomicBool>,
@@ -132,6 +137,9 @@ impl Server {
             self.accept();
             self.serve_connections();
             self.pass_events_on();
+            if let Some((_, decisions)) = &self.meters.network {
+                decisions.flush();
+            }
             if self.ending.load(Ordering::SeqCst) {
                 // Events announced before the flag was set are in the queue by now.
                 self.pass_events_on();
@@ -215,6 +223,7 @@ impl Server {
                         let adopts = matches!(frame.request, Request::Adopt { .. });
                         let result = self.answer(frame.request);
                         if adopts && result.is_ok() {
+                            connection.attach(&self.ports);
                             connection.wants_events = true;
                             new_listener = Some(kept.len());
                         }
@@ -262,11 +271,20 @@ impl Server {
                 let text = self.run.console().tail(usize::try_from(bytes_max).unwrap_or(usize::MAX));
                 Ok(Reply::ConsoleTail { text })
             }
+            Request::ExplainNetwork { target } => self.explain(&target),
             Request::Sample => {
                 let pids = self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).machine_pids.clone();
                 Ok(Reply::Sample(Box::new(sample::take(&self.run, &self.meters, &pids))))
             }
         }
+    }
+
+    fn explain(&self, target: &str) -> Result<Reply, ApiError> {
+        let question = question(target)?;
+        let Some((network, _)) = &self.meters.network else {
+            return Err(ApiError::new(ErrorCode::InvalidRequest, "this sandbox has no network (--no-net)"));
+        };
+        Ok(Reply::Explanation(Box::new(explanation(network.explain(&question)))))
     }
 
     fn status(&self) -> VmStatus {

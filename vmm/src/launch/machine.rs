@@ -3,6 +3,7 @@
 //! Fails with the error a user sees and with nothing left behind but the two sockets, which the next launch replaces.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
-use msb_protocol::vmm::{DiskPart, Event, LOWER_SERIAL, UPPER_SERIAL, VSOCK_SOCKET, VmSpec};
+use msb_protocol::vmm::{DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, UPPER_SERIAL, VSOCK_SOCKET, VmSpec};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{command_line, kernel_file};
@@ -21,9 +22,12 @@ use crate::devices::virtio::block::storage::{Concatenation, SparseFile};
 use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::event_loop::LoopHandle;
+use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
 use crate::engine::Machine;
+use crate::jail::ThreadClass;
+use crate::logs::decisions::DecisionLog;
 use crate::run::Run;
 
 /// Files of a read-only root at most: an image's layers and its metadata, with room.
@@ -54,6 +58,8 @@ pub struct Meters {
     pub upper: Arc<File>,
     /// Memory the guest was given, in bytes.
     pub memory_limit_bytes: u64,
+    /// The network and its decision log, if there is one.
+    pub network: Option<(NetHandle, DecisionLog)>,
 }
 
 fn invalid(message: impl Into<String>) -> ApiError {
@@ -104,6 +110,9 @@ pub fn check(spec: &VmSpec) -> Result<(), ApiError> {
         return Err(invalid(format!("{} is too long for sockets", spec.run_dir.display())));
     }
     command_line::build(&spec.cmdline_extra).map_err(invalid)?;
+    if let Some(network) = &spec.network {
+        network.spec.check()?;
+    }
     Ok(())
 }
 
@@ -130,6 +139,19 @@ pub fn bind(path: &Path) -> Result<UnixListener, ApiError> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))
         .map_err(|error| failed("socket's mode cannot be set:", path, &error))?;
     Ok(listener)
+}
+
+/// Room for as many sockets as the network may have. What the host's hard limit does not allow is refused connection by connection.
+fn allow_descriptors(connections_max: u32) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    /// Everything else that a VM process has open, with room.
+    const OTHERS: u64 = 4096 + 512;
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let wanted = (u64::from(connections_max) + OTHERS).min(hard);
+        if wanted > soft {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard);
+        }
+    }
 }
 
 fn open_lower(parts: &[DiskPart]) -> Result<Concatenation, ApiError> {
@@ -160,11 +182,11 @@ fn open_upper(path: &Path) -> Result<File, ApiError> {
     Ok(file)
 }
 
-/// Opens and builds everything of `spec`, which `check` has accepted.
+/// Opens and builds everything of `spec`, which `check` has accepted. `listeners` are those of its published ports.
 ///
 /// # Errors
 /// What is wrong, for users.
-pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
+pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let lower = open_lower(&spec.lower)?;
@@ -179,7 +201,7 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
     // A thread per disk: its system calls wait for the host's disk. vsock and rng never wait and share one.
     let streams = start_loop("streams")?;
     let (root_loop, upper_loop) = (start_loop("blk-root")?, start_loop("blk-upper")?);
-    let loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
+    let mut loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
     let full_timeout = Duration::from_millis(spec.disk_full_timeout_ms);
     let announcer = run.clone();
     let root = Block::new(
@@ -206,14 +228,38 @@ pub fn prepare(spec: &VmSpec, run: &Run) -> Result<Prepared, ApiError> {
         on_stop: Some(Arc::new(move || stopper.streams_stopped())),
     };
     let vsock = Vsock::new(vsock_options, streams.clone()).map_err(|error| internal(&error))?;
+    let network = match &spec.network {
+        None => None,
+        Some(network) => {
+            let log =
+                DecisionLog::open(&spec.log_dir.join(DECISION_LOG_FILE), spec.log_size_max_bytes, spec.log_files_max);
+            allow_descriptors(network.spec.connections_max);
+            let (lines, waker) = (log.clone(), run.clone());
+            let options = NetOptions {
+                network: network.clone(),
+                listeners,
+                on_decision: Arc::new(move |line| {
+                    lines.push(line);
+                    let _ = waker.wake().notify();
+                }),
+            };
+            let event_loop =
+                LoopHandle::start_as("net", ThreadClass::Network).map_err(|error| ApiError::internal(&error))?;
+            loops.push(event_loop.clone());
+            let net = Net::new(options, event_loop).map_err(|error| invalid(format!("network: {error}")))?;
+            Some((net, log))
+        }
+    };
     let meters = Meters {
         disks: vec![root.counters(), upper.counters()],
         vsock: vsock.counters(),
         upper: upper_handle,
         memory_limit_bytes: u64::from(spec.memory_mib) << 20,
+        network: network.as_ref().map(|(net, log)| (net.handle(), log.clone())),
     };
-    let devices: Vec<Box<dyn VirtioDevice>> =
+    let mut devices: Vec<Box<dyn VirtioDevice>> =
         vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams))];
+    devices.extend(network.map(|(net, _)| Box::new(net) as Box<dyn VirtioDevice>));
     let machine = Machine {
         cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
         memory_mib: spec.memory_mib,

@@ -56,11 +56,17 @@ pub struct WorkerId(SubscriberId);
 pub struct LoopHandle {
     endpoint: RemoteEndpoint<Box<dyn Worker>>,
     stopping: Arc<AtomicBool>,
+    class: ThreadClass,
 }
 
 impl LoopHandle {
     /// Starts a loop on a thread of its own called `name` (at most 15 bytes are shown by the kernel).
     pub fn start(name: &str) -> Result<Self, LoopError> {
+        Self::start_as(name, ThreadClass::Device)
+    }
+
+    /// As [`LoopHandle::start`], for a thread that is another class to the jail.
+    pub fn start_as(name: &str, class: ThreadClass) -> Result<Self, LoopError> {
         let stopping = Arc::new(AtomicBool::new(false));
         let stop_seen = Arc::clone(&stopping);
         // The manager holds boxed trait objects and is not Send as a whole: it is made on its own thread.
@@ -84,7 +90,7 @@ impl LoopHandle {
             }
         })?;
         let endpoint = started.recv().map_err(|_| LoopError::Gone(event_manager::Error::ChannelRecv))??;
-        Ok(Self { endpoint, stopping })
+        Ok(Self { endpoint, stopping, class })
     }
 
     /// Moves `worker` onto the loop; its `init` has run when this returns.
@@ -99,7 +105,8 @@ impl LoopHandle {
 
     /// Confines the loop's thread to what workers need. For after the jail has been closed; before, it does nothing.
     pub fn enter_jail(&self) -> Result<(), LoopError> {
-        self.endpoint.call_blocking(|_| Ok::<(), LoopError>(jail::enter(ThreadClass::Device)?))
+        let class = self.class;
+        self.endpoint.call_blocking(move |_| Ok::<(), LoopError>(jail::enter(class)?))
     }
 
     /// Ends the thread after its current event; workers still attached are dropped.

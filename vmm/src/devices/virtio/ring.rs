@@ -4,15 +4,23 @@
 //! is left alone until the driver resets the device (a guest must not make us spin on it), and notifications are suppressed while
 //! a batch is worked on.
 
+use std::num::Wrapping;
 use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::device::{ActiveQueue, DeviceMemory, Interrupt};
 use super::notifier::Notifier;
 
 /// A chain of guest buffers; keeps guest memory alive by itself.
 pub type Chain = DescriptorChain<DeviceMemory>;
+
+/// Flags and index before the elements of either ring.
+const USED_HEADER_BYTES: u64 = 4;
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+/// One element of the used ring.
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// A ring in use by a worker.
 pub struct Ring {
@@ -22,6 +30,8 @@ pub struct Ring {
     memory: DeviceMemory,
     interrupt: Arc<dyn Interrupt>,
     used_since_signal: bool,
+    /// Where the used index stood before the first batch since the last signal.
+    batches_from: Option<u16>,
     broken: bool,
 }
 
@@ -35,6 +45,7 @@ impl Ring {
             memory,
             interrupt,
             used_since_signal: false,
+            batches_from: None,
             broken: false,
         }
     }
@@ -82,6 +93,34 @@ impl Ring {
         }
     }
 
+    /// Returns several chains at once, each with the bytes written into it: the driver sees all of them or none. What is spread over
+    /// several buffers (VIRTIO_NET_F_MRG_RXBUF) needs that: a driver that saw the first alone would take the rest for lost.
+    pub fn push_used_together(&mut self, chains: &[(u16, u32)]) {
+        let Some(((last_head, last_length), before)) = chains.split_last() else { return };
+        if self.broken {
+            return;
+        }
+        let first = self.queue.next_used();
+        self.batches_from.get_or_insert(first);
+        let size = self.queue.size();
+        let mut next = Wrapping(first);
+        for (head, length) in before {
+            if *head >= size {
+                return self.break_down(&virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            let slot = self.queue.used_ring() + USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(next.0 % size);
+            // Its head, then its length, both little-endian words.
+            let element = (u64::from(*length) << 32 | u64::from(*head)).to_le();
+            if self.memory.write_obj(element, GuestAddress(slot)).is_err() {
+                return self.break_down(&virtio_queue::Error::AddressOverflow);
+            }
+            next += 1;
+        }
+        // The last one publishes the index, and with it the others.
+        self.queue.set_next_used(next.0);
+        self.push_used(*last_head, *last_length);
+    }
+
     /// Tells the driver not to kick while a batch is worked on.
     pub fn suppress_kicks(&mut self) {
         if !self.broken
@@ -111,11 +150,27 @@ impl Ring {
             return;
         }
         self.used_since_signal = false;
+        let batches_from = self.batches_from.take();
         match self.queue.needs_notification(&*self.memory) {
-            Ok(true) => self.interrupt.signal_queue(self.index),
-            Ok(false) => {}
+            Ok(needed) if needed || batches_from.is_some_and(|from| self.passed_event_index(from)) => {
+                self.interrupt.signal_queue(self.index);
+            }
+            Ok(_) => {}
             Err(error) => self.break_down(&error),
         }
+    }
+
+    /// Whether the index that the driver wants to hear of lies in what was used since `from` (VIRTIO 1.2, 2.7.10): the queue itself does
+    /// not know of batches.
+    fn passed_event_index(&self, from: u16) -> bool {
+        if !self.queue.event_idx_enabled() {
+            return false;
+        }
+        // After the barrier of `needs_notification`.
+        let address = self.queue.avail_ring() + AVAILABLE_HEADER_BYTES + 2 * u64::from(self.queue.size());
+        let Ok(event) = self.memory.read_obj::<u16>(GuestAddress(address)) else { return false };
+        let (new, event) = (Wrapping(self.queue.next_used()), Wrapping(u16::from_le(event)));
+        new - event - Wrapping(1) < new - Wrapping(from)
     }
 
     /// Whether the ring was given up.
@@ -160,6 +215,30 @@ mod tests {
         ring.signal();
         assert_eq!(interrupt.queue_signals(), 1);
         assert_eq!(driver.take_used(), Some((head, 4)));
+    }
+
+    #[test]
+    fn a_batch_is_seen_as_a_whole_and_signalled_once() {
+        let memory = guest_memory(1);
+        let interrupt = Arc::new(CountingInterrupt::default());
+        let mut driver = DriverRing::new(Arc::clone(&memory), 0x1000, 8);
+        let mut ring = driver.device_ring(0, Arc::clone(&interrupt) as Arc<dyn Interrupt>, true);
+        for round in 0..5u32 {
+            let heads: Vec<u16> = (0..3).map(|_| driver.add(&[Buffer::writable(0x8000, 4)])).collect();
+            for head in &heads {
+                assert_eq!(ring.pop().expect("a chain").head_index(), *head);
+            }
+            assert_eq!(driver.take_used(), None);
+            ring.push_used_together(&[(heads[0], 4), (heads[1], 3), (heads[2], round)]);
+            assert_eq!(driver.take_used(), Some((heads[0], 4)));
+            assert_eq!(driver.take_used(), Some((heads[1], 3)));
+            assert_eq!(driver.take_used(), Some((heads[2], round)));
+            ring.signal();
+            // The driver's event index stays 0: it wants to hear of the very first buffer, which was in the middle of no later batch.
+            assert_eq!(interrupt.queue_signals(), 1, "round {round}");
+        }
+        ring.push_used_together(&[(99, 0), (0, 0)]);
+        assert!(ring.is_broken());
     }
 
     #[test]

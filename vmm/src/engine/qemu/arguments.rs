@@ -1,15 +1,26 @@
 //! QEMU's command line, made from a machine: pure, so that a test reads it.
 
 use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 
 use crate::devices::virtio::device::DeviceType;
 
 /// One vhost-user device: QEMU's name for it and the socket it talks on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Attachment {
-    qemu_device: &'static str,
+    qemu_device: String,
     name: String,
-    socket: RawFd,
+    channel: Channel,
+}
+
+/// How QEMU gets at a device's socket.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Channel {
+    /// It inherits a connected one.
+    Inherited(RawFd),
+    /// It connects. Only for `-netdev vhost-user`, which refuses others: QEMU believes that descriptors can be passed over sockets that
+    /// it connected itself and over no other.
+    Path(PathBuf),
 }
 
 impl Attachment {
@@ -22,21 +33,37 @@ impl Attachment {
             DeviceType::Block => "vhost-user-blk,num-queues=1,config-wce=off",
             DeviceType::Vsock => "vhost-user-vsock-device",
             DeviceType::Rng => "vhost-user-rng",
-            DeviceType::Net => "virtio-net-device",
+            DeviceType::Net => return Err("a network card is attached by path".into()),
             DeviceType::Fs => "vhost-user-fs-device,tag=msb",
             DeviceType::Balloon => return Err("the balloon is QEMU's own on this engine".into()),
         };
-        Ok(Self { qemu_device, name: name.to_owned(), socket })
+        Ok(Self { qemu_device: qemu_device.to_owned(), name: name.to_owned(), channel: Channel::Inherited(socket) })
+    }
+
+    /// The network card of this Ethernet address, which QEMU must be told: it answers for the configuration space itself.
+    pub(super) fn network(name: &str, mac: [u8; 6], socket: &Path) -> Self {
+        let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+        Self {
+            qemu_device: format!("virtio-net-device,netdev=net-{name},mac={mac}"),
+            name: name.to_owned(),
+            channel: Channel::Path(socket.to_owned()),
+        }
     }
 
     fn push_words(&self, words: &mut Vec<String>) {
-        let Self { qemu_device, name, socket } = self;
-        words.extend(["-chardev".into(), format!("socket,id=chr-{name},fd={socket}")]);
-        if *qemu_device == "virtio-net-device" {
-            words.extend(["-netdev".into(), format!("vhost-user,id=net-{name},chardev=chr-{name}")]);
-            words.extend(["-device".into(), format!("{qemu_device},netdev=net-{name}")]);
-        } else {
-            words.extend(["-device".into(), format!("{qemu_device},chardev=chr-{name}")]);
+        let Self { qemu_device, name, channel } = self;
+        match channel {
+            Channel::Inherited(socket) => {
+                words.extend(["-chardev".into(), format!("socket,id=chr-{name},fd={socket}")]);
+                words.extend(["-device".into(), format!("{qemu_device},chardev=chr-{name}")]);
+            }
+            Channel::Path(path) => {
+                // A comma in a value is written twice.
+                let path = path.to_string_lossy().replace(',', ",,");
+                words.extend(["-chardev".into(), format!("socket,id=chr-{name},path={path}")]);
+                words.extend(["-netdev".into(), format!("vhost-user,id=net-{name},chardev=chr-{name}")]);
+                words.extend(["-device".into(), qemu_device.clone()]);
+            }
         }
     }
 }
@@ -91,12 +118,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machine_is_bare_confined_and_has_no_network() {
+    fn the_machine_is_bare_confined_and_has_no_network_but_ours() {
         let attachments =
             [(DeviceType::Block, "blk-root", 7), (DeviceType::Vsock, "vsock", 8), (DeviceType::Rng, "rng", 9)]
                 .map(|(device, name, socket)| Attachment::new(device, name, socket).expect("attachment"))
                 .to_vec();
-        let arguments = Arguments {
+        let mut arguments = Arguments {
             cpus: 2,
             memory_mib: 256,
             kernel_fd: 10,
@@ -121,6 +148,14 @@ mod tests {
         for forbidden in ["-netdev", "-nic", "-drive", "user,"] {
             assert!(!line.contains(forbidden), "{forbidden} is in {line}");
         }
+        let mac = [2, 0x6d, 0x73, 0x62, 0, 2];
+        arguments.attachments.push(Attachment::network("net", mac, Path::new("/r/a,b/net.sock")));
+        let line = arguments.to_words().join(" ");
+        assert!(line.ends_with(
+            "-chardev socket,id=chr-net,path=/r/a,,b/net.sock -netdev vhost-user,id=net-net,chardev=chr-net \
+             -device virtio-net-device,netdev=net-net,mac=02:6d:73:62:00:02"
+        ));
+        assert!(Attachment::new(DeviceType::Net, "net", 1).is_err());
         assert!(Attachment::new(DeviceType::Balloon, "balloon", 1).is_err());
     }
 }

@@ -19,9 +19,9 @@ mod streams;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,15 +31,17 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{BootError, Engine, EngineEnd, Machine, Stopper};
-use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::device::{DeviceType, VirtioDevice};
 use crate::launch::phases::Phases;
 use crate::run::GUEST_ENDED;
-use crate::transport::vhost_user::{Served, serve};
+use crate::transport::vhost_user::{Served, serve, serve_accepted};
 use arguments::{Arguments, Attachment};
 use streams::Complaints;
 
 /// virtio-mmio slots of QEMU's microvm machine.
 const DEVICE_SLOTS: usize = 8;
+/// Socket of the network card in the run directory, there until QEMU has connected.
+const NETWORK_SOCKET: &str = "net.sock";
 /// Words for the kernel that this engine always adds (see the header; the TSC is the host's, so it is good on every vCPU).
 const KERNEL_WORDS: &str = "init_on_alloc=1 tsc=reliable";
 
@@ -107,6 +109,16 @@ fn attach(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Attachment, 
         .map_err(|reason| BootError::Device { device: device.name().to_owned(), reason })
 }
 
+/// Serves the network card on a socket that QEMU will connect to.
+fn attach_network(device: Box<dyn VirtioDevice>, path: &Path) -> std::io::Result<(Attachment, Served)> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path)?;
+    let mut mac = [0; 6];
+    device.read_config(0, &mut mac);
+    let attachment = Attachment::network(device.name(), mac, path);
+    Ok((attachment, serve_accepted(device, listener, path.to_owned())?))
+}
+
 /// The shared kernel line with what this engine adds.
 fn kernel_line(shared: &str, tsc_khz: Option<u64>) -> String {
     match tsc_khz {
@@ -137,6 +149,13 @@ impl Engine for QemuEngine {
         let mut attachments = Vec::new();
         let mut devices = Vec::new();
         for device in machine.devices {
+            if device.device_type() == DeviceType::Net {
+                let path = machine.work_directory.join(NETWORK_SOCKET);
+                let (attachment, served) = attach_network(device, &path).map_err(system("network socket"))?;
+                attachments.push(attachment);
+                devices.push(served);
+                continue;
+            }
             let (ours, theirs) = inherited_pair().map_err(system("device socket could not be made"))?;
             attachments.push(attach(&*device, &theirs)?);
             devices.push(serve(device, ours).map_err(system("device thread could not be started"))?);

@@ -272,7 +272,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let features = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
         // QEMU complains about a configuration space it has no use for.
         Ok(match self.device.device_type() {
-            DeviceType::Rng => features,
+            DeviceType::Rng | DeviceType::Net => features,
             _ => features | VhostUserProtocolFeatures::CONFIG,
         })
     }
