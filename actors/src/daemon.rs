@@ -21,7 +21,6 @@ use msb_protocol::labels::LabelTerm;
 use msb_protocol::spec::{RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::NetworkExplanation;
-use tokio::sync::mpsc;
 
 use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;

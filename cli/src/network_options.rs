@@ -180,7 +180,7 @@ mod tests {
         let line = Line::try_parse_from(std::iter::once("x").chain(words.iter().copied()));
         let line = line.map_err(|error| error.to_string())?;
         line.network.spec().map_err(|failure| match failure {
-            Failure::Api(error) => format!("{}: {}", error.code, error.message),
+            Failure::Api(error) => format!("{}: {} ({})", error.code, error.message, error.hint),
             other => format!("{other:?}"),
         })
     }

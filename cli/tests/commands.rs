@@ -205,7 +205,6 @@ fn what_is_not_built_says_so() {
         &["volume", "create", "v"],
         &["snapshot", "ls"],
         &["metrics", "--watch"],
-        &["net", "log", "web"],
         &["self", "update"],
         &["label", "web", "a=b"],
         &["fork", "web"],
