@@ -142,7 +142,9 @@ impl NetworkArgs {
 fn rules(texts: &[String]) -> Result<Vec<Rule>, Failure> {
     let mut rules = Vec::new();
     for text in texts {
-        rules.extend(parse_rules(text).map_err(|error| ApiError::new(ErrorCode::InvalidConfig, error.to_string()))?);
+        let parsed = parse_rules(text)
+            .map_err(|error| ApiError::new(ErrorCode::InvalidConfig, error.to_string()).with_hint(error.hint))?;
+        rules.extend(parsed);
     }
     Ok(rules)
 }
