@@ -277,7 +277,9 @@ impl Resolver {
         if self.own_zone.as_ref().is_some_and(|zone| name.is_within(zone)) {
             self.decided_on(&question, Outcome::Own, None, None);
             let bytes = if self.host_name.as_ref() == Some(&name) {
-                question.own_addresses(&self.config.gateway, OWN_TTL_SECONDS, capacity)
+                // IPv4 alone: what the host serves mostly listens on 127.0.0.1 only, and many programs try one address only.
+                let own: Vec<IpAddr> = self.config.gateway.iter().copied().filter(IpAddr::is_ipv4).collect();
+                question.own_addresses(&own, OWN_TTL_SECONDS, capacity)
             } else {
                 question.denied(ExtendedError::NotSupported, capacity)
             };

@@ -20,6 +20,8 @@ const SHARED: &[&str] = &[
     // The CPU's and the boot loader's seeds are credited, so that nothing waits for entropy.
     "random.trust_cpu=on",
     "random.trust_bootloader=on",
+    // The driver is there for who asks for one; a device that nobody asked for is a riddle to whoever lists them.
+    "dummy.numdummies=0",
     // cgroup v2 only.
     "cgroup_no_v1=all",
     // A sandbox's clock comes from one source; the watchdog would only add timer interrupts.

@@ -169,8 +169,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if !self.active {
             self.device.acknowledge_features(self.features);
         }
-        if features & protocol == 0 {
-            // Without protocol features there is no enabling: rings are born enabled (vhost-user, "Ring states").
+        if features & protocol == 0 || self.device.device_type() == DeviceType::Net {
+            // Without protocol features there is no enabling: rings are born enabled (vhost-user, "Ring states"). QEMU enables those of
+            // a network device before it has agreed on any features, which is refused, and not again before they are to work.
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
             self.start_if_ready();
         }

@@ -115,9 +115,12 @@ fn serve_requests(name: &str, mut requests: BackendReqHandler<Mutex<Handler>>) {
             Ok(()) => jail::enter_or_abort(ThreadClass::Device),
             Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)) => return,
             // The message was read whole and refused (and QEMU told, if it asked): the next one can be understood.
-            Err(error @ (Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_)))
-                if refusals < REFUSALS_MAX =>
-            {
+            Err(
+                error @ (Error::InvalidParam
+                | Error::InvalidOperation(_)
+                | Error::InactiveFeature(_)
+                | Error::ReqHandlerError(_)),
+            ) if refusals < REFUSALS_MAX => {
                 refusals += 1;
                 jail::enter_or_abort(ThreadClass::Device);
                 tracing::warn!(device = name, %error, "vhost-user request is refused");
