@@ -3,6 +3,10 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long the kernel may take to put a killed process away.
+const DEATH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A process of the product.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,10 +20,15 @@ pub struct Process {
 }
 
 impl Process {
-    /// Sends a signal; a process that is already gone is fine.
+    /// Sends a signal; a process that is already gone is fine. One that is killed is gone afterwards: until the kernel has put it away
+    /// its socket still takes connections.
     pub fn signal(&self, signal: rustix::process::Signal) {
         if let Some(pid) = rustix::process::Pid::from_raw(self.pid) {
             let _ = rustix::process::kill_process(pid, signal);
+        }
+        let until = Instant::now() + DEATH_PATIENCE;
+        while signal == rustix::process::Signal::KILL && self.is_alive() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
