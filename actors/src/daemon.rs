@@ -18,12 +18,15 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
-use msb_protocol::spec::{RestartPolicy, Workload};
+use msb_protocol::mount::{VOLUME_SIZE_MIB_DEFAULT, VolumeKind};
+use msb_protocol::spec::{ROOT_SIZE_MIB_MAX, ROOT_SIZE_MIB_MIN, RestartPolicy, Workload};
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::NetworkExplanation;
+use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 
 use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
+use crate::images::MakeUpper;
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::metrics::{Latest, MetricsActor};
@@ -36,6 +39,7 @@ use crate::sandbox::ssh::{self, SshForwarder};
 use crate::sandbox::view::View;
 use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings};
 use crate::vm::session::{self, Session};
+use crate::volumes;
 
 /// A handle on everything; clones are the same daemon.
 #[derive(Clone)]
@@ -523,6 +527,81 @@ impl Daemon {
         if let Err(error) = self.supervisor.send(LetGo).await {
             tracing::debug!(%error, "the supervisor had ended already");
         }
+    }
+
+    /// How sandboxes use a volume.
+    async fn users_of(&self, volume: &SandboxName) -> Result<Vec<VolumeUser>, ApiError> {
+        let all = self.supervisor.send(All).await.map_err(mailbox)?;
+        let mut users: Vec<VolumeUser> = all
+            .iter()
+            .flat_map(|sandbox| {
+                let view = sandbox.view.borrow();
+                volumes::use_of(&sandbox.name, &view.detail.spec, volume).collect::<Vec<_>>()
+            })
+            .collect();
+        users.sort_by(|a, b| a.sandbox.cmp(&b.sandbox));
+        Ok(users)
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// `volume_not_found`.
+    pub async fn inspect_volume(&self, name: SandboxName) -> Result<VolumeDetail, ApiError> {
+        let (volumes, users) = (self.surroundings.volumes(), self.users_of(&name).await?);
+        tokio::task::spawn_blocking(move || volumes.inspect(&name, users)).await.map_err(ApiError::internal)?
+    }
+
+    /// Every volume.
+    ///
+    /// # Errors
+    /// `internal` if the supervisor is gone.
+    pub async fn list_volumes(&self) -> Result<Vec<VolumeDetail>, ApiError> {
+        let volumes = self.surroundings.volumes();
+        let names = tokio::task::spawn_blocking(move || volumes.names()).await.map_err(ApiError::internal)?;
+        let mut list = Vec::with_capacity(names.len());
+        for name in names {
+            match self.inspect_volume(name).await {
+                Ok(detail) => list.push(detail),
+                // Removed a moment ago.
+                Err(error) if error.code == ErrorCode::VolumeNotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(list)
+    }
+
+    /// Makes a volume.
+    ///
+    /// # Errors
+    /// `volume_already_exists`, `invalid_config`, `disk_full`.
+    pub async fn create_volume(&self, request: CreateVolume) -> Result<VolumeDetail, ApiError> {
+        let CreateVolume { name, kind, size_mib } = request;
+        if kind == VolumeKind::Dir && size_mib.is_some() {
+            return Err(ApiError::new(ErrorCode::InvalidConfig, "a directory volume has no size")
+                .with_hint("leave the size out, or make a disk"));
+        }
+        let size_mib = size_mib.unwrap_or(VOLUME_SIZE_MIB_DEFAULT);
+        if !(ROOT_SIZE_MIB_MIN..=ROOT_SIZE_MIB_MAX).contains(&size_mib) {
+            let message = format!("the size of a disk must be {ROOT_SIZE_MIB_MIN} to {ROOT_SIZE_MIB_MAX} MiB");
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        }
+        let (volumes, wanted) = (self.surroundings.volumes(), name.clone());
+        let path = tokio::task::spawn_blocking(move || volumes.create(&wanted, kind)).await;
+        let path = path.map_err(ApiError::internal)??;
+        if kind == VolumeKind::Disk {
+            self.surroundings.images.send(MakeUpper { path, size_mib }).await.map_err(mailbox)??;
+        }
+        self.inspect_volume(name).await
+    }
+
+    /// Removes a volume that nobody uses.
+    ///
+    /// # Errors
+    /// `volume_not_found`, `volume_in_use`.
+    pub async fn remove_volume(&self, name: SandboxName) -> Result<(), ApiError> {
+        let (volumes, users) = (self.surroundings.volumes(), self.users_of(&name).await?);
+        tokio::task::spawn_blocking(move || volumes.remove(&name, &users)).await.map_err(ApiError::internal)?
     }
 
     /// Every actor.

@@ -27,3 +27,4 @@ pub mod sandbox;
 pub mod simulation;
 pub mod supervisor;
 pub mod vm;
+pub mod volumes;

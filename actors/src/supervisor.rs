@@ -36,6 +36,7 @@ use crate::sandbox::machine::{By, Event, Machine, Policy, back_off_ms};
 use crate::sandbox::plan::HostSettings;
 use crate::sandbox::view::{self, View};
 use crate::vm::Launcher;
+use crate::volumes::Volumes;
 
 /// Messages that wait for the supervisor.
 const MAILBOX_LEN: usize = 4_096;
@@ -73,6 +74,13 @@ impl Surroundings {
     #[must_use]
     pub fn directories(&self, name: &SandboxName, id: SandboxId) -> Directories {
         Directories::new(&self.home, &self.runtime_dir, name, id)
+    }
+
+    /// Named volumes. Without links on the way: the VM process follows none.
+    #[must_use]
+    pub fn volumes(&self) -> Volumes {
+        let home = self.home.home.canonicalize().unwrap_or_else(|_| self.home.home.clone());
+        Volumes::new(HomeLayout::new(home).volumes())
     }
 }
 

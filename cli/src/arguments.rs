@@ -5,7 +5,7 @@ use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
     bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, net, remove,
-    restart, run, ssh, start, status, stop, uninstall, wait,
+    restart, run, ssh, start, status, stop, uninstall, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -149,9 +149,13 @@ pub enum Command {
         command: crate::commands::registry::RegistryCommand,
     },
 
-    /// Create, list and remove volumes (not built yet)
+    /// Create, list and remove volumes
     #[command(visible_alias = "vol")]
-    Volume(Unbuilt),
+    Volume {
+        /// What to do with volumes.
+        #[command(subcommand)]
+        command: volume::VolumeCommand,
+    },
     /// Take, list and remove snapshots (not built yet)
     #[command(visible_alias = "snap")]
     Snapshot(Unbuilt),

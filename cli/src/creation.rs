@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 use msb_protocol::config::Config;
 use msb_protocol::error::ApiError;
+use msb_protocol::security::SecurityProfile;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
 use crate::failure::{self, Failure};
+use crate::mounts::MountArgs;
 use crate::network_options::NetworkArgs;
 use crate::{env_file, parse};
 
@@ -37,11 +39,23 @@ pub enum Pull {
 /// What a workload may do inside its sandbox.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Security {
-    /// What a container may do
+    /// What root of a machine may do: sudo and container engines work
     #[default]
     Default,
-    /// Less (not built yet)
+    /// No new privileges, no capability that reaches the guest's kernel, nosuid and nodev on every mount
     Restricted,
+    /// As restricted, with a list of allowed system calls and a read-only root
+    Strict,
+}
+
+impl From<Security> for SecurityProfile {
+    fn from(security: Security) -> Self {
+        match security {
+            Security::Default => Self::Default,
+            Security::Restricted => Self::Restricted,
+            Security::Strict => Self::Strict,
+        }
+    }
 }
 
 /// What follows an idle stop.
@@ -139,6 +153,9 @@ pub struct CreationArgs {
     /// Print help
     #[arg(long, action = ArgAction::Help, help_heading = "Options")]
     pub help: Option<bool>,
+    /// Mounts and patches.
+    #[command(flatten)]
+    pub mounts: MountArgs,
     /// Options of parts that have yet to be built.
     #[command(flatten)]
     pub unbuilt: UnbuiltArgs,
@@ -163,14 +180,8 @@ macro_rules! unbuilt_options {
 }
 
 unbuilt_options! {
-    volume "volumes" #[arg(short = 'v')];
-    mount "volumes";
-    tmpfs "volumes";
     secret "secrets";
     tls_intercept "TLS interception";
-    script "scripts";
-    copy "rootfs patches";
-    mkdir "rootfs patches";
     init "handing PID 1 to another init";
     shell "choosing a shell";
     snapshot "snapshots";
@@ -226,6 +237,8 @@ impl CreationArgs {
         };
         spec.max_duration_ms = self.max_duration;
         spec.network = self.network.spec()?;
+        spec.security = self.security.into();
+        self.mounts.apply(&mut spec)?;
         Ok(spec)
     }
 
@@ -240,9 +253,6 @@ impl CreationArgs {
             |option: &str, part: &str| Err(Failure::Api(ApiError::not_implemented(&format!("{option} ({part})"))));
         if let Some((field, part)) = self.unbuilt.given() {
             return refuse(&format!("--{}", field.replace('_', "-")), part);
-        }
-        if self.security == Security::Restricted {
-            return refuse("--security restricted", "restricted workloads");
         }
         Ok(())
     }
@@ -411,15 +421,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name_never_ignored() {
-        for words in [
-            &["-v", "a:/b"][..],
-            &["--tmpfs", "/x"],
-            &["--tls-intercept"],
-            &["--secret", "A@b"],
-            &["--snapshot", "s"],
-            &["--health-cmd", "true"],
-            &["--security", "restricted"],
-        ] {
+        for words in [&["--tls-intercept"][..], &["--secret", "A@b"], &["--snapshot", "s"], &["--health-cmd", "true"]] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");
         }
         let Err(Failure::Api(error)) = spec_with(&["--tls-intercept", "x"], &Config::default()) else { panic!() };

@@ -6,6 +6,7 @@
 //! | [`groups`] | which command is in which group of `msb --help` |
 //! | [`commands`] | one module for each command |
 //! | [`creation`] | the options that `run` and `create` share |
+//! | [`mounts`] | the options among them for mounts and patches of the root |
 //! | [`env_file`], [`parse`] | docker's environment files; small values |
 //! | [`attached`], [`detach_keys`], [`terminal`] | a running command joined to this process's streams, signals and terminal |
 //! | [`printer`], [`table`], [`bars`], [`time`] | everything that is written |
@@ -26,6 +27,7 @@ pub mod detach_keys;
 pub mod env_file;
 pub mod failure;
 pub mod groups;
+pub mod mounts;
 pub mod network_options;
 pub mod parse;
 pub mod printer;

@@ -8,6 +8,7 @@
 //!                         ├─► root/      disks, overlay, volumes, what a container finds in /
 //!                         ├─► session/   one process with its streams: exec and the main workload
 //!                         ├─► files/     what the host reads and changes, as a user of the guest
+//!                         ├─► security/  what a profile takes away from processes
 //!                         ├─► account, command, limits    pure: who runs what with which environment
 //!                         ├─► resolver/  names to addresses, as the guest's own files say
 //!                         ├─► sftp/      the SFTP server, a process of its own (`main.rs ── sftp ──►`)
@@ -29,6 +30,7 @@ pub mod init;
 pub mod limits;
 pub mod resolver;
 pub mod root;
+pub mod security;
 pub mod session;
 pub mod sftp;
 pub mod sys;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use msb_guest::agent::{Agent, connection};
 use msb_guest::root::directory::RootDirectory;
+use msb_guest::security::Security;
 use msb_guest::session::pump::{Door, OutputLog};
 use msb_guest::session::workload::Host;
 use msb_guest::session::{Guest, Sessions};
@@ -18,6 +19,7 @@ use msb_protocol::guest::{
     OpenControl, OpenKind, OpenMain, OpenTcp, OutputStream, ResourceLimit, STDIN_WINDOW, Shutdown as ShutdownOrder,
     Signal, StdinEof, TerminalSize, encode_host,
 };
+use msb_protocol::security::SecurityProfile;
 
 const BOOT_ID: &[u8] = b"0123456789abcdef";
 
@@ -74,6 +76,7 @@ fn agent_with(config: GuestConfig) -> (Arc<Agent>, Arc<Collector>) {
         null: std::fs::File::options().read(true).write(true).open("/dev/null").unwrap().into(),
         terminals: None,
         workload: None,
+        security: Security::new(SecurityProfile::Default).unwrap(),
         sessions: Sessions::default(),
     };
     let collector = Arc::new(Collector::default());

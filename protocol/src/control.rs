@@ -47,6 +47,10 @@
 //! | `DELETE /v1/registries/login?registry=` | | `{}` |
 //! | `GET /v1/store/usage` | | [`DiskUsage`](crate::images::DiskUsage) |
 //! | `GET /v1/store/check` | | [`StoreReport`] |
+//! | `GET /v1/volumes` | | [`crate::volume::VolumeList`] |
+//! | `POST /v1/volumes` | [`crate::volume::CreateVolume`] | [`crate::volume::VolumeDetail`] |
+//! | `GET /v1/volumes/{name}` | | [`crate::volume::VolumeDetail`] |
+//! | `DELETE /v1/volumes/{name}` | | `{}` |
 //! | `GET /v1/debug/actors` | | [`ActorTree`] |
 //! | `GET /openapi.json` | | OpenAPI 3.1 |
 //!
@@ -291,6 +295,9 @@ pub struct SandboxDetail {
     pub boot_phases: Vec<Phase>,
     /// What confines the VM process.
     pub jail: JailReport,
+    /// What the security profile comes to.
+    #[serde(default)]
+    pub security: crate::security::SecurityReport,
     /// Its network.
     #[serde(default)]
     pub network: NetworkDetail,

@@ -220,6 +220,18 @@ pub struct GuestConfig {
     /// Memory in bytes that the workload's cgroup leaves for the agent.
     #[prost(uint64, tag = "12")]
     pub memory_reserve_bytes: u64,
+    /// The security profile's name ([`crate::security`]); empty: `default`.
+    #[prost(string, tag = "31")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub security: String,
+    /// What is mounted over the root, in any order.
+    #[prost(message, repeated, tag = "32")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<GuestMount>,
+    /// Changes of the root, in their order, before anything of `mounts` is mounted.
+    #[prost(message, repeated, tag = "33")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub patches: Vec<GuestPatch>,
     /// The network interface, if there is one.
     #[prost(message, optional, tag = "20")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -250,6 +262,65 @@ pub struct GuestNetwork {
     /// Largest IP packet in bytes.
     #[prost(uint32, tag = "7")]
     pub mtu_bytes: u32,
+}
+
+/// One mount over the root.
+#[derive(Clone, PartialEq, Eq, Message, serde::Serialize, serde::Deserialize)]
+pub struct GuestMount {
+    /// Where, an absolute path.
+    #[prost(string, tag = "1")]
+    pub target: String,
+    /// How: `ro` or `rw`, `noexec`, `nosuid`, `nodev`, separated by commas.
+    #[prost(string, tag = "2")]
+    pub options: String,
+    /// What.
+    #[prost(oneof = "GuestMountSource", tags = "3, 4, 5")]
+    pub source: Option<GuestMountSource>,
+}
+
+/// What is mounted.
+#[derive(Clone, PartialEq, Eq, Oneof, serde::Serialize, serde::Deserialize)]
+pub enum GuestMountSource {
+    /// Memory: its size in bytes, 0 for the kernel's default.
+    #[prost(uint64, tag = "3")]
+    Tmpfs(u64),
+    /// A directory or file of the shared file system, by its name at the top of it.
+    #[prost(string, tag = "4")]
+    Share(String),
+    /// The ext4 of a disk, by its virtio serial.
+    #[prost(string, tag = "5")]
+    Disk(String),
+}
+
+/// One change of the root.
+#[derive(Clone, PartialEq, Eq, Message, serde::Serialize, serde::Deserialize)]
+pub struct GuestPatch {
+    /// What it changes, an absolute path.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// Permission bits of what is made.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// What becomes of it.
+    #[prost(oneof = "GuestPatchKind", tags = "3, 4, 5, 6")]
+    pub kind: Option<GuestPatchKind>,
+}
+
+/// What becomes of a path.
+#[derive(Clone, PartialEq, Eq, Oneof, serde::Serialize, serde::Deserialize)]
+pub enum GuestPatchKind {
+    /// A file with these bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    File(#[serde(with = "crate::mount::hex_bytes")] Vec<u8>),
+    /// A symbolic link to this.
+    #[prost(string, tag = "4")]
+    Link(String),
+    /// A directory, its parents too.
+    #[prost(bool, tag = "5")]
+    Directory(bool),
+    /// Nothing: it is removed.
+    #[prost(bool, tag = "6")]
+    Removed(bool),
 }
 
 /// The main workload.

@@ -10,7 +10,8 @@
 //! | [`frame`] | all framed borders | u32 big-endian length, then the body, 1 MiB at most |
 //! | [`version`] | all borders | a generation number and what each one brought |
 //!
-//! The rest are the nouns those messages are made of: [`id`], [`spec`], [`state`], [`error`], [`labels`], [`network`], [`config`], [`paths`], [`quantity`].
+//! The rest are the nouns those messages are made of: [`id`], [`spec`], [`state`], [`error`], [`labels`], [`mount`], [`network`], [`config`], [`paths`], [`quantity`],
+//! [`security`], [`volume`].
 //! Used by every other crate; it uses none of them. It never opens a file or a socket.
 
 #![forbid(unsafe_code)]
@@ -25,10 +26,13 @@ pub mod guest;
 pub mod id;
 pub mod images;
 pub mod labels;
+pub mod mount;
 pub mod network;
 pub mod paths;
 pub mod quantity;
+pub mod security;
 pub mod spec;
 pub mod state;
 pub mod version;
 pub mod vmm;
+pub mod volume;

@@ -114,6 +114,12 @@ impl HomeLayout {
     pub fn authorized_keys(&self) -> PathBuf {
         self.home.join("ssh").join("authorized_keys")
     }
+
+    /// All named volumes.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.home.join("volumes")
+    }
     /// The configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {

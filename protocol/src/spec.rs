@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ApiError, ErrorCode};
 use crate::id::SandboxName;
 use crate::labels;
+use crate::mount::{self, Mount, Patch};
 use crate::network::NetworkSpec;
+use crate::security::SecurityProfile;
 
 /// The version this build writes.
 pub const SPEC_VERSION: u32 = 1;
@@ -220,6 +222,15 @@ pub struct SandboxSpec {
     /// Its network: what it may reach, published ports, name servers.
     #[serde(default)]
     pub network: NetworkSpec,
+    /// What its workloads may do.
+    #[serde(default)]
+    pub security: SecurityProfile,
+    /// What is mounted in it besides its root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
+    /// Changes of its root before the first workload of each run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub patches: Vec<Patch>,
 }
 
 fn spec_version() -> u32 {
@@ -271,6 +282,9 @@ impl SandboxSpec {
             on_idle: OnIdle::Stop,
             max_duration_ms: None,
             network: NetworkSpec::default(),
+            security: SecurityProfile::Default,
+            mounts: Vec::new(),
+            patches: Vec::new(),
         }
     }
 
@@ -323,6 +337,9 @@ impl SandboxSpec {
         {
             return refuse(format!("user {user:?} must be USER|UID[:GROUP|GID]"));
         }
+        mount::check_mounts(&self.mounts)?;
+        mount::check_patches(&self.patches)?;
+        self.security.check_command(self.command.as_deref().unwrap_or_default())?;
         self.network.check()
     }
 }

@@ -432,6 +432,36 @@ pub struct VmSpec {
     /// The network; none: loopback only. The listeners of its published ports come as descriptors with the launch, in their order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<VmNetwork>,
+    /// Directories and files of the host that the guest shares.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareSpec>,
+    /// Disks of volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskSpec>,
+}
+
+/// A shared directory or file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareSpec {
+    /// Its name at the top of the guest's shared file system.
+    pub name: String,
+    /// Where it is on the host, an absolute path without links.
+    pub path: PathBuf,
+    /// Whether the guest may change nothing of it, whatever it mounts.
+    pub read_only: bool,
+}
+
+/// The disk of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Its virtio serial, at most 20 bytes.
+    pub serial: String,
+    /// The raw image on the host.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
 }
 
 /// One file of the read-only root.

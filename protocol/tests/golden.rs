@@ -73,8 +73,36 @@ fn config() -> GuestConfig {
         rlimits: vec![ResourceLimit { resource: "core".into(), soft: 0, hard: 0 }],
         main: Some(MainConfig { exec: Some(exec()), autostart: true, stop_signal: 15 }),
         memory_reserve_bytes: 16 << 20,
-        network: None,
+        ..GuestConfig::default()
     }
+}
+
+/// A welcome with what configurations gained in generation 1 after it was first frozen.
+fn furnished() -> HostBody {
+    let mount = |target: &str, options: &str, source| GuestMount {
+        target: target.into(),
+        options: options.into(),
+        source: Some(source),
+    };
+    let patch = |kind| GuestPatch { path: "/p".into(), mode: 0o640, kind: Some(kind) };
+    HostBody::Welcome(Welcome {
+        config: Some(GuestConfig {
+            security: "strict".into(),
+            mounts: vec![
+                mount("/t", "rw,noexec", GuestMountSource::Tmpfs(1 << 20)),
+                mount("/s", "ro", GuestMountSource::Share("0".into())),
+                mount("/d", "rw", GuestMountSource::Disk("vol-0".into())),
+            ],
+            patches: vec![
+                patch(GuestPatchKind::File(vec![0, 255])),
+                patch(GuestPatchKind::Link("/x".into())),
+                patch(GuestPatchKind::Directory(true)),
+                patch(GuestPatchKind::Removed(true)),
+            ],
+            ..GuestConfig::default()
+        }),
+        ..Welcome::default()
+    })
 }
 
 fn host_samples() -> Vec<(&'static str, HostBody)> {
@@ -91,6 +119,7 @@ fn host_samples() -> Vec<(&'static str, HostBody)> {
                 config: Some(config()),
             }),
         ),
+        ("welcome_furnished", furnished()),
         ("clock_sync", HostBody::ClockSync(ClockSync { realtime_ns: 5 })),
         ("goodbye_ack", HostBody::GoodbyeAck(GoodbyeAck {})),
         ("open_control", open(OpenKind::Control(OpenControl {}))),
@@ -351,6 +380,8 @@ fn vm_spec() -> VmSpec {
         disk_full_timeout_ms: 4,
         qemu: Some("/q".into()),
         network: None,
+        shares: Vec::new(),
+        disks: Vec::new(),
     }
 }
 

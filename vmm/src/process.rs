@@ -28,6 +28,7 @@ use crate::engine::{BootError, Engine, EngineEnd};
 use crate::jail::{self, FilePlan, JailPlan};
 use crate::launch::engine_choice::{self, Chosen};
 use crate::launch::machine;
+use crate::launch::volumes::SharedPath;
 use crate::link::thread::{self as link_thread, LinkOptions};
 use crate::logs::console::ConsoleLog;
 use crate::logs::workload::WorkloadLog;
@@ -155,7 +156,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     let end = match link.and_then(|link| engine.boot(prepared.machine).map_err(boot_error).map(|()| link)) {
         Ok(link) => {
             let child_pids = engine.child_pids();
-            let end = match close_jail(spec, &prepared.loops, &child_pids) {
+            let end = match close_jail(spec, &prepared.loops, &prepared.shares, &child_pids) {
                 Ok(report) => {
                     control.set_jail(report);
                     control.set_machine_pids(child_pids);
@@ -196,16 +197,23 @@ struct Outcome {
 }
 
 /// Confines this process before the guest's first instruction: its own directories, its own figures in /proc, nothing else.
-fn close_jail(spec: &VmSpec, loops: &[LoopHandle], child_pids: &[u32]) -> Result<JailReport, String> {
+fn close_jail(
+    spec: &VmSpec,
+    loops: &[LoopHandle],
+    shares: &[SharedPath],
+    child_pids: &[u32],
+) -> Result<JailReport, String> {
     let mut read = vec![PathBuf::from("/proc/self")];
     read.extend(child_pids.iter().map(|pid| PathBuf::from(format!("/proc/{pid}"))));
+    read.extend(shares.iter().filter(|share| share.read_only).map(|share| share.path.clone()));
     let files = FilePlan {
         read,
         write: vec![spec.run_dir.clone(), spec.log_dir.clone()],
+        shares: shares.iter().filter(|share| !share.read_only).map(|share| share.path.clone()).collect(),
         network: spec.network.is_some(),
         ..FilePlan::default()
     };
-    let plan = JailPlan { files, has_child: !child_pids.is_empty() };
+    let plan = JailPlan { files, has_child: !child_pids.is_empty(), has_shares: !shares.is_empty() };
     let report = jail::close(&plan).map_err(|error| error.to_string())?;
     for handle in loops {
         handle.enter_jail().map_err(|error| error.to_string())?;

@@ -31,9 +31,9 @@ use super::directories::Directories;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
 use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
 use super::network::BoundPorts;
-use super::plan;
 use super::ssh::SshForwarder;
 use super::view::{self, View};
+use super::{mounts, plan};
 use crate::daemon::Daemon;
 use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
@@ -557,19 +557,31 @@ impl SandboxActor {
         }
         let (directories, images, size_mib) =
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
+        let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
         self.later(ctx, async move {
             let prepared = {
-                let directories = directories.clone();
-                tokio::task::spawn_blocking(move || directories.prepare().map(|()| directories.upper.exists())).await
+                tokio::task::spawn_blocking(move || {
+                    directories.prepare()?;
+                    let mut disks = mounts::missing_disks(&spec, &volumes)?;
+                    if !directories.upper.exists() {
+                        disks.push((directories.upper, size_mib));
+                    }
+                    Ok(disks)
+                })
+                .await
             };
             let made = match prepared {
-                Ok(Ok(true)) => Ok(()),
-                Ok(Ok(false)) => {
-                    let path = directories.upper;
-                    images
-                        .send(MakeUpper { path, size_mib })
-                        .await
-                        .unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))))
+                Ok(Ok(disks)) => {
+                    let mut made = Ok(());
+                    for (path, size_mib) in disks {
+                        if made.is_ok() {
+                            made = images
+                                .send(MakeUpper { path, size_mib })
+                                .await
+                                .unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))));
+                        }
+                    }
+                    made
                 }
                 Ok(Err(error)) => Err(error),
                 Err(error) => Err(ApiError::internal(format!("making directories: {error}"))),
@@ -590,6 +602,7 @@ impl SandboxActor {
             (&image.config, image.lower.clone()),
             &self.surroundings.host,
             &self.directories,
+            &self.surroundings.volumes(),
         );
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),

@@ -5,6 +5,7 @@ pub mod actor;
 pub mod directories;
 pub mod heartbeat;
 pub mod machine;
+pub mod mounts;
 pub mod network;
 pub mod plan;
 pub mod ssh;

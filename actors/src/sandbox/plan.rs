@@ -10,6 +10,7 @@ use msb_protocol::control::ImageConfigDetail;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceLimit, TerminalSize};
 use msb_protocol::id::{SandboxId, SandboxName};
+use msb_protocol::mount::SCRIPTS_DIRECTORY;
 use msb_protocol::network::PublishedPort;
 use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
@@ -17,7 +18,9 @@ use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, UPPER_SERIAL, VmSpec};
 
 use super::directories::Directories;
 use super::machine::Run;
+use super::mounts;
 use super::network;
+use crate::volumes::Volumes;
 
 /// Memory that the workload's limit leaves for the agent, in bytes.
 pub const MEMORY_RESERVE_BYTES: u64 = 16 << 20;
@@ -73,8 +76,10 @@ pub fn vm_spec(
     image: (&ImageConfigDetail, Vec<DiskPart>),
     host: &HostSettings,
     directories: &Directories,
+    volumes: &Volumes,
 ) -> Result<VmSpec, ApiError> {
     let (config, lower) = image;
+    let mounts = mounts::plan(spec, volumes)?;
     Ok(VmSpec {
         generation: VMM_GENERATION,
         sandbox_id: id,
@@ -92,15 +97,17 @@ pub fn vm_spec(
         log_dir: directories.logs.clone(),
         log_size_max_bytes: host.log_size_max_bytes,
         log_files_max: host.log_files_max,
-        guest: guest_config(name, spec, run, config)?,
+        guest: GuestConfig { mounts: mounts.guest, ..guest_config(name, spec, run, config)? },
         boot_timeout_ms: host.boot_timeout_ms,
         disk_full_timeout_ms: host.disk_full_timeout_ms,
         qemu: host.qemu.clone(),
         network: network::vm_network(&spec.network, ports),
+        shares: mounts.shares,
+        disks: mounts.disks,
     })
 }
 
-/// What the agent gets.
+/// What the agent gets, but for its mounts.
 ///
 /// # Errors
 /// As [`vm_spec`].
@@ -120,6 +127,7 @@ pub fn guest_config(
                 return Err(ApiError::new(ErrorCode::InvalidConfig, format!("image {} names no command", spec.image))
                     .with_hint("give one after the image"));
             }
+            spec.security.check_command(&argv)?;
             let stop_signal = spec.stop_signal.as_deref().or(image.stop_signal.as_deref());
             // A signal that an image gets wrong is SIGTERM; one that the user gets wrong is an error.
             let stop_signal = match stop_signal.map(|text| (text, signal_number(text))) {
@@ -145,13 +153,16 @@ pub fn guest_config(
         lower_serial: LOWER_SERIAL.into(),
         upper_serial: UPPER_SERIAL.into(),
         volume_paths: volume_paths(&image.volumes),
-        env: environment(&image.env, &spec.env),
+        env: with_scripts(environment(&image.env, &spec.env), spec),
         user: spec.user.clone().unwrap_or_else(|| image.user.clone()),
         workdir: spec.workdir.clone().or(image_workdir).unwrap_or_else(|| "/".into()),
         rlimits: resource_limits(&spec.rlimits)?,
         main,
         memory_reserve_bytes: MEMORY_RESERVE_BYTES,
         network: network::guest_network(&spec.network),
+        security: if spec.security.confines() { spec.security.as_str().into() } else { String::new() },
+        mounts: Vec::new(),
+        patches: mounts::guest_patches(spec),
     })
 }
 
@@ -179,6 +190,16 @@ pub fn environment(image: &[String], user: &BTreeMap<String, String>) -> Vec<Env
         merged.push(EnvVar { name: "PATH".into(), value: PATH_DEFAULT.into() });
     }
     merged
+}
+
+/// PATH with the directory of the user's scripts, if there are any.
+fn with_scripts(mut env: Vec<EnvVar>, spec: &SandboxSpec) -> Vec<EnvVar> {
+    if mounts::has_scripts(spec)
+        && let Some(path) = env.iter_mut().find(|variable| variable.name == "PATH")
+    {
+        path.value = format!("{}:{SCRIPTS_DIRECTORY}", path.value);
+    }
+    env
 }
 
 /// Resource limits, checked.

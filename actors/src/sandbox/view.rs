@@ -93,6 +93,7 @@ pub fn detail(
         boot_phases: record.boot_phases.clone(),
         jail: record.jail.clone(),
         network: network(&record.spec.network),
+        security: record.spec.security.report(),
         root_allocated_bytes: 0,
         directory: directories.root.display().to_string(),
         heartbeat_file: directories.heartbeat.display().to_string(),

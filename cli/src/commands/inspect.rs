@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 use msb_protocol::control::SandboxDetail;
+use msb_protocol::mount::{Mount, MountOptions};
 use msb_protocol::quantity::show_bytes;
 use msb_protocol::spec::Workload;
 
@@ -74,6 +75,16 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
         &detail.engine_reason.as_ref().map_or(engine.to_owned(), |reason| format!("{engine} ({reason})")),
     );
     text.optional("Kernel", spec.kernel.clone());
+    for (index, line) in security(detail).iter().enumerate() {
+        text.line(if index == 0 { "Security" } else { "" }, line);
+    }
+    for (index, mount) in spec.mounts.iter().enumerate() {
+        text.line(if index == 0 { "Mounts" } else { "" }, &mounted(mount, spec.security.forced_mount_options()));
+    }
+    if !spec.patches.is_empty() {
+        let paths: Vec<&str> = spec.patches.iter().map(msb_protocol::mount::Patch::path).collect();
+        text.line("Patches", &paths.join(" "));
+    }
     network(&mut text, detail);
     text.optional("Ports", Some(summary.ports.join(", ")).filter(|ports| !ports.is_empty()));
     text.optional("User", spec.user.clone());
@@ -130,6 +141,38 @@ fn network(text: &mut Lines, detail: &SandboxDetail) {
     }
     for (index, line) in detail.network.policy.iter().enumerate() {
         text.line(if index == 0 { "Policy" } else { "" }, line);
+    }
+}
+
+/// What the profile comes to.
+fn security(detail: &SandboxDetail) -> Vec<String> {
+    let report = &detail.security;
+    let mut words = vec![report.profile.as_str()];
+    let facts = [
+        (report.no_new_privs, "no_new_privs"),
+        (report.system_call_allow_list, "system calls by allow-list"),
+        (report.read_only_root, "read-only root"),
+        (!report.user_namespaces, "no new user namespaces"),
+    ];
+    words.extend(facts.into_iter().filter_map(|(holds, word)| holds.then_some(word)));
+    let mut lines = vec![words.join(", ")];
+    if report.no_new_privs {
+        lines.push(format!("capabilities: {}", report.capabilities.join(" ")));
+    }
+    if !report.forced_mount_options.is_empty() {
+        lines.push(format!("forced on mounts: {}", report.forced_mount_options.join(",")));
+    }
+    lines
+}
+
+/// A mount with its options, and what the profile adds to them.
+fn mounted(mount: &Mount, forced: MountOptions) -> String {
+    let own = mount.options.words();
+    let added: Vec<&str> = mount.options.with(forced).words().into_iter().filter(|word| !own.contains(word)).collect();
+    if added.is_empty() {
+        format!("{mount} ({})", mount.options)
+    } else {
+        format!("{mount} ({}; forced: {})", mount.options, added.join(","))
     }
 }
 

@@ -31,6 +31,7 @@ pub mod status;
 pub mod stop;
 pub mod uninstall;
 pub mod version;
+pub mod volume;
 pub mod wait;
 
 use msb_protocol::error::ApiError;
@@ -68,6 +69,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Logs(args) => logs::run(args, context).await,
         Command::Net { command } => net::run(command, context).await,
         Command::Events(args) => events::run(args, context).await,
+        Command::Volume { command } => volume::run(command, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
         Command::Completion(args) => completion::run(args, context),
@@ -81,7 +83,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Pull(args) => pull::run(args, context).await,
         Command::Save(args) => save::run(args, context).await,
         Command::Registry { command } => registry::run(command, context).await,
-        Command::Volume(_) => unbuilt("msb volume"),
         Command::Snapshot(_) => unbuilt("msb snapshot"),
         Command::Template(_) => unbuilt("msb template"),
         Command::Df => df::run(context).await,

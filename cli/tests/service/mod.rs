@@ -183,6 +183,7 @@ fn detail(summary: SandboxSummary) -> SandboxDetail {
     spec.detached = true;
     spec.env = [("SECRET".to_owned(), "hunter2".to_owned())].into();
     spec.workload = if summary.command.is_empty() { Workload::None } else { Workload::Main };
+    let security = spec.security.report();
     SandboxDetail {
         spec,
         image_digest: DIGEST.into(),
@@ -194,6 +195,7 @@ fn detail(summary: SandboxSummary) -> SandboxDetail {
             Phase { name: "agent".into(), duration_us: 41_000 },
         ],
         jail: JailReport { in_force: vec!["no_new_privs".into()], missing: vec!["landlock: kernel too old".into()] },
+        security,
         network: NetworkDetail {
             addresses: Some(NetworkSpec::default().addresses()),
             policy: NetworkSpec::default().policy_lines(),

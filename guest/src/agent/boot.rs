@@ -16,6 +16,7 @@ use msb_protocol::error::ErrorCode;
 use msb_protocol::guest::{
     AGENT_PORT, AgentHello, Failure, GuestBody, HOST_CID, HostBody, LINK_PORT, Ready, Step, Welcome,
 };
+use msb_protocol::security::SecurityProfile;
 use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 use rustix::mount::{MountFlags, mount_remount};
@@ -25,7 +26,9 @@ use super::connection::{self, flush_until, next_message};
 use super::ending::{self, Reason};
 use super::link::Link;
 use super::{Agent, STACK_LEN, VERSION};
+use crate::root::directory::path_of;
 use crate::root::{self, RootError};
+use crate::security::Security;
 use crate::session::stream::FrameStream;
 use crate::session::workload::Host;
 use crate::session::{Guest, Sessions};
@@ -137,7 +140,7 @@ fn connect_once() -> nix::Result<OwnedFd> {
 struct Prepared {
     guest: Guest,
     listener: OwnedFd,
-    upper: OwnedFd,
+    disks: Vec<OwnedFd>,
 }
 
 fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
@@ -170,6 +173,8 @@ fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
     let null = null.map_err(|error| boot_failed(SETUP, format!("cannot open /dev/null: {error}")))?;
     let listener = listen().map_err(|errno| boot_failed(SETUP, format!("cannot listen on vsock: {errno}")))?;
     steps.done("listener");
+    let profile = SecurityProfile::from_wire(&config.security);
+    let security = Security::new(profile).map_err(|error| boot_failed(SETUP, error.to_string()))?;
     let guest = Guest {
         config,
         boot_id: welcome.boot_id,
@@ -178,9 +183,10 @@ fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
         null: null.into(),
         terminals: Some(root.terminals),
         workload: Some(root.workload),
+        security,
         sessions: Sessions::default(),
     };
-    Ok(Prepared { guest, listener, upper: root.upper })
+    Ok(Prepared { guest, listener, disks: root.disks })
 }
 
 /// The agent itself needs several descriptors per session.
@@ -214,9 +220,9 @@ fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<In
         })?;
     }
     {
-        let (agent, link, upper) = (Arc::clone(&agent), Arc::clone(&link), prepared.upper);
+        let (agent, link, disks) = (Arc::clone(&agent), Arc::clone(&link), prepared.disks);
         thread(move || {
-            ending::run(&agent, &link, || flush(&upper));
+            ending::run(&agent, &link, || flush(&disks));
             let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
         })?;
     }
@@ -253,9 +259,14 @@ fn accept_forever(agent: &Arc<Agent>, listener: &OwnedFd) -> Result<Infallible, 
     }
 }
 
-/// Brings everything to the disk and leaves the file system clean.
-fn flush(upper: &OwnedFd) -> Result<(), String> {
+/// Brings everything to the disks, gives back what is free on them, and leaves the file systems clean.
+fn flush(disks: &[OwnedFd]) -> Result<(), String> {
     rustix::fs::sync();
-    let outcome = rustix::fs::syncfs(upper).and_then(|()| mount_remount(root::UPPER, MountFlags::RDONLY, c""));
-    outcome.map_err(|errno| errno.to_string())
+    for disk in disks {
+        // What was freed since it was last discarded; a device that cannot is none the worse for it.
+        let _ = sys::trim(disk);
+        let outcome = rustix::fs::syncfs(disk).and_then(|()| mount_remount(path_of(disk), MountFlags::RDONLY, c""));
+        outcome.map_err(|errno| errno.to_string())?;
+    }
+    Ok(())
 }

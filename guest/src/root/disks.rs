@@ -69,17 +69,35 @@ pub fn mount_lower(device: &Path, target: &Path) -> Result<(), RootError> {
 /// # Errors
 /// As mount(2); growing is refused by a file system without the room for it.
 pub fn mount_upper(device: &Path, target: &Path) -> Result<OwnedFd, RootError> {
-    fs::create_dir_all(target).trying("upper", "cannot make the mount point")?;
+    mount_ext4("upper", device, target, false)
+}
+
+/// Mounts the disk of a volume, as [`mount_upper`].
+///
+/// # Errors
+/// As [`mount_upper`].
+pub fn mount_volume(device: &Path, target: &Path, read_only: bool) -> Result<OwnedFd, RootError> {
+    mount_ext4("mounts", device, target, read_only)
+}
+
+fn mount_ext4(stage: &'static str, device: &Path, target: &Path, read_only: bool) -> Result<OwnedFd, RootError> {
+    fs::create_dir_all(target).trying(stage, "cannot make the mount point")?;
     // discard: what is deleted frees the host's disk. noinit_itable: the device reads zeros where nothing was written, so writing
-    // zeros in the background would only make the sparse file grow.
-    mount(device, target, "ext4", MountFlags::empty(), Some(c"discard,noinit_itable,errors=remount-ro"))
-        .trying("upper", "cannot mount the writable disk (ext4)")?;
-    let directory = OwnedFd::from(fs::File::open(target).trying("upper", "cannot open the writable disk")?);
-    let size = size_of_file_system(device).trying("upper", "cannot read the superblock")?;
-    let device_blocks =
-        device_len(device).trying("upper", "cannot read the size of the writable disk")? / size.block_len;
+    // zeros in the background would only make the sparse file grow. noload: a device that cannot be written cannot replay its journal.
+    let (flags, data) = if read_only {
+        (MountFlags::RDONLY, c"noload,errors=remount-ro")
+    } else {
+        (MountFlags::empty(), c"discard,noinit_itable,errors=remount-ro")
+    };
+    mount(device, target, "ext4", flags, Some(data)).trying(stage, "cannot mount a disk (ext4)")?;
+    let directory = OwnedFd::from(fs::File::open(target).trying(stage, "cannot open a disk")?);
+    if read_only {
+        return Ok(directory);
+    }
+    let size = size_of_file_system(device).trying(stage, "cannot read the superblock")?;
+    let device_blocks = device_len(device).trying(stage, "cannot read the size of a disk")? / size.block_len;
     if device_blocks > size.blocks {
-        sys::grow_ext4(&directory, device_blocks).trying("upper", "cannot grow the writable disk")?;
+        sys::grow_ext4(&directory, device_blocks).trying(stage, "cannot grow a disk")?;
     }
     Ok(directory)
 }

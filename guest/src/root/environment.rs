@@ -9,7 +9,7 @@ use msb_protocol::guest::GuestConfig;
 use rustix::mount::{MountFlags, mount};
 
 use super::directory::{RootDirectory, path_of};
-use super::{RootError, Trying};
+use super::{RootError, Trying, hardening};
 use crate::sys;
 
 /// A file system of the root.
@@ -51,13 +51,17 @@ const LINKS: [(&str, &str); 5] = [
 const SYSCTLS: [(&str, &str); 2] =
     [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"), ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")];
 
-/// Mounts [`FILE_SYSTEMS`] and makes [`LINKS`].
+/// Mounts [`FILE_SYSTEMS`] and makes [`LINKS`]. `narrow_devices`: /dev has only what every program needs, and no disk.
 ///
 /// # Errors
 /// As mount(2).
-pub fn mount_file_systems(root: &RootDirectory) -> Result<(), RootError> {
+pub fn mount_file_systems(root: &RootDirectory, narrow_devices: bool) -> Result<(), RootError> {
     const STAGE: &str = "file systems";
     for file_system in &FILE_SYSTEMS {
+        if narrow_devices && file_system.target == "/dev" {
+            hardening::mount_devices(root)?;
+            continue;
+        }
         let what = format!("cannot mount {}", file_system.target);
         mount_inside(root, file_system).trying(STAGE, &what)?;
     }

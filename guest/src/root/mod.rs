@@ -4,7 +4,8 @@
 //! ```text
 //!  /          initramfs: init and agent live here for good, out of reach of paths inside the workload's root
 //!  /lower     EROFS, read-only          /upper     ext4: msb/{upper,work}, msb/volumes/*
-//!  /workload  overlay(lower, upper) ── + volumes, /proc, /sys, /dev … ── moved over / ──► what sessions change their root to
+//!  /shares    virtiofs: the host's shared directories        /disks/*   ext4 of disk volumes
+//!  /workload  overlay(lower, upper) ── + volumes, patches, /proc, /sys, /dev, mounts … ── moved over / ──► what sessions change to
 //! ```
 //!
 //! The overlay is moved over `/` because the kernel refuses user namespaces to a process whose root is not the topmost mount there.
@@ -13,8 +14,11 @@ pub mod copy;
 pub mod directory;
 pub mod disks;
 pub mod environment;
+pub mod hardening;
+pub mod mounts;
 mod netlink;
 pub mod network;
+pub mod patches;
 pub mod volumes;
 
 use std::io;
@@ -22,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use msb_protocol::guest::GuestConfig;
+use msb_protocol::security::SecurityProfile;
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use self::directory::RootDirectory;
@@ -43,8 +48,8 @@ pub struct Root {
     pub terminals: OwnedFd,
     /// The workload's cgroup.
     pub workload: WorkloadGroup,
-    /// The writable disk's file system.
-    pub upper: OwnedFd,
+    /// The writable disk's file system, then those of disk volumes.
+    pub disks: Vec<OwnedFd>,
 }
 
 /// A step of the set-up that failed.
@@ -96,11 +101,26 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
     step("overlay");
     volumes::bind_all(&directory, Path::new(UPPER), &config.volume_paths)?;
     step("volumes");
-    environment::mount_file_systems(&directory)?;
+    if !config.patches.is_empty() {
+        patches::apply(&directory, &config.patches)?;
+        step("patches");
+    }
+    let profile = SecurityProfile::from_wire(&config.security);
+    environment::mount_file_systems(&directory, profile.confines())?;
     let terminals = directory
         .open_path(Path::new("/dev/pts"), rustix::fs::OFlags::DIRECTORY, 0)
         .trying("file systems", "cannot open /dev/pts")?;
     step("file systems");
+    if profile == SecurityProfile::Strict {
+        let taken =
+            |path: &str| config.volume_paths.iter().chain(config.mounts.iter().map(|m| &m.target)).any(|at| at == path);
+        hardening::mount_scratch(&directory, taken)?;
+    }
+    let mut disks = vec![upper];
+    if !config.mounts.is_empty() {
+        disks.extend(mounts::apply(&directory, &config.mounts, owner_of_shares(&directory, config))?);
+        step("mounts");
+    }
     // Without a number there is no limit, which is better than no sandbox.
     let memory_max = std::fs::read_to_string("/proc/meminfo")
         .ok()
@@ -117,9 +137,20 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
         network::set_up(network)?;
         step("network");
     }
+    hardening::apply(&directory, profile)?;
+    hardening::close_root(Path::new(WORKLOAD), profile)?;
     mount_move(WORKLOAD, "/").trying("switch", "cannot move the root over /")?;
     step("switch");
-    Ok(Root { directory, terminals, workload, upper })
+    Ok(Root { directory, terminals, workload, disks })
+}
+
+/// The user to whom the caller's files on shared directories belong: the one that processes run as. Root if there is no such user,
+/// which the first process will then complain about with the better words.
+fn owner_of_shares(root: &RootDirectory, config: &GuestConfig) -> (u32, u32) {
+    let read = |path: &str| root.read(Path::new(path), crate::account::FILE_LEN_MAX).unwrap_or_default();
+    let user = if config.user.is_empty() { "0" } else { config.user.as_str() };
+    crate::account::resolve(user, &read("/etc/passwd"), &read("/etc/group"))
+        .map_or((0, 0), |identity| (identity.uid, identity.gid))
 }
 
 fn mount_overlay() -> Result<(), RootError> {

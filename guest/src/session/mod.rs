@@ -30,6 +30,7 @@ use msb_protocol::guest::GuestConfig;
 use crate::cgroup::WorkloadGroup;
 use crate::failure::GuestError;
 use crate::root::directory::RootDirectory;
+use crate::security::Security;
 use crate::sys;
 
 /// What every session needs to know of the guest.
@@ -49,6 +50,8 @@ pub struct Guest {
     pub terminals: Option<OwnedFd>,
     /// The cgroup of all workloads; none on a test machine.
     pub workload: Option<WorkloadGroup>,
+    /// What its processes may do.
+    pub security: Security,
     /// The sessions that live.
     pub sessions: Sessions,
 }

@@ -17,6 +17,25 @@ struct PoolInfo {
 
 nix::ioctl_write_ptr_bad!(rnd_add_entropy, nix::request_code_write!(b'R', 0x03, size_of::<[i32; 2]>()), PoolInfo);
 nix::ioctl_write_ptr!(ext4_resize, b'f', 16, u64);
+nix::ioctl_readwrite!(file_system_trim, b'X', 121, TrimRange);
+
+/// The argument of FITRIM (linux/fs.h: fstrim_range).
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    len: u64,
+    min_len: u64,
+}
+
+/// Tells the device of a mounted file system which of its blocks are free.
+///
+/// # Errors
+/// As ioctl(2).
+pub fn trim(mount: impl AsFd) -> Result<(), Errno> {
+    let mut range = TrimRange { start: 0, len: u64::MAX, min_len: 0 };
+    // SAFETY: `range` is laid out as the kernel reads and writes it, and is valid for the call.
+    unsafe { file_system_trim(mount.as_fd().as_raw_fd(), &raw mut range) }.map(drop)
+}
 
 /// Mixes a seed into the entropy pool and credits all of it.
 ///

@@ -8,5 +8,5 @@
 mod device;
 mod spawn;
 
-pub use device::{add_entropy, bring_loopback_up, grow_ext4, kill_group, signal_pidfd, slew_clock};
-pub use spawn::{Child, Spawn, SpawnError, Step, spawn};
+pub use device::{add_entropy, bring_loopback_up, grow_ext4, kill_group, signal_pidfd, slew_clock, trim};
+pub use spawn::{Child, Confinement, Spawn, SpawnError, Step, spawn};

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  parent: builds every string and array ─ clone3 ─ reads the error pipe until it closes (execve worked) or says what failed
-//!  child:  signals, session, oom score, cgroup namespace, stdio, chroot, limits, directory, capability, identity, execve
+//!  child:  signals, session, oom score, cgroup namespace, stdio, chroot, limits, directory, bounding set, identity, capabilities,
+//!          no_new_privs, system call filters, execve
 //! ```
 //!
 //! The child allocates nothing, takes no lock and calls no libc function that does: other threads may have held them when it was
@@ -17,8 +18,34 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::limits::Limit;
 
-/// CAP_SYS_BOOT (linux/capability.h): a workload must not reset the machine under the agent.
-const CAPABILITY_SYS_BOOT: libc::c_ulong = 22;
+/// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h).
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+/// What a process must never have again, in the form the child needs: no allocation between clone and execve.
+#[derive(Clone, Copy, Debug)]
+pub struct Confinement<'a> {
+    /// Capabilities that stay, one bit each by number.
+    pub capabilities: u64,
+    /// Whether set-user-id programs give nothing from here on. Filters need it.
+    pub no_new_privileges: bool,
+    /// System call filters (seccomp(2)), entered in this order.
+    pub filters: &'a [Vec<libc::sock_filter>],
+}
+
+/// The header of capset(2).
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: c_int,
+}
+
+/// One half of the sets of capset(2).
+#[repr(C)]
+struct CapabilityData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
 
 /// CLONE_INTO_CGROUP (linux/sched.h); libc has it with a type too small for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -54,8 +81,8 @@ pub struct Spawn<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// A cgroup namespace to enter.
     pub cgroup_namespace: Option<BorrowedFd<'a>>,
-    /// Take CAP_SYS_BOOT away.
-    pub without_boot_capability: bool,
+    /// What is taken away; none: nothing.
+    pub confinement: Option<Confinement<'a>>,
 }
 
 /// A process that was started; whoever holds this must wait for it.
@@ -234,13 +261,84 @@ fn prepare_child(plan: &Spawn<'_>) -> Result<(), SpawnError> {
             }
         }
         check(Step::Workdir, c_long(libc::chdir(plan.workdir.as_ptr())))?;
-        if plan.without_boot_capability {
-            check(Step::Identity, c_long(libc::prctl(libc::PR_CAPBSET_DROP, CAPABILITY_SYS_BOOT, 0, 0, 0)))?;
+        if let Some(confinement) = &plan.confinement {
+            limit_bounding_set(confinement.capabilities)?;
         }
         check(Step::Identity, libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr()))?;
         check(Step::Identity, libc::syscall(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid))?;
-        check(Step::Identity, libc::syscall(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid))
+        check(Step::Identity, libc::syscall(libc::SYS_setresuid, plan.uid, plan.uid, plan.uid))?;
+        if let Some(confinement) = &plan.confinement {
+            // Another user than root has lost its capabilities with the change already.
+            if plan.uid == 0 {
+                set_capabilities(confinement.capabilities)?;
+            }
+            confine(confinement)?;
+        }
+        Ok(())
     }
+}
+
+/// Takes out of the bounding set whatever is not in the mask. A capability that this kernel does not know is none to take.
+fn limit_bounding_set(mask: u64) -> Result<(), SpawnError> {
+    for number in 0..64u64 {
+        if mask & (1 << number) != 0 {
+            continue;
+        }
+        // SAFETY: prctl with these options takes no pointers.
+        let outcome = unsafe { c_long(libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0)) };
+        match check(Step::Identity, outcome) {
+            Err(SpawnError { errno: libc::EINVAL, .. }) => return Ok(()),
+            outcome => outcome?,
+        }
+    }
+    Ok(())
+}
+
+/// Effective and permitted become the mask, inheritable and ambient nothing.
+fn set_capabilities(mask: u64) -> Result<(), SpawnError> {
+    // SAFETY: both structures are laid out as capset(2) reads them and live through the call; prctl takes no pointers.
+    unsafe {
+        let none: libc::c_ulong = 0;
+        check(
+            Step::Identity,
+            c_long(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, none, none, none)),
+        )?;
+        let header = CapabilityHeader { version: CAPABILITY_VERSION, pid: 0 };
+        let mut data = [
+            CapabilityData { effective: 0, permitted: 0, inheritable: 0 },
+            CapabilityData { effective: 0, permitted: 0, inheritable: 0 },
+        ];
+        let header_pointer = ptr::from_ref(&header);
+        check(Step::Identity, libc::syscall(libc::SYS_capget, header_pointer, data.as_mut_ptr()))?;
+        for (half, data) in data.iter_mut().enumerate() {
+            let part = (mask >> (32 * half)) as u32;
+            data.permitted &= part;
+            data.effective = data.permitted;
+            data.inheritable = 0;
+        }
+        check(Step::Identity, libc::syscall(libc::SYS_capset, header_pointer, data.as_ptr()))
+    }
+}
+
+/// No new privileges, then the filters: nothing after this but execve and the report of its failure.
+fn confine(confinement: &Confinement<'_>) -> Result<(), SpawnError> {
+    if !confinement.no_new_privileges {
+        return Ok(());
+    }
+    let (one, none): (libc::c_ulong, libc::c_ulong) = (1, 0);
+    // SAFETY: prctl with this option takes no pointers.
+    check(Step::Identity, unsafe { c_long(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, one, none, none, none)) })?;
+    for filter in confinement.filters {
+        let Ok(len) = u16::try_from(filter.len()) else {
+            return Err(SpawnError { step: Step::Identity, errno: libc::E2BIG });
+        };
+        // The kernel only reads the program, whatever the type of the pointer says.
+        let program = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() };
+        // SAFETY: the program's `len` instructions live in the plan, which outlives the call.
+        let outcome = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+        check(Step::Identity, outcome)?;
+    }
+    Ok(())
 }
 
 fn c_long(result: c_int) -> libc::c_long {

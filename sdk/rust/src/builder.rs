@@ -7,6 +7,8 @@ use std::time::Duration;
 use msb_protocol::control::CreateRequest;
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::PullPolicy;
+use msb_protocol::mount::{Mount, Patch};
+use msb_protocol::security::SecurityProfile;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
 
 use crate::client::Client;
@@ -216,6 +218,27 @@ impl SandboxBuilder {
     #[must_use]
     pub fn max_duration(mut self, duration: Duration) -> Self {
         self.spec.max_duration_ms = Some(milliseconds(duration));
+        self
+    }
+
+    /// What its workloads may do.
+    #[must_use]
+    pub fn security(mut self, profile: SecurityProfile) -> Self {
+        self.spec.security = profile;
+        self
+    }
+
+    /// Mounts something; [`Mount::parse_volume`] and its kin read the command line's forms.
+    #[must_use]
+    pub fn mount(mut self, mount: Mount) -> Self {
+        self.spec.mounts.push(mount);
+        self
+    }
+
+    /// Changes its root before the workload.
+    #[must_use]
+    pub fn patch(mut self, patch: Patch) -> Self {
+        self.spec.patches.push(patch);
         self
     }
 

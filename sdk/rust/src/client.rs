@@ -29,6 +29,7 @@ use msb_protocol::images::{
 };
 use msb_protocol::version::CONTROL_API_VERSION;
 use msb_protocol::vmm::NetworkExplanation;
+use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeList};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -456,6 +457,38 @@ impl Client {
         let mut connection = self.fresh().await?;
         let response = connection::send(&mut connection, json_request("/v1/images/save", request)?).await?;
         Ok(Archive { body: response.into_body(), _connection: connection })
+    }
+
+    /// Every volume.
+    ///
+    /// # Errors
+    /// Those of [`Client::connect`].
+    pub async fn volumes(&self) -> Result<VolumeList, Error> {
+        self.get("/v1/volumes").await
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// `volume_not_found`.
+    pub async fn volume(&self, name: &SandboxName) -> Result<VolumeDetail, Error> {
+        self.get(&format!("/v1/volumes/{name}")).await
+    }
+
+    /// Makes a volume.
+    ///
+    /// # Errors
+    /// `volume_already_exists`, `invalid_config`.
+    pub async fn create_volume(&self, request: &CreateVolume) -> Result<VolumeDetail, Error> {
+        self.post("/v1/volumes", request).await
+    }
+
+    /// Removes a volume.
+    ///
+    /// # Errors
+    /// `volume_not_found`, `volume_in_use` naming the users.
+    pub async fn remove_volume(&self, name: &SandboxName) -> Result<(), Error> {
+        self.delete(&format!("/v1/volumes/{name}")).await
     }
 
     /// Loads an archive (docker or OCI, also compressed) into the store. The last event is `done` or `error`.

@@ -15,6 +15,7 @@ mod registries;
 mod sandboxes;
 mod ssh;
 mod streams;
+mod volumes;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -132,6 +133,8 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(registries::login, registries::logout))
         .routes(routes!(images::usage))
         .routes(routes!(images::check_store))
+        .routes(routes!(volumes::list, volumes::create))
+        .routes(routes!(volumes::inspect, volumes::remove))
         .split_for_parts()
 }
 

@@ -41,11 +41,13 @@ pub enum ThreadClass {
     Network = 4,
     /// Runs guest code and answers its register accesses.
     Vcpu = 8,
+    /// A virtio worker on shared directories: what a [`ThreadClass::Device`] may do, and files below the shares, as Landlock allows.
+    Share = 16 | 2,
 }
 
 impl ThreadClass {
     /// Every class, for tests and for the union filter.
-    pub const ALL: [Self; 4] = [Self::Service, Self::Device, Self::Network, Self::Vcpu];
+    pub const ALL: [Self; 5] = [Self::Service, Self::Device, Self::Network, Self::Vcpu, Self::Share];
 }
 
 /// What this VM process needs besides what it has open.
@@ -55,6 +57,8 @@ pub struct JailPlan {
     pub files: FilePlan,
     /// Whether there is a QEMU child to wait for and to signal.
     pub has_child: bool,
+    /// Whether directories are shared.
+    pub has_shares: bool,
 }
 
 /// Why the jail could not be closed. Only for failures on hosts that can: what a host lacks goes to [`JailReport::missing`].
@@ -100,7 +104,7 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
         Some(abi) => report.in_force.push(format!("landlock abi {abi}")),
         None => report.missing.push("landlock: this kernel has it switched off or lacks it".into()),
     }
-    let filters = system_calls::Filters::compile(plan.has_child, plan.files.network)?;
+    let filters = system_calls::Filters::compile(plan.has_child, plan.files.network, plan.has_shares)?;
     process::forbid_core_dumps()?;
     report.in_force.push("no core dumps".into());
     process::forbid_new_privileges()?;

@@ -19,6 +19,7 @@ const SERVICE: u8 = ThreadClass::Service as u8;
 const DEVICE: u8 = ThreadClass::Device as u8;
 const NETWORK: u8 = ThreadClass::Network as u8;
 const VCPU: u8 = ThreadClass::Vcpu as u8;
+const SHARE: u8 = 16;
 const ALL: u8 = SERVICE | DEVICE | NETWORK | VCPU;
 /// Only where there is a QEMU child.
 const WITH_CHILD: u8 = 1 << 7;
@@ -183,6 +184,25 @@ const TABLE: &[Line] = &[
     Line(libc::SYS_uname, SERVICE, Any, "figures of the host"),
     Line(libc::SYS_getuid, SERVICE, Any, "peers of the control socket are compared with it"),
     Line(libc::SYS_geteuid, SERVICE, Any, "peers of the control socket are compared with it"),
+    // Files of shared directories, below them only: Landlock holds every open, and names are looked up without links.
+    Line(libc::SYS_openat2, SHARE, Any, "look-ups beneath a directory"),
+    Line(libc::SYS_openat, SHARE, Any, "files through their own descriptors"),
+    Line(libc::SYS_getdents64, SHARE, Any, "entries of directories"),
+    Line(libc::SYS_readlinkat, SHARE, Any, "texts of links"),
+    Line(libc::SYS_fstatfs, SHARE, Any, "free space"),
+    Line(libc::SYS_ftruncate, SHARE, Any, "sizes"),
+    Line(libc::SYS_utimensat, SHARE, Any, "times"),
+    Line(libc::SYS_fchmodat, SHARE, Any, "permission bits, never set-id bits"),
+    Line(libc::SYS_mkdirat, SHARE, Any, "directories"),
+    Line(libc::SYS_symlinkat, SHARE, Any, "links"),
+    Line(libc::SYS_linkat, SHARE, Any, "further names"),
+    Line(libc::SYS_unlinkat, SHARE, Any, "removals"),
+    Line(libc::SYS_renameat, SHARE, Any, "renames"),
+    Line(libc::SYS_renameat2, SHARE, Any, "renames that replace nothing, or exchange"),
+    Line(libc::SYS_getxattr, SHARE, Any, "owners and modes of the guest"),
+    Line(libc::SYS_setxattr, SHARE, Any, "owners and modes of the guest"),
+    Line(libc::SYS_listxattr, SHARE, Any, "extended attributes of the guest"),
+    Line(libc::SYS_removexattr, SHARE, Any, "extended attributes of the guest"),
     // A QEMU child.
     Line(libc::SYS_wait4, SERVICE | WITH_CHILD, Any, "how QEMU ended"),
     Line(libc::SYS_waitid, SERVICE | WITH_CHILD, Any, "how QEMU ended"),
@@ -208,7 +228,7 @@ fn error(error: impl std::fmt::Display) -> JailError {
 
 impl Filters {
     /// Compiles the table. Takes well under a millisecond.
-    pub(super) fn compile(has_child: bool, has_network: bool) -> Result<Self, JailError> {
+    pub(super) fn compile(has_child: bool, has_network: bool, has_shares: bool) -> Result<Self, JailError> {
         let classes = ThreadClass::ALL
             .into_iter()
             .map(|class| Ok((class, compile(class as u8, has_child)?)))
@@ -216,7 +236,10 @@ impl Filters {
         let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         // Both actions are errnos or allow: the kernel takes the stricter of all filters, and of equals the newest.
         let old_clone = program(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
-        let union = if has_network { ALL } else { ALL & !NETWORK };
+        let mut union = if has_network { ALL } else { ALL & !NETWORK };
+        if has_shares {
+            union |= SHARE;
+        }
         Ok(Self { union: compile(union, has_child)?, classes, old_clone })
     }
 
@@ -288,7 +311,7 @@ mod tests {
     #[test]
     fn every_line_has_a_reason_and_a_class_and_none_is_there_twice() {
         for (index, Line(number, who, _, why)) in TABLE.iter().enumerate() {
-            assert!(why.len() >= 5 && who & ALL != 0, "line {index}");
+            assert!(why.len() >= 5 && who & (ALL | SHARE) != 0, "line {index}");
             let twice = TABLE[..index].iter().any(|Line(other, other_who, ..)| other == number && other_who & who != 0);
             assert!(!twice, "system call {number} is listed twice for one class: {why}");
         }

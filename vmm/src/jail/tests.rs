@@ -80,8 +80,8 @@ fn hostile_child() {
         closed.recv().unwrap();
         tried.send(Command::new("/bin/true").status().is_ok()).unwrap();
     });
-    let barrier = std::sync::Arc::new(std::sync::Barrier::new(4));
-    let class_threads: Vec<_> = [ThreadClass::Device, ThreadClass::Network, ThreadClass::Vcpu]
+    let barrier = std::sync::Arc::new(std::sync::Barrier::new(5));
+    let class_threads: Vec<_> = [ThreadClass::Device, ThreadClass::Network, ThreadClass::Vcpu, ThreadClass::Share]
         .into_iter()
         .map(|class| {
             let (own, barrier) = (own.clone(), std::sync::Arc::clone(&barrier));
@@ -94,7 +94,7 @@ fn hostile_child() {
         })
         .collect();
     let files = FilePlan { write: vec![own.clone()], network: true, ..Default::default() };
-    let report = super::close(&JailPlan { files, has_child: false }).unwrap();
+    let report = super::close(&JailPlan { files, has_child: false, has_shares: true }).unwrap();
     barrier.wait();
     close.send(()).unwrap();
     println!("RESULT old thread spawn {}", result.recv().unwrap());
@@ -130,9 +130,9 @@ fn hostile_code_is_refused_on_every_class_of_thread() {
         .iter()
         .copied()
         .filter(|what| {
-            matches!(*what, "Service own log" | "Service own end record" | "Network internet socket")
+            matches!(*what, "Service own log" | "Service own end record" | "Network internet socket" | "Share own log")
                 || (!landlock
-                    && what.starts_with("Service ")
+                    && (what.starts_with("Service ") || what.starts_with("Share "))
                     && (what.contains("read") || what.contains("outside") || what.contains("kvm")))
         })
         .collect();
@@ -144,7 +144,7 @@ fn hostile_code_is_refused_on_every_class_of_thread() {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    assert_eq!(results.len(), 4 * 22 + 1, "every attempt was made: {text}");
+    assert_eq!(results.len(), 5 * 22 + 1, "every attempt was made: {text}");
     assert!(!directory.path().join("escaped").exists());
 }
 

@@ -17,9 +17,10 @@ use msb_protocol::spec::{CPUS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, UPPER_SERIAL, VSOCK_SOCKET, VmSpec};
 use rustix::fs::{FlockOperation, flock};
 
+use super::volumes::{self, SharedPath};
 use super::{command_line, kernel_file};
 use crate::devices::virtio::block::storage::{Concatenation, SparseFile};
-use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions};
+use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions, DiskFullObserver};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
@@ -45,6 +46,8 @@ pub struct Prepared {
     pub meters: Meters,
     /// The threads of the devices' workers, to be sent into the jail.
     pub loops: Vec<LoopHandle>,
+    /// The shared directories, as the jail is told of them.
+    pub shares: Vec<SharedPath>,
 }
 
 /// The devices' counters and what else a sample needs.
@@ -62,11 +65,11 @@ pub struct Meters {
     pub network: Option<(NetHandle, DecisionLog)>,
 }
 
-fn invalid(message: impl Into<String>) -> ApiError {
+pub(super) fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::InvalidConfig, message)
 }
 
-fn failed(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
+pub(super) fn failed(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
     let code = match error.kind() {
         std::io::ErrorKind::NotFound => ErrorCode::PathNotFound,
         std::io::ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
@@ -113,7 +116,7 @@ pub fn check(spec: &VmSpec) -> Result<(), ApiError> {
     if let Some(network) = &spec.network {
         network.spec.check()?;
     }
-    Ok(())
+    volumes::check(spec)
 }
 
 /// Makes `directory` (0700) if logind or a cleaner has deleted it.
@@ -168,7 +171,7 @@ fn open_lower(parts: &[DiskPart]) -> Result<Concatenation, ApiError> {
     Ok(Concatenation::new(files))
 }
 
-fn open_upper(path: &Path) -> Result<File, ApiError> {
+pub(super) fn open_upper(path: &Path) -> Result<File, ApiError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -204,6 +207,9 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
     let mut loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
     let full_timeout = Duration::from_millis(spec.disk_full_timeout_ms);
     let announcer = run.clone();
+    let on_disk_full: DiskFullObserver = Arc::new(move |full| {
+        announcer.announce(Event::HostDiskFull { boot_id: announcer.boot_id(), full });
+    });
     let root = Block::new(
         Box::new(lower),
         BlockOptions { serial: LOWER_SERIAL.into(), full_timeout, on_disk_full: None },
@@ -211,13 +217,7 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
     );
     let upper = Block::new(
         Box::new(upper),
-        BlockOptions {
-            serial: UPPER_SERIAL.into(),
-            full_timeout,
-            on_disk_full: Some(Arc::new(move |full| {
-                announcer.announce(Event::HostDiskFull { boot_id: announcer.boot_id(), full });
-            })),
-        },
+        BlockOptions { serial: UPPER_SERIAL.into(), full_timeout, on_disk_full: Some(Arc::clone(&on_disk_full)) },
         upper_loop,
     );
     let stopper = run.clone();
@@ -250,7 +250,7 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
             Some((net, log))
         }
     };
-    let meters = Meters {
+    let mut meters = Meters {
         disks: vec![root.counters(), upper.counters()],
         vsock: vsock.counters(),
         upper: upper_handle,
@@ -260,6 +260,17 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
     let mut devices: Vec<Box<dyn VirtioDevice>> =
         vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams))];
     devices.extend(network.map(|(net, _)| Box::new(net) as Box<dyn VirtioDevice>));
+    for disk in volumes::open_disks(&spec.disks, full_timeout, &on_disk_full)? {
+        meters.disks.push(disk.device.counters());
+        loops.push(disk.event_loop);
+        devices.push(Box::new(disk.device));
+    }
+    let mut shares = Vec::new();
+    if let Some(shared) = volumes::open_shares(&spec.shares)? {
+        shares = shared.paths;
+        loops.push(shared.event_loop);
+        devices.push(Box::new(shared.device));
+    }
     let machine = Machine {
         cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
         memory_mib: spec.memory_mib,
@@ -271,5 +282,5 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
         work_directory: PathBuf::from(&spec.run_dir),
         phases: run.phases().clone(),
     };
-    Ok(Prepared { machine, link, meters, loops })
+    Ok(Prepared { machine, link, meters, loops, shares })
 }

@@ -8,3 +8,4 @@ pub mod engine_choice;
 pub mod kernel_file;
 pub mod machine;
 pub mod phases;
+pub mod volumes;

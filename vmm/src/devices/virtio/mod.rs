@@ -9,6 +9,7 @@ pub mod block;
 pub mod counter;
 pub mod device;
 pub mod event_loop;
+pub mod fs;
 pub mod net;
 pub mod notifier;
 pub mod ring;

@@ -34,7 +34,7 @@ impl Attachment {
             DeviceType::Vsock => "vhost-user-vsock-device",
             DeviceType::Rng => "vhost-user-rng",
             DeviceType::Net => return Err("a network card is attached by path".into()),
-            DeviceType::Fs => "vhost-user-fs-device,tag=msb",
+            DeviceType::Fs => "vhost-user-fs-device,tag=msb,queue-size=512",
             DeviceType::Balloon => return Err("the balloon is QEMU's own on this engine".into()),
         };
         Ok(Self { qemu_device: qemu_device.to_owned(), name: name.to_owned(), channel: Channel::Inherited(socket) })

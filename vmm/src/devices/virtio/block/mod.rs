@@ -22,4 +22,4 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Block, BlockCounters, BlockOptions};
+pub use device::{Block, BlockCounters, BlockOptions, DiskFullObserver};
