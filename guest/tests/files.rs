@@ -53,6 +53,7 @@ impl Session {
             null: std::fs::File::options().read(true).write(true).open("/dev/null").unwrap().into(),
             terminals: None,
             workload: None,
+            security: msb_guest::security::Security::new(msb_protocol::security::SecurityProfile::Default).unwrap(),
             sessions: Sessions::default(),
         };
         let agent = Arc::new(Agent::new(guest, Arc::new(Nobody)).unwrap());

@@ -231,7 +231,7 @@ pub(super) fn plan<'a>(
         limits: &command.limits,
         cgroup: group.map(SessionGroup::directory),
         cgroup_namespace: guest.workload.as_ref().map(|workload| workload.namespace()),
-        without_boot_capability: guest.enter_root,
+        confinement: guest.enter_root.then(|| guest.security.confinement()),
     }
 }
 
