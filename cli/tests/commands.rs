@@ -202,7 +202,6 @@ fn what_is_not_built_says_so() {
     let service = Service::start();
     for words in [
         &["cp", "a", "web:/b"][..],
-        &["volume", "create", "v"],
         &["snapshot", "ls"],
         &["metrics", "--watch"],
         &["self", "update"],
