@@ -217,7 +217,12 @@ impl Server {
             return Err(Errno::PERM);
         }
         let file = self.nodes.file(number)?;
-        rustix::fs::open(path_of(file.as_fd()), flags | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
+        rustix::fs::openat(
+            rustix::fs::CWD,
+            path_of(file.as_fd()),
+            flags | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            Mode::empty(),
+        )
     }
 
     /// The flags of an open that a guest may choose, if it may at all.
@@ -251,7 +256,7 @@ impl Server {
         let share = node.share;
         let file = self.nodes.file(number)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let file = rustix::fs::open(path_of(file.as_fd()), flags, Mode::empty())?;
+        let file = rustix::fs::openat(rustix::fs::CWD, path_of(file.as_fd()), flags, Mode::empty())?;
         self.keep_open(file, number, share, true)
     }
 
