@@ -28,10 +28,11 @@ const TABLE: &[Question] = &[
     Question("device node", "mknod /tmp/node b 254 0", [YES, NO, NO]),
     Question("disk", "head -c 512 /dev/vda", [YES, NO, NO]),
     Question("chroot", "chroot / true", [YES, YES, NO]),
-    Question("set a system control", "echo 1 > /proc/sys/kernel/sysrq", [YES, NO, NO]),
+    Question("set a system control", "echo 0 > /proc/sys/vm/overcommit_memory", [YES, NO, NO]),
     Question("read a system control", "cat /proc/sys/kernel/ostype", [YES, YES, YES]),
     Question("kernel log", "dmesg", [YES, NO, NO]),
-    Question("clock", "date -s @$(date +%s)", [YES, NO, NO]),
+    // busybox says that it could not, and exits with 0.
+    Question("clock", "test -z \"$(date -s @$(date +%s) 2>&1 >/dev/null)\"", [YES, NO, NO]),
     Question("host name", "hostname elsewhere", [YES, NO, NO]),
     Question("user namespace", "unshare -U true", [YES, YES, NO]),
     Question("write the root", "touch /etc/written", [YES, YES, NO]),
@@ -42,8 +43,8 @@ const TABLE: &[Question] = &[
     ),
     Question("change user", "su -s /bin/sh app -c true", [YES, YES, YES]),
     Question("chown", "touch /tmp/x && chown app /tmp/x", [YES, YES, YES]),
-    Question("the agent's files", "test -n \"$agent\" && ls /proc/$agent/root/", [YES, NO, NO]),
-    Question("the agent's memory", "test -n \"$agent\" && cat /proc/$agent/environ /proc/$agent/maps", [YES, NO, NO]),
+    Question("files of the agent", "test -n \"$agent\" && ls /proc/$agent/root/", [YES, NO, NO]),
+    Question("memory of the agent", "test -n \"$agent\" && cat /proc/$agent/environ /proc/$agent/maps", [YES, NO, NO]),
     Question("standard devices", "head -c 8 /dev/urandom && echo x > /dev/null && test -c /dev/ptmx", [YES, YES, YES]),
 ];
 
