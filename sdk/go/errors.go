@@ -84,6 +84,12 @@ var (
 	ErrConnectFailed = &Error{Code: "connect_failed"}
 	// ErrConnectDenied: the sandbox's network policy does not allow this connection.
 	ErrConnectDenied = &Error{Code: "connect_denied"}
+	// ErrVolumeNotFound: no volume has this name.
+	ErrVolumeNotFound = &Error{Code: "volume_not_found"}
+	// ErrVolumeAlreadyExists: a volume of this name exists.
+	ErrVolumeAlreadyExists = &Error{Code: "volume_already_exists"}
+	// ErrVolumeInUse: a sandbox uses the volume.
+	ErrVolumeInUse = &Error{Code: "volume_in_use"}
 	// ErrPathNotFound: a path does not exist.
 	ErrPathNotFound = &Error{Code: "path_not_found"}
 	// ErrPathExists: a path exists already, or a directory is not empty.
@@ -143,6 +149,9 @@ var table = map[Code]entry{
 	"user_not_found":         {"the user or group does not exist in the image", "name one from the image's /etc/passwd or /etc/group, or use numbers", false},
 	"connect_failed":         {"a connection from inside the sandbox could not be made", "check name and port, and that something listens there", true},
 	"connect_denied":         {"the sandbox's network policy does not allow this connection", "allow it in the sandbox's network policy", false},
+	"volume_not_found":       {"no volume has this name", "`msb volume ls` shows the ones that exist", false},
+	"volume_already_exists":  {"a volume of this name exists", "choose another name, or remove it with `msb volume rm`", false},
+	"volume_in_use":          {"a sandbox uses the volume", "remove the named sandboxes first; a disk has one writer at a time", false},
 	"path_not_found":         {"a path does not exist", "check the path", false},
 	"path_exists":            {"a path exists already, or a directory is not empty", "choose another path, or remove what is there", false},
 	"file_failed":            {"a file operation in the sandbox failed", "see errno: what the sandbox's system answered", false},

@@ -322,6 +322,30 @@ export class ConnectDeniedError extends MsbError {
 }
 register("connect_denied", ConnectDeniedError);
 
+/** No volume has this name. */
+export class VolumeNotFoundError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "`msb volume ls` shows the ones that exist", retryable: false, ...options, code: "volume_not_found" });
+  }
+}
+register("volume_not_found", VolumeNotFoundError);
+
+/** A volume of this name exists. */
+export class VolumeAlreadyExistsError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "choose another name, or remove it with `msb volume rm`", retryable: false, ...options, code: "volume_already_exists" });
+  }
+}
+register("volume_already_exists", VolumeAlreadyExistsError);
+
+/** A sandbox uses the volume. */
+export class VolumeInUseError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "remove the named sandboxes first; a disk has one writer at a time", retryable: false, ...options, code: "volume_in_use" });
+  }
+}
+register("volume_in_use", VolumeInUseError);
+
 /** A path does not exist. */
 export class PathNotFoundError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {

@@ -45,6 +45,9 @@ __all__ = [
     "UserNotFoundError",
     "ConnectFailedError",
     "ConnectDeniedError",
+    "VolumeNotFoundError",
+    "VolumeAlreadyExistsError",
+    "VolumeInUseError",
     "PathNotFoundError",
     "PathExistsError",
     "FileFailedError",
@@ -373,6 +376,30 @@ class ConnectDeniedError(MsbError):
 
     CODE = "connect_denied"
     HINT = "allow it in the sandbox's network policy"
+    RETRYABLE = False
+
+
+class VolumeNotFoundError(MsbError):
+    """No volume has this name."""
+
+    CODE = "volume_not_found"
+    HINT = "`msb volume ls` shows the ones that exist"
+    RETRYABLE = False
+
+
+class VolumeAlreadyExistsError(MsbError):
+    """A volume of this name exists."""
+
+    CODE = "volume_already_exists"
+    HINT = "choose another name, or remove it with `msb volume rm`"
+    RETRYABLE = False
+
+
+class VolumeInUseError(MsbError):
+    """A sandbox uses the volume."""
+
+    CODE = "volume_in_use"
+    HINT = "remove the named sandboxes first; a disk has one writer at a time"
     RETRYABLE = False
 
 
