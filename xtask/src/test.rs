@@ -219,12 +219,20 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
             "the lab's packages are not installed, and this user cannot install them".to_owned(),
         ));
     }
-    let machine = lab::Machine { exact: false, cpus: 2, memory_mib: 4096, timeout_s: 3600 };
+    let machine = lab::Machine { exact: false, cpus: 2, memory_mib: 4096, timeout_s: 1800 };
     let filter: Vec<String> = match &arguments.filter {
         Some(text) => vec![text.clone()],
         None => LAB_CASES.map(str::to_owned).to_vec(),
     };
-    match lab::cases(&machine, arguments.build, &filter)? {
+    let mut code = lab::cases(&machine, arguments.build, &filter);
+    // Seen once in some thirty runs: both emulated processors stand still. A case that fails is never repeated.
+    if let Err(error) = &code
+        && error.is::<lab::Hung>()
+    {
+        println!("{error}; once more");
+        code = lab::cases(&machine, arguments.build, &filter);
+    }
+    match code? {
         0 => Ok(Outcome::Passed),
         code => bail!("the cases ended with status {code}"),
     }

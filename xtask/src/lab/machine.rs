@@ -2,9 +2,12 @@
 //!
 //! The guest's console is this program's output, line by line; its last line carries the script's exit status. Nothing is left behind.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -16,6 +19,21 @@ use crate::program;
 const EXIT_MARK: &str = "LAB-EXIT ";
 /// Size of the disk that takes all writes.
 const WRITABLE_SIZE: u64 = 16 << 30;
+
+/// A machine whose console says nothing for this long hangs: no single case may take so long.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// The machine fell silent and was stopped. Nothing that runs inside as a program can do that to a kernel: it is the emulation's fault.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Hung;
+
+impl std::fmt::Display for Hung {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "the lab's machine hung: nothing on its console for {} s", SILENCE.as_secs())
+    }
+}
+
+impl std::error::Error for Hung {}
 
 /// What the machine is given to run: a folder that appears read-only at `/payload`.
 pub(crate) struct Payload {
@@ -117,11 +135,26 @@ impl Machine {
         qemu.arg("-kernel").arg(base.kernel()).arg("-initrd").arg(&initramfs);
         qemu.args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"]);
 
+        let monitor = work.path().join("monitor.sock");
+        qemu.args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())]);
+
         let mut child = qemu.stdout(Stdio::piped()).spawn().context("cannot start QEMU")?;
-        let output = child.stdout.take().context("QEMU's output")?;
+        let lines = lines(child.stdout.take().context("QEMU's output")?);
         let mut status = None;
-        for line in BufReader::new(output).split(b'\n') {
-            let line = line.context("reading the lab's console")?;
+        loop {
+            let line = match lines.recv_timeout(SILENCE) {
+                Ok(line) => line.context("reading the lab's console")?,
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    // Where its processors are, twice: one that stands still is told from one that spins.
+                    for _ in 0..2 {
+                        print!("{}", ask(&monitor, "info registers -a").unwrap_or_else(|error| format!("{error}\n")));
+                    }
+                    let _ = ask(&monitor, "quit");
+                    let _ = child.wait();
+                    return Err(Hung.into());
+                }
+            };
             let line = String::from_utf8_lossy(&line);
             let line = line.trim_end_matches('\r');
             match line.split_once(EXIT_MARK) {
@@ -136,6 +169,30 @@ impl Machine {
             None => bail!("the lab's machine stopped before the script ended (limit {} s)", self.timeout_s),
         }
     }
+}
+
+/// The console line by line, so that whoever waits for one can stop waiting.
+fn lines(output: impl Read + Send + 'static) -> Receiver<std::io::Result<Vec<u8>>> {
+    let (sender, receiver) = sync_channel(1024);
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).split(b'\n') {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// Gives QEMU's monitor a command and returns what it answers within a second.
+fn ask(monitor: &Path, command: &str) -> Result<String> {
+    let mut stream = UnixStream::connect(monitor).context("QEMU's monitor")?;
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    writeln!(stream, "{command}")?;
+    let mut answer = Vec::new();
+    // It never closes the connection: its silence is the end.
+    let _ = stream.read_to_end(&mut answer);
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 /// What SeaBIOS paints on the console before the kernel takes over.

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{binaries, cache, debian, images, install, kernel, program};
 
-pub(crate) use machine::{Machine, Payload};
+pub(crate) use machine::{Hung, Machine, Payload};
 
 /// What the lab needs installed on this machine.
 pub(crate) const PACKAGES: &[&[debian::Package]] = &[debian::BUILD, debian::RUN, debian::IMAGES, debian::CHECK];
