@@ -53,6 +53,12 @@ pub(crate) const IMAGES: &[Package] = &[
 pub(crate) const RUN: &[Package] =
     &[package("qemu-system-x86", "qemu-system-x86_64", "the engine that works on any Linux machine")];
 
+/// What building and checking the Python SDK needs; pip brings the rest.
+pub(crate) const PYTHON: &[Package] = &[
+    package("python3", "python3", "runs the Python SDK"),
+    package("python3-venv", "/usr/share/doc/python3-venv", "keeps the SDK's tools apart from the system's"),
+];
+
 /// What only tests use: independent programs that check our results.
 pub(crate) const CHECK: &[Package] = &[
     package("erofs-utils", "fsck.erofs", "checks the root images we write"),

@@ -26,6 +26,7 @@ mod kernel;
 mod lab;
 mod program;
 mod soak;
+mod sdk;
 mod test;
 
 use std::process::ExitCode;

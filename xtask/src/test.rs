@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, program};
+use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, program, sdk};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// A skipped tier is a failure
     #[arg(long)]
     require_all: bool,
-    /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, lab, fuzz, licences
+    /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, sdk, lab, fuzz, licences
     #[arg(long, value_name = "TIER")]
     only: Vec<String>,
     /// Run only the whole-system tests whose name contains this
@@ -56,6 +56,12 @@ const TIERS: &[Tier] = &[
         run: unit,
     },
     Tier { name: "e2e", proves: "the real programs run real guests, engine qemu", required: true, run: whole_system },
+    Tier {
+        name: "sdk",
+        proves: "the SDKs behave alike, and their quickstarts run as they stand",
+        required: true,
+        run: sdks,
+    },
     Tier {
         name: "lab",
         proves: "the same with engine kvm, in a throw-away machine that has KVM",
@@ -206,6 +212,11 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
     tests.args(["--", &format!("--test-threads={threads}")]);
     tests.args(arguments.filter.iter());
     program::run(&mut tests).context("whole-system tests")?;
+    Ok(Outcome::Passed)
+}
+
+fn sdks(arguments: &Arguments) -> Result<Outcome> {
+    sdk::run(arguments.build)?;
     Ok(Outcome::Passed)
 }
 

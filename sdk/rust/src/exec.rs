@@ -152,6 +152,27 @@ impl ExecOutput {
         self.end.success()
     }
 
+    /// Itself if it ended well.
+    ///
+    /// # Errors
+    /// `exec_timeout` if it was killed at its timeout, `command_failed` for any other end but code 0.
+    pub fn check(self) -> Result<Self, Error> {
+        use msb_protocol::error::{ApiError, ErrorCode};
+        if self.end.timed_out {
+            let message = "the command ran longer than its timeout and was killed";
+            return Err(Error::Client(ApiError::new(ErrorCode::ExecTimeout, message)));
+        }
+        if self.success() {
+            return Ok(self);
+        }
+        let how = match (self.end.code, self.end.signal) {
+            (Some(code), _) => format!(" with code {code}"),
+            (None, Some(signal)) => format!(" with signal {signal}"),
+            (None, None) => String::new(),
+        };
+        Err(Error::Client(ApiError::new(ErrorCode::CommandFailed, format!("the command ended{how}"))))
+    }
+
     /// Its standard output as text; bytes that are no UTF-8 are replaced.
     #[must_use]
     pub fn stdout_text(&self) -> String {

@@ -261,7 +261,9 @@ fn absolute(path: &Path) -> PathBuf {
 }
 
 fn not_found(message: String) -> Error {
-    Error::Client(ApiError::new(ErrorCode::RuntimeNotFound, message))
+    let hint =
+        "install msb (`cargo xtask install --prefix ~/.local` in its repository), or set MSB_PATH to where it is";
+    Error::Client(ApiError::new(ErrorCode::RuntimeNotFound, message).with_hint(hint))
 }
 
 fn home_unusable(path: &Path, error: &std::io::Error) -> Error {

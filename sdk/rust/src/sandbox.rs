@@ -142,6 +142,14 @@ impl Sandbox {
         self.exec_stream(exec).await?.collect(input, output_len_max).await
     }
 
+    /// Runs a line of the sandbox's own shell.
+    ///
+    /// # Errors
+    /// As [`Sandbox::exec`].
+    pub async fn shell(&self, script: &str) -> Result<ExecOutput, Error> {
+        self.exec(["/bin/sh", "-c", script]).await
+    }
+
     /// Runs a command as a stream of events.
     ///
     /// # Errors
