@@ -25,8 +25,8 @@ mod install;
 mod kernel;
 mod lab;
 mod program;
-mod soak;
 mod sdk;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
