@@ -28,13 +28,18 @@ pub(crate) fn run() -> Result<()> {
         "*.rs",
     ]))?;
     let mut complaints = Vec::new();
+    let mut missing = tests_named_in(&std::fs::read_to_string(cache::repository().join(THREAT_MODEL))?);
     let mut count = 0;
     for path in listed.lines() {
         // A file deleted in the work tree is still listed.
         let Ok(text) = std::fs::read_to_string(cache::repository().join(path)) else { continue };
         count += 1;
         complaints.extend(RULES.iter().flat_map(|rule| rule(path, &text)));
+        missing.retain(|name| {
+            !text.contains(&format!("fn {name}(")) && !path.ends_with(&format!("fuzz_targets/{name}.rs"))
+        });
     }
+    complaints.extend(missing.iter().map(|name| format!("{THREAT_MODEL} names {name}, and there is no such test")));
     if !complaints.is_empty() {
         bail!("house rules:\n  {}", complaints.join("\n  "));
     }
@@ -43,6 +48,22 @@ pub(crate) fn run() -> Result<()> {
 }
 
 /// Every file opens by saying what it is.
+/// The document that says which test holds which line.
+const THREAT_MODEL: &str = "docs/threat-model.md";
+
+/// What stands between backquotes in a table's last column or after "Fuzzed:".
+fn tests_named_in(document: &str) -> Vec<String> {
+    let cells = document.lines().filter_map(|line| match line.strip_prefix("Fuzzed:") {
+        Some(rest) => Some(rest),
+        None => line.strip_prefix('|')?.trim_end().strip_suffix('|')?.rsplit('|').next(),
+    });
+    cells
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .filter(|name| name.contains('_'))
+        .map(str::to_owned)
+        .collect()
+}
+
 fn header(path: &str, text: &str) -> Vec<String> {
     if text.starts_with("//!") { Vec::new() } else { vec![format!("{path}:1: does not open with a `//!` header")] }
 }
@@ -91,6 +112,12 @@ fn lines_with(path: &str, text: &str, forms: &[String], why: &str) -> Vec<String
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_tests_that_a_document_names_are_found() {
+        let document = "| line | `x_y` | `a_b`, `c_d` |\n| prose | a plain `word` |\nFuzzed: `e_f`.\n`g_h`\n";
+        assert_eq!(tests_named_in(document), ["a_b", "c_d", "e_f"]);
+    }
 
     #[test]
     fn each_rule_finds_its_fault_and_passes_its_good_twin() {
