@@ -17,8 +17,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    ImageSummary, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail,
-    SandboxList, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery,
+    SandboxDetail, SandboxList, ShutdownRequest, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
@@ -157,7 +157,15 @@ impl Client {
     /// # Errors
     /// Those of the service.
     pub async fn shutdown(&self) -> Result<(), Error> {
-        self.post::<_, serde_json::Value>("/v1/shutdown", &serde_json::json!({})).await.map(drop)
+        self.shut_down(ShutdownRequest::default()).await
+    }
+
+    /// Ends the daemon, and its sandboxes first if the request says so.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn shut_down(&self, request: ShutdownRequest) -> Result<(), Error> {
+        self.post::<_, serde_json::Value>("/v1/shutdown", &request).await.map(drop)
     }
 
     /// Creates a sandbox.
@@ -173,7 +181,17 @@ impl Client {
     /// # Errors
     /// Those of the service.
     pub async fn list(&self, labels: &[String]) -> Result<SandboxList, Error> {
-        let pairs: Vec<_> = labels.iter().map(|label| ("label", label.clone())).collect();
+        self.select(labels, &[]).await
+    }
+
+    /// The sandboxes whose labels fit every term and every expression (`team in (ml,web),!debug`).
+    ///
+    /// # Errors
+    /// `invalid_selector` and others of the service.
+    pub async fn select(&self, labels: &[String], selectors: &[String]) -> Result<SandboxList, Error> {
+        let labels = labels.iter().map(|label| ("label", label.clone()));
+        let selectors = selectors.iter().map(|selector| ("selector", selector.clone()));
+        let pairs: Vec<_> = labels.chain(selectors).collect();
         self.get(&with_query("/v1/sandboxes", &pairs)).await
     }
 
@@ -223,6 +241,14 @@ impl Client {
     /// `sandbox_not_found`.
     pub async fn detach(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
         self.post(&sandbox(name, "/detach"), &serde_json::json!({})).await
+    }
+
+    /// Changes labels while the sandbox lives.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_label`.
+    pub async fn label(&self, name: &SandboxName, request: &LabelRequest) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/labels"), request).await
     }
 
     /// Counts as activity, so that the idle time begins anew.

@@ -5,6 +5,8 @@
 //!      │ no
 //!  the user's socket answers ── yes ─► use it
 //!      │ no
+//!  the host's socket is there and lets us in (group msb), and MSB_HOME is not set ── yes ─► use it
+//!      │ no
 //!  take $MSB_HOME/start.lock ──► socket answers by now? ── yes ─► use it (another client was faster)
 //!                                   │ no
 //!                    start msbd in a session of its own, log to $MSB_HOME/msbd.log, wait until it answers
@@ -23,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::paths::{HomeLayout, SOCKET_PATH_LEN_MAX, Surroundings};
+use msb_protocol::paths::{HOST_SOCKET, HomeLayout, SOCKET_PATH_LEN_MAX, Surroundings};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal::{SigSet, Signal};
 
@@ -76,6 +78,8 @@ pub struct Locator {
     pub executable_dir: Option<PathBuf>,
     /// Directories of `PATH`.
     pub search_path: Vec<PathBuf>,
+    /// The socket of the host's service, for those who may use it.
+    pub host_socket: PathBuf,
     /// Time for a started daemon to answer.
     pub start_timeout: Duration,
 }
@@ -93,8 +97,18 @@ impl Locator {
             search_path: std::env::var_os("PATH")
                 .map(|value| std::env::split_paths(&value).collect())
                 .unwrap_or_default(),
+            host_socket: path("MSB_HOST_SOCKET").unwrap_or_else(|| HOST_SOCKET.into()),
             start_timeout: START_TIMEOUT,
         }
+    }
+
+    /// The service of the host, if it answers and we may use it. Somebody who names a home of their own wants no other.
+    async fn host_service(&self) -> Option<Client> {
+        if self.surroundings.msb_home.is_some() {
+            return None;
+        }
+        // Only root listens there: anybody else is refused.
+        Client::open(&self.host_socket, Some(0)).await.ok()
     }
 
     /// The service that answers now; `None` if none does. Starts nothing.
@@ -118,7 +132,7 @@ impl Locator {
                 ),
                 other => other,
             }),
-            Err(OpenError::Io(error)) if is_absence(&error) => Ok(None),
+            Err(OpenError::Io(error)) if is_absence(&error) => Ok(self.host_service().await),
             Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
             Err(OpenError::Answer(error)) => Err(error),
         }
@@ -362,6 +376,7 @@ mod tests {
             runtime_path: None,
             executable_dir: None,
             search_path: Vec::new(),
+            host_socket: "/nonexistent/msbd.sock".into(),
             start_timeout: Duration::from_secs(5),
         }
     }

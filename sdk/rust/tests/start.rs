@@ -60,6 +60,7 @@ async fn many_clients_at_once_start_one_daemon_in_a_session_of_its_own() {
         runtime_path: None,
         executable_dir: None,
         search_path: Vec::new(),
+        host_socket: "/nonexistent/msbd.sock".into(),
         start_timeout: Duration::from_secs(20),
     };
     let clients = (0..8).map(|_| {
