@@ -2,19 +2,26 @@
 //! after the manifest that they left.
 
 use std::collections::BTreeSet;
-use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use msb_protocol::control::ShutdownRequest;
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_sdk::Client;
+use rustix::process::{Pid, PidfdFlags};
 use serde::Serialize;
+use tokio::io::unix::AsyncFd;
 
 use crate::context::Context;
 use crate::failure::{self, ExitStatus, Failure, invalid};
+use crate::terminal;
 
 /// The manifest below the prefix: one path a line, relative to the prefix.
 pub const MANIFEST: &str = "share/msb/installed.txt";
+/// Longest wait for the end of a service that has promised it.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 /// Units that may be active.
 const UNITS: [&str; 3] = ["msbd.socket", "msbd.service", "msb-flush.service"];
 
@@ -38,13 +45,13 @@ pub struct StopArgs {
 /// Options of `self uninstall`.
 #[derive(Debug, Args)]
 pub struct UninstallArgs {
-    /// Also remove every sandbox, image and setting of yours
+    /// Also remove every sandbox, image, volume and setting of yours
     #[arg(long)]
     pub purge: bool,
     /// Only print what would be removed
     #[arg(long)]
     pub dry_run: bool,
-    /// Do not ask
+    /// Do not ask; needed where nobody can be asked
     #[arg(short, long)]
     pub yes: bool,
 }
@@ -67,9 +74,20 @@ async fn stop(sandboxes: bool, context: &Context) -> Result<ExitStatus, Failure>
         return Ok(ExitStatus::SUCCESS);
     };
     let progress = context.printer.spinner("stopping the service");
+    let process = process_of(&client);
     client.shut_down(ShutdownRequest { sandboxes }).await?;
+    if let Some(process) = process {
+        // Nothing of it writes into its home or answers on its socket afterwards.
+        let _ = tokio::time::timeout(END_PATIENCE, process.readable()).await;
+    }
     drop(progress);
     Ok(ExitStatus::SUCCESS)
+}
+
+/// The service's process, to see its end; none if it runs elsewhere or as somebody else's.
+fn process_of(client: &Client) -> Option<AsyncFd<OwnedFd>> {
+    let pid = Pid::from_raw(client.version().pid.try_into().ok()?)?;
+    AsyncFd::register(rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?).ok()
 }
 
 #[derive(Serialize)]
@@ -86,12 +104,15 @@ async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus
     let (mut removed, mut kept) = (files.clone(), Vec::new());
     let own: Vec<PathBuf> = [home, sockets].into_iter().filter(|path| path.exists()).collect();
     if args.purge {
-        removed.extend(own.clone())
+        removed.extend(own.clone());
     } else {
-        kept.extend(own.clone())
+        kept.extend(own.clone());
     }
     if !args.dry_run {
-        confirm(args, &prefix, context)?;
+        if !args.yes && !agreed(args, &prefix)? {
+            context.printer.note("Nothing was removed.");
+            return Ok(ExitStatus::FAILURE);
+        }
         // Sandboxes end with a flush whether or not they are kept: nothing of msb may run afterwards.
         stop(true, context).await?;
         disable_units(context);
@@ -154,15 +175,14 @@ fn listed(text: &str) -> Option<BTreeSet<PathBuf>> {
     Some(paths)
 }
 
-fn confirm(args: &UninstallArgs, prefix: &Path, context: &Context) -> Result<(), Failure> {
-    if args.yes || !std::io::stdin().is_terminal() {
-        return Ok(());
+fn agreed(args: &UninstallArgs, prefix: &Path) -> Result<bool, Failure> {
+    if !terminal::stdin_is_terminal() {
+        let error = ApiError::new(ErrorCode::InvalidConfig, "nobody can be asked here; use --yes to remove msb")
+            .with_hint("--dry-run shows what would go");
+        return Err(error.into());
     }
-    let what = if args.purge { ", with every sandbox and image of yours" } else { "" };
-    context.printer.note(&format!("this removes msb from {}{what}. Type yes to go on:", prefix.display()));
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer).map_err(|error| invalid(format!("no answer: {error}")))?;
-    if answer.trim() == "yes" { Ok(()) } else { Err(ApiError::new(ErrorCode::Cancelled, "nothing was removed").into()) }
+    let what = if args.purge { ", with every sandbox, image and volume of yours" } else { "" };
+    terminal::agreed(&format!("Remove msb from {}{what}?", prefix.display()))
 }
 
 /// Stops and disables what systemd may know of msb, for this user and, as root, for the host. Without systemd there is nothing to do.

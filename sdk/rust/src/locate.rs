@@ -29,11 +29,13 @@ use msb_protocol::paths::{HOST_SOCKET, HomeLayout, SOCKET_PATH_LEN_MAX, Surround
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::client::{Client, OpenError, open_failed};
+use crate::client::{Client, OpenError, is_absence, open_failed};
 use crate::error::Error;
 
 /// Time for a daemon to answer after it was started.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time in which a service that hangs up without a word is taken for one that is just ending.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 /// Size of the log at which the next start moves it aside, in bytes.
 const LOG_LEN_MAX: u64 = 16 << 20;
 /// Lines of the log that an error shows.
@@ -124,7 +126,14 @@ impl Locator {
         }
         let named = self.surroundings.msb_host.is_some();
         let owner = if named { None } else { Some(self.surroundings.uid) };
-        match Client::open(&socket, owner).await {
+        let (until, mut pause) = (Instant::now() + ENDING_PATIENCE, Pause::default());
+        let opened = loop {
+            match Client::open(&socket, owner).await {
+                Err(OpenError::Lost(_)) if Instant::now() < until => pause.next().await,
+                opened => break opened,
+            }
+        };
+        match opened {
             Ok(client) => Ok(Some(client)),
             Err(OpenError::Io(error)) if named => Err(match open_failed(&socket, &error) {
                 Error::Client(error) => Error::Client(
@@ -134,7 +143,7 @@ impl Locator {
             }),
             Err(OpenError::Io(error)) if is_absence(&error) => Ok(self.host_service().await),
             Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
-            Err(OpenError::Answer(error)) => Err(error),
+            Err(OpenError::Lost(error) | OpenError::Answer(error)) => Err(error),
         }
     }
 
@@ -145,8 +154,8 @@ impl Locator {
     /// with the end of its log if it does not come up.
     pub async fn connect(&self) -> Result<Client, Error> {
         match self.find().await? {
-            Some(client) => Ok(client),
-            None => self.start().await,
+            Some(client) => Ok(client.found_by(self)),
+            None => Ok(self.start().await?.found_by(self)),
         }
     }
 
@@ -260,14 +269,6 @@ impl Pause {
         self.last_ms = (self.last_ms * 2).clamp(1, 20);
         tokio::time::sleep(Duration::from_millis(self.last_ms)).await;
     }
-}
-
-/// Whether this failure to connect means that nobody is there.
-fn is_absence(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotADirectory
-    )
 }
 
 fn absolute(path: &Path) -> PathBuf {
