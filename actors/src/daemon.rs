@@ -9,10 +9,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::{Actor, Addr, MailboxError};
+use actix::MailboxError;
 use msb_protocol::control::{
-    ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, GuestMetrics, MetricsSnapshot, SandboxDetail,
-    SandboxMetrics, SandboxSummary, SshHost,
+    ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, GuestMetrics, LabelRequest, MetricsSnapshot,
+    SandboxDetail, SandboxMetrics, SandboxSummary, SshHost,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
@@ -27,11 +27,12 @@ use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
 use crate::images::MakeUpper;
-use crate::inspect::Inspect;
+use crate::inspect::{ActorReport, Inspect};
 use crate::journal::SandboxRecord;
-use crate::metrics::{Latest, MetricsActor};
+use crate::kept::Kept;
+use crate::metrics::Latest;
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
-use crate::sandbox::actor::{Ask, Explain, LetGo, OpenSsh};
+use crate::sandbox::actor::{Ask, Explain, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
 use crate::sandbox::network;
 use crate::sandbox::plan;
@@ -44,7 +45,7 @@ use crate::volumes;
 /// A handle on everything; clones are the same daemon.
 #[derive(Clone)]
 pub struct Daemon {
-    supervisor: Addr<SupervisorActor>,
+    supervisor: Kept<SupervisorActor>,
     surroundings: Arc<Surroundings>,
 }
 
@@ -61,7 +62,7 @@ impl Daemon {
     /// Starts the supervisor over what the journal knows. Must be called on the actors' own thread.
     #[must_use]
     pub fn over(surroundings: Arc<Surroundings>, found: Vec<SandboxRecord>) -> Self {
-        let supervisor = SupervisorActor::new(surroundings.clone(), found).start();
+        let supervisor = SupervisorActor::keep(surroundings.clone(), found);
         Self { supervisor, surroundings }
     }
 
@@ -267,8 +268,7 @@ impl Daemon {
     /// `sandbox_not_found`, `invalid_request`.
     pub async fn explain_network(&self, name: &SandboxName, target: String) -> Result<NetworkExplanation, ApiError> {
         let sandbox = self.find(name).await?;
-        if let Some(address) = &sandbox.address
-            && let Ok(Some(answer)) = address.send(Explain(target.clone())).await
+        if let Ok(Some(answer)) = sandbox.send(Explain(target.clone())).await
             && let Ok(answer) = answer.await
         {
             return answer;
@@ -325,6 +325,29 @@ impl Daemon {
         Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
     }
 
+    /// Stops every sandbox with a flush because the host goes down, and waits until none runs. Gives how many ran.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn host_stop(&self) -> Result<usize, ApiError> {
+        let all = self.supervisor.send(All).await.map_err(mailbox)?;
+        let stops = all.into_iter().map(|sandbox| async move {
+            let state = sandbox.view.borrow().state();
+            if !state.is_live() && state != SandboxState::Restarting {
+                return 0;
+            }
+            match self.ask(&sandbox, Ask::Event(Event::HostStop)).await {
+                Ok(()) => {
+                    // One that is removed meanwhile has ended too.
+                    let _ = Self::until(sandbox, |view| (view.gone || !view.state().is_live()).then_some(Ok(()))).await;
+                }
+                Err(error) => tracing::warn!(error = %error.message, "a sandbox is left to the end of its process"),
+            }
+            usize::from(state.is_live())
+        });
+        Ok(futures_util::future::join_all(stops).await.into_iter().sum())
+    }
+
     /// Removes a sandbox and waits until nothing of it is left.
     ///
     /// # Errors
@@ -344,6 +367,19 @@ impl Daemon {
         self.ask(&sandbox, Ask::Detach).await?;
         // Seen means durable.
         Self::until(sandbox, |view| (view.detail.spec.detached || view.gone).then_some(Ok(()))).await?;
+        self.inspect(name).await
+    }
+
+    /// Changes labels.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_label`.
+    pub async fn label(&self, name: &SandboxName, request: LabelRequest) -> Result<SandboxDetail, ApiError> {
+        msb_protocol::labels::check_all(&request.set)?;
+        let sandbox = self.find(name).await?;
+        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {name} is being made again"));
+        let durable = sandbox.send(Relabel(request)).await??;
+        durable.await.map_err(|_| busy())??;
         self.inspect(name).await
     }
 
@@ -393,10 +429,7 @@ impl Daemon {
     /// # Errors
     /// `sandbox_not_found`, `sandbox_busy`, or why its host key cannot be used.
     pub async fn ssh(&self, name: &SandboxName) -> Result<Arc<SshForwarder>, ApiError> {
-        let sandbox = self.find(name).await?;
-        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {name} is being made again"));
-        let address = sandbox.address.as_ref().ok_or_else(busy)?;
-        address.send(OpenSsh(self.clone())).await.map_err(|_| busy())?
+        self.find(name).await?.send(OpenSsh(self.clone())).await?
     }
 
     /// How an SSH client finds a sandbox: its host key, and the user that its processes run as.
@@ -476,17 +509,7 @@ impl Daemon {
     }
 
     async fn ask(&self, sandbox: &SandboxRef, ask: Ask) -> Result<(), ApiError> {
-        let busy = || {
-            ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", sandbox.name))
-        };
-        let address = sandbox.address.as_ref().ok_or_else(busy)?;
-        match address.send(ask).await {
-            Ok(outcome) => outcome,
-            Err(MailboxError::Closed) if sandbox.view.borrow().gone => {
-                Err(ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {}", sandbox.name)))
-            }
-            Err(_) => Err(busy()),
-        }
+        sandbox.send(ask).await?
     }
 
     async fn until_ready(sandbox: SandboxRef, ready: u64, failed: u64) -> Result<SandboxDetail, ApiError> {
@@ -610,29 +633,34 @@ impl Daemon {
     /// The daemon ends.
     pub async fn actors(&self) -> Result<ActorTree, ApiError> {
         let mut actors = Vec::new();
-        for (mut row, address) in self.supervisor.send(Rows).await.map_err(mailbox)? {
-            if let Some(address) = address
-                && let Ok(report) = address.send(Inspect).await
+        for (mut row, sandbox) in self.supervisor.send(Rows).await.map_err(mailbox)? {
+            if row.parent.is_empty() {
+                (row.mailbox, row.restarts) = (self.supervisor.waiting(), self.supervisor.restarts());
+                row.last_cause = self.supervisor.last_cause();
+            }
+            if let Some(sandbox) = sandbox
+                && let Ok(report) = sandbox.send(Inspect).await
             {
                 (row.handled, row.state) = (report.handled, report.state);
             }
             actors.push(row);
         }
-        let images = self.surroundings.images.send(Inspect).await.map_err(mailbox)?;
-        let metrics: &Addr<MetricsActor> = &self.surroundings.metrics.0;
-        let metrics = metrics.send(Inspect).await.map_err(mailbox)?;
-        for (name, report) in [("images", images), ("metrics", metrics)] {
-            let (handled, state) = (report.handled, report.state);
-            actors.push(ActorRow {
-                name: name.into(),
-                parent: "supervisor".into(),
-                handled,
-                mailbox: 0,
-                restarts: 0,
-                last_cause: None,
-                state,
-            });
-        }
+        let (images, metrics) = (&self.surroundings.images, &self.surroundings.metrics.0);
+        let row = |name: &str, report: ActorReport, mailbox, restarts, last_cause| ActorRow {
+            name: name.into(),
+            parent: "supervisor".into(),
+            handled: report.handled,
+            mailbox,
+            restarts,
+            last_cause,
+            state: report.state,
+        };
+        let waiting = images.waiting();
+        let report = images.send(Inspect).await.map_err(mailbox)?;
+        actors.push(row("images", report, waiting, images.restarts(), images.last_cause()));
+        let waiting = metrics.waiting();
+        let report = metrics.send(Inspect).await.map_err(mailbox)?;
+        actors.push(row("metrics", report, waiting, metrics.restarts(), metrics.last_cause()));
         Ok(ActorTree { actors })
     }
 }
@@ -647,6 +675,7 @@ fn started_at(sample: &msb_protocol::vmm::Sample) -> jiff::Timestamp {
     jiff::Timestamp::from_nanosecond(ns).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
 }
 
+/// An actor that died with the request is made again: the same request may succeed then.
 fn mailbox(error: MailboxError) -> ApiError {
-    ApiError::internal(format!("the service is ending: {error}"))
+    ApiError { retryable: true, ..ApiError::internal(format!("the service could not finish this request: {error}")) }
 }

@@ -16,11 +16,13 @@
 
 pub mod clock;
 pub mod daemon;
+pub mod faults;
 pub mod host_identity;
 pub mod identity;
 pub mod images;
 pub mod inspect;
 pub mod journal;
+pub mod kept;
 pub mod metrics;
 pub mod sandbox;
 #[cfg(any(test, feature = "simulation"))]

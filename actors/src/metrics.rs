@@ -1,13 +1,17 @@
 //! The latest sample of each sandbox, for whoever asks. Sandbox actors push; nobody pulls from a VM in a request's path.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use actix::prelude::*;
 use msb_protocol::guest::Beat;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::vmm::Sample;
 
+use crate::clock::Clock;
+use crate::faults;
 use crate::inspect::{ActorReport, Inspect};
+use crate::kept::{Kept, Life, Ticket};
 
 /// Samples kept of each sandbox: two minutes of beats.
 pub const RING_LEN: usize = 120;
@@ -15,8 +19,7 @@ pub const RING_LEN: usize = 120;
 const MAILBOX_LEN: usize = 4_096;
 
 /// One beat of one sandbox.
-#[derive(Clone, Debug, Message)]
-#[rtype(result = "()")]
+#[derive(Clone, Debug)]
 pub struct BeatSample {
     /// The sandbox.
     pub id: SandboxId,
@@ -31,6 +34,11 @@ pub struct BeatSample {
     /// What the VM process counted.
     pub sample: Sample,
 }
+
+/// A sample on its way.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+struct Sampled(BeatSample, Ticket);
 
 /// The newest sample of one sandbox and what it says beside the one before it.
 #[derive(Clone, Debug)]
@@ -53,12 +61,18 @@ pub struct Latest;
 
 /// The way to the actor that never waits: a sample it has no room for is left out.
 #[derive(Clone, Debug)]
-pub struct MetricsHandle(pub Addr<MetricsActor>);
+pub struct MetricsHandle(pub Kept<MetricsActor>);
 
 impl MetricsHandle {
+    /// Starts the actor. What it held is lost when it dies, and comes back with the next beats.
+    #[must_use]
+    pub fn start(clock: Arc<dyn Clock>) -> Self {
+        Self(Kept::keep("metrics", clock, |life| MetricsActor { rings: BTreeMap::new(), handled: 0, _life: life }))
+    }
+
     /// Hands a sample over.
     pub fn sample(&self, sample: BeatSample) {
-        if self.0.try_send(sample).is_err() {
+        if self.0.try_send(Sampled(sample, self.0.ticket())).is_err() {
             tracing::trace!("a sample was left out");
         }
     }
@@ -73,10 +87,11 @@ impl MetricsHandle {
 }
 
 /// Holds the samples.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct MetricsActor {
     rings: BTreeMap<SandboxId, VecDeque<BeatSample>>,
     handled: u64,
+    _life: Life,
 }
 
 impl Actor for MetricsActor {
@@ -86,9 +101,10 @@ impl Actor for MetricsActor {
     }
 }
 
-impl Handler<BeatSample> for MetricsActor {
+impl Handler<Sampled> for MetricsActor {
     type Result = ();
-    fn handle(&mut self, sample: BeatSample, _: &mut Self::Context) {
+    fn handle(&mut self, Sampled(sample, _ticket): Sampled, _: &mut Self::Context) {
+        faults::here("metrics/sample");
         self.handled += 1;
         let ring = self.rings.entry(sample.id).or_default();
         // Nothing of an earlier boot counts for this one.
@@ -105,6 +121,7 @@ impl Handler<BeatSample> for MetricsActor {
 impl Handler<Forget> for MetricsActor {
     type Result = ();
     fn handle(&mut self, Forget(id): Forget, _: &mut Self::Context) {
+        faults::here("metrics/forget");
         self.handled += 1;
         self.rings.remove(&id);
     }
@@ -113,6 +130,7 @@ impl Handler<Forget> for MetricsActor {
 impl Handler<Latest> for MetricsActor {
     type Result = MessageResult<Latest>;
     fn handle(&mut self, _: Latest, _: &mut Self::Context) -> Self::Result {
+        faults::here("metrics/latest");
         self.handled += 1;
         MessageResult(
             self.rings
@@ -139,6 +157,7 @@ fn utilization(before: &Sample, after: &Sample) -> f64 {
 impl Handler<Inspect> for MetricsActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        faults::here("metrics/inspect");
         MessageResult(ActorReport {
             handled: self.handled,
             state: format!("samples of {} sandboxes", self.rings.len()),

@@ -8,13 +8,16 @@
 //!
 //! actix's own `Supervisor` neither rebuilds a state nor survives a panic (a test in `tests.rs` pins what it does), so this one
 //! holds what a child is made from and hears of its end through a guard that the child drops. What must outlive an incarnation
-//! (activity of sessions, the view that callers watch) is held here and lent. The supervisor never waits for a child.
+//! (activity of sessions, the view that callers watch) is held here and lent. The supervisor never waits for a child. It is itself
+//! kept ([`Kept`]): one that dies leaves its children to the next one, and they notice nothing.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use actix::dev::ToEnvelope;
 use actix::prelude::*;
 use msb_protocol::control::{ActorRow, CreateRequest};
 use msb_protocol::error::{ApiError, ErrorCode};
@@ -23,10 +26,11 @@ use msb_protocol::paths::HomeLayout;
 use tokio::sync::{mpsc, watch};
 
 use crate::clock::Clock;
+use crate::faults;
 use crate::identity::ProcessIdentity;
 use crate::images::{ImageActor, ImageUsers};
-use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Journal, SandboxRecord};
+use crate::kept::{Kept, Life, Ticket};
 use crate::metrics::MetricsHandle;
 use crate::sandbox::activity::Activity;
 use crate::sandbox::actor::{Birth, LetGo, SandboxActor};
@@ -40,6 +44,8 @@ use crate::volumes::Volumes;
 
 /// Messages that wait for the supervisor.
 const MAILBOX_LEN: usize = 4_096;
+/// How often a death is told to a supervisor that dies of hearing it.
+const BURIAL_TRIES: u32 = 3;
 /// Deaths within [`DEATH_WINDOW_MS`] after which a child is not made again until somebody asks for it.
 pub const DEATH_BUDGET: usize = 20;
 /// Time in which deaths are counted, in milliseconds.
@@ -58,7 +64,7 @@ pub struct Surroundings {
     /// Whatever runs VMs.
     pub launcher: Arc<dyn Launcher>,
     /// Images.
-    pub images: Addr<ImageActor>,
+    pub images: Kept<ImageActor>,
     /// Samples.
     pub metrics: MetricsHandle,
     /// What is durable.
@@ -85,7 +91,7 @@ impl Surroundings {
 }
 
 /// An incarnation's end. Sent without a bound, because there is at most one for each live child.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Death {
     name: SandboxName,
     id: SandboxId,
@@ -128,6 +134,7 @@ struct Child {
     restarts: u32,
     last_cause: Option<String>,
     gave_up: bool,
+    waiting: Arc<AtomicUsize>,
 }
 
 /// One sandbox, as others hold it.
@@ -143,6 +150,41 @@ pub struct SandboxRef {
     pub activity: Arc<Activity>,
     /// What is seen of it.
     pub view: watch::Receiver<Arc<View>>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl SandboxRef {
+    /// Sends a message to its actor.
+    ///
+    /// # Errors
+    /// `sandbox_not_found` if it is gone, `sandbox_busy` while its actor is being made again.
+    pub async fn send<M>(&self, message: M) -> Result<M::Result, ApiError>
+    where
+        SandboxActor: Handler<M>,
+        Context<SandboxActor>: ToEnvelope<SandboxActor, M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        let busy =
+            || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", self.name));
+        let address = self.address.as_ref().ok_or_else(busy)?;
+        let _ticket = Ticket::new(&self.waiting);
+        match address.send(message).await {
+            Ok(answer) => Ok(answer),
+            Err(MailboxError::Closed) if self.view.borrow().gone => {
+                Err(ApiError::new(ErrorCode::SandboxNotFound, format!("no sandbox is called {}", self.name)))
+            }
+            Err(_) => Err(busy()),
+        }
+    }
+}
+
+/// What one incarnation of the supervisor leaves to the next.
+#[derive(Default)]
+struct Estate {
+    children: BTreeMap<SandboxName, Child>,
+    /// What the journal knew when the daemon started; empty once they are children.
+    found: Vec<SandboxRecord>,
 }
 
 /// The parent.
@@ -150,17 +192,46 @@ pub struct SupervisorActor {
     surroundings: Arc<Surroundings>,
     children: BTreeMap<SandboxName, Child>,
     deaths: mpsc::UnboundedSender<Death>,
-    dead: Option<mpsc::UnboundedReceiver<Death>>,
-    found: Vec<SandboxRecord>,
+    estate: Arc<Mutex<Estate>>,
     handled: u64,
+    life: Life,
+}
+
+impl Drop for SupervisorActor {
+    fn drop(&mut self) {
+        let mut estate = self.estate.lock().unwrap_or_else(PoisonError::into_inner);
+        estate.children.append(&mut self.children);
+    }
 }
 
 impl SupervisorActor {
-    /// A supervisor of the sandboxes that the journal knows.
+    /// Starts the supervisor of the sandboxes that the journal knows.
     #[must_use]
-    pub fn new(surroundings: Arc<Surroundings>, found: Vec<SandboxRecord>) -> Self {
-        let (deaths, dead) = mpsc::unbounded_channel();
-        Self { surroundings, children: BTreeMap::new(), deaths, dead: Some(dead), found, handled: 0 }
+    pub fn keep(surroundings: Arc<Surroundings>, found: Vec<SandboxRecord>) -> Kept<Self> {
+        let (deaths, mut dead) = mpsc::unbounded_channel::<Death>();
+        let estate = Arc::new(Mutex::new(Estate { children: BTreeMap::new(), found }));
+        let clock = surroundings.clock.clone();
+        let kept = Kept::keep("supervisor", clock, move |life| Self {
+            surroundings: surroundings.clone(),
+            children: std::mem::take(&mut estate.lock().unwrap_or_else(PoisonError::into_inner).children),
+            deaths: deaths.clone(),
+            estate: estate.clone(),
+            handled: 0,
+            life,
+        });
+        // Deaths are told beside the actor, so that none is lost with one of its incarnations.
+        let supervisor = kept.downgrade();
+        actix::spawn(async move {
+            while let Some(death) = dead.recv().await {
+                for _ in 0..BURIAL_TRIES {
+                    let Some(supervisor) = supervisor.upgrade() else { return };
+                    if supervisor.send(Bury(death.clone())).await.is_ok() {
+                        break;
+                    }
+                }
+            }
+        });
+        kept
     }
 
     fn reference(&self, name: &SandboxName, child: &Child) -> SandboxRef {
@@ -170,6 +241,7 @@ impl SupervisorActor {
             address: child.address.clone(),
             activity: child.activity.clone(),
             view: child.view.subscribe(),
+            waiting: child.waiting.clone(),
         }
     }
 
@@ -205,6 +277,7 @@ impl SupervisorActor {
             restarts: 0,
             last_cause: None,
             gave_up: false,
+            waiting: Arc::default(),
         };
         self.children.insert(name.clone(), child);
         self.give_birth(&name, record, creator, first);
@@ -301,19 +374,33 @@ impl Actor for SupervisorActor {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX_LEN);
-        if let Some(dead) = self.dead.take() {
-            ctx.add_stream(futures_util::stream::unfold(dead, |mut dead| async move {
-                dead.recv().await.map(|death| (death, dead))
-            }));
-        }
-        for record in std::mem::take(&mut self.found) {
+        faults::here("supervisor/started");
+        let found = std::mem::take(&mut self.estate.lock().unwrap_or_else(PoisonError::into_inner).found);
+        for record in found {
             self.adopt_child(record, None, None);
+        }
+        // Children that an earlier incarnation was about to make.
+        let unborn: Vec<_> = self
+            .children
+            .iter()
+            .filter(|(_, child)| child.address.is_none() && !child.gave_up)
+            .map(|(name, child)| (name.clone(), child.id))
+            .collect();
+        for (name, id) in unborn {
+            self.rebuild(name, id, 0, ctx);
         }
     }
 }
 
-impl StreamHandler<Death> for SupervisorActor {
-    fn handle(&mut self, death: Death, ctx: &mut Self::Context) {
+/// A child's incarnation is over.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Bury(Death);
+
+impl Handler<Bury> for SupervisorActor {
+    type Result = ();
+    fn handle(&mut self, Bury(death): Bury, ctx: &mut Self::Context) {
+        faults::here("supervisor/bury");
         self.handled += 1;
         self.bury(death, ctx);
     }
@@ -333,6 +420,7 @@ impl Handler<Create> for SupervisorActor {
     type Result = Result<SandboxRef, ApiError>;
 
     fn handle(&mut self, Create { request, creator }: Create, _: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/create");
         self.handled += 1;
         if self.children.len() >= SANDBOXES_MAX {
             return Err(ApiError::new(
@@ -388,6 +476,7 @@ impl Handler<Find> for SupervisorActor {
     type Result = Result<SandboxRef, ApiError>;
 
     fn handle(&mut self, Find(name): Find, ctx: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/find");
         self.handled += 1;
         let child = self
             .child(&name)
@@ -413,6 +502,7 @@ impl Handler<All> for SupervisorActor {
     type Result = MessageResult<All>;
 
     fn handle(&mut self, _: All, _: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/all");
         self.handled += 1;
         let mut all: Vec<SandboxRef> = self
             .children
@@ -436,6 +526,7 @@ impl Handler<LetGo> for SupervisorActor {
                 tracing::debug!("a busy sandbox is left to the end of the process");
             }
         }
+        self.life.disarm();
         ctx.stop();
     }
 }
@@ -449,6 +540,7 @@ impl Handler<ListImageUsers> for SupervisorActor {
     type Result = MessageResult<ListImageUsers>;
 
     fn handle(&mut self, _: ListImageUsers, _: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/image_users");
         self.handled += 1;
         let mut users = ImageUsers::new();
         for (name, child) in &self.children {
@@ -463,13 +555,15 @@ impl Handler<ListImageUsers> for SupervisorActor {
 
 /// The supervisor's and its children's rows, without asking them; a row's state is what its view shows.
 #[derive(Message)]
-#[rtype(result = "Vec<(ActorRow, Option<Addr<SandboxActor>>)>")]
+#[rtype(result = "Vec<(ActorRow, Option<SandboxRef>)>")]
 pub struct Rows;
 
 impl Handler<Rows> for SupervisorActor {
     type Result = MessageResult<Rows>;
 
     fn handle(&mut self, _: Rows, _: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/rows");
+        self.handled += 1;
         let own = ActorRow {
             name: "supervisor".into(),
             parent: String::new(),
@@ -489,21 +583,15 @@ impl Handler<Rows> for SupervisorActor {
                 name: format!("sandbox/{name}"),
                 parent: "supervisor".into(),
                 handled: 0,
-                mailbox: 0,
+                mailbox: child.waiting.load(Ordering::Relaxed) as u64,
                 restarts: child.restarts,
                 last_cause: child.last_cause.clone(),
                 state,
             };
-            (row, child.address.clone())
+            let reference = child.address.is_some().then(|| self.reference(name, child));
+            (row, reference)
         });
         MessageResult(std::iter::once((own, None)).chain(children).collect())
-    }
-}
-
-impl Handler<Inspect> for SupervisorActor {
-    type Result = MessageResult<Inspect>;
-    fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
-        MessageResult(ActorReport { handled: self.handled, state: format!("{} children", self.children.len()) })
     }
 }
 

@@ -1,5 +1,14 @@
 //! The sim tier: supervisor and actors over fake VMs and a turned clock. Every wait of the rules passes in an instant.
 
+#[path = "sim/care.rs"]
+mod care;
+#[path = "sim/deaths.rs"]
+mod deaths;
+#[path = "sim/faults.rs"]
+mod faults;
+#[path = "sim/load.rs"]
+mod load;
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
@@ -711,67 +720,5 @@ fn a_wall_clock_that_jumps_a_day_changes_nothing() {
             assert_eq!(world.state("web").await, Some(SandboxState::Running));
         }
         assert_eq!(world.launcher.launched(), 1);
-    });
-}
-
-/// `MSB_SIM_SANDBOXES=10000` runs the full load; a few hundred prove the same rules in seconds.
-#[test]
-fn a_fleet_created_crashed_and_idled_at_random_agrees_with_its_journal() {
-    simulate(|world| async move {
-        let count: usize = std::env::var("MSB_SIM_SANDBOXES").ok().and_then(|text| text.parse().ok()).unwrap_or(300);
-        world.launcher.fault(|faults| faults.no_beats = true);
-        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
-        let mut random = move |below: u64| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed % below
-        };
-        for number in 0..count {
-            let idle = (random(2) == 0).then_some(3_000 + random(60_000));
-            let on_idle = if random(2) == 0 { OnIdle::Restart } else { OnIdle::Stop };
-            let spec = SandboxSpec { idle_timeout_ms: idle, on_idle, ..detached(&format!("s{number}")) };
-            world.create(spec).await;
-        }
-        for _ in 0..60 {
-            for _ in 0..count / 20 {
-                let name_text = format!("s{}", random(count as u64));
-                match random(4) {
-                    0 => world.launcher.crash(&name_text, EndCause::VmmCrash),
-                    1 => world.launcher.exit_main(&name_text, ProcessEnd::exited(1)),
-                    2 => {
-                        // Refused while another operation is under way, and that is fine.
-                        let _ = world.daemon.start(&name(&name_text), false).await;
-                    }
-                    _ => {
-                        let _ = world.daemon.stop(&name(&name_text), Some(100), false).await;
-                    }
-                }
-            }
-            // Less than the limit of silence: the fakes do not beat in this test.
-            world.clock.turn(900);
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        for _ in 0..count {
-            // Everything under way comes to its end.
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        let shown = world.daemon.list(&[]).await.unwrap();
-        assert_eq!(shown.len(), count, "nothing is lost and nothing doubled");
-        let world = world.restart_daemon().await;
-        for _ in 0..200 {
-            world.clock.turn(100);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let again = world.daemon.list(&[]).await.unwrap();
-        assert_eq!(again.len(), count);
-        let up = again.iter().filter(|summary| summary.status.is_live()).count();
-        assert!(
-            world.launcher.alive() <= up + count / 100 + 1,
-            "{} VMs for {up} live sandboxes",
-            world.launcher.alive()
-        );
-        let ids: BTreeSet<_> = again.iter().map(|summary| summary.id).collect();
-        assert_eq!(ids, shown.iter().map(|summary| summary.id).collect());
     });
 }

@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, list, logs, net, remove,
-    restart, run, ssh, start, status, stop, uninstall, volume, wait,
+    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, itself, label, list, logs,
+    net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -115,8 +115,8 @@ pub enum Command {
     Copy(Unbuilt),
     /// Log in to a sandbox with SSH, or let other clients do so
     Ssh(ssh::SshArgs),
-    /// Change the labels of a sandbox (not built yet)
-    Label(Unbuilt),
+    /// Show or change the labels of a sandbox
+    Label(label::LabelArgs),
     /// Copy a running sandbox, memory included (not built yet)
     Fork(Unbuilt),
     /// Halt a sandbox where it is (not built yet)
@@ -191,9 +191,13 @@ pub enum Command {
     Install(install::InstallArgs),
     /// Remove such a command
     Uninstall(uninstall::UninstallArgs),
-    /// Update or remove msb itself (not built yet)
+    /// Stop the service, or remove msb itself
     #[command(name = "self")]
-    Itself(Unbuilt),
+    Itself {
+        /// What to do with the installation.
+        #[command(subcommand)]
+        command: itself::SelfCommand,
+    },
 
     /// Print the completion script of a shell
     Completion(completion::CompletionArgs),

@@ -8,6 +8,7 @@ use msb_protocol::error::ApiError;
 use msb_protocol::security::SecurityProfile;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
+use crate::care::CareArgs;
 use crate::failure::{self, Failure};
 use crate::mounts::MountArgs;
 use crate::network_options::NetworkArgs;
@@ -150,6 +151,9 @@ pub struct CreationArgs {
     /// Its network.
     #[command(flatten)]
     pub network: NetworkArgs,
+    /// Health checks and the pre-stop hook.
+    #[command(flatten)]
+    pub care: CareArgs,
     /// Print help
     #[arg(long, action = ArgAction::Help, help_heading = "Options")]
     pub help: Option<bool>,
@@ -185,8 +189,6 @@ unbuilt_options! {
     init "handing PID 1 to another init";
     shell "choosing a shell";
     snapshot "snapshots";
-    health_cmd "health checks";
-    pre_stop "the pre-stop hook";
     log_level "a log level for each sandbox";
 }
 
@@ -239,6 +241,7 @@ impl CreationArgs {
         spec.network = self.network.spec()?;
         spec.security = self.security.into();
         self.mounts.apply(&mut spec)?;
+        self.care.apply(&mut spec)?;
         Ok(spec)
     }
 
@@ -421,7 +424,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name_never_ignored() {
-        for words in [&["--tls-intercept"][..], &["--secret", "A@b"], &["--snapshot", "s"], &["--health-cmd", "true"]] {
+        for words in [&["--tls-intercept"][..], &["--secret", "A@b"], &["--snapshot", "s"]] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");
         }
         let Err(Failure::Api(error)) = spec_with(&["--tls-intercept", "x"], &Config::default()) else { panic!() };

@@ -5,7 +5,7 @@
 //! | [`arguments`] | the command tree as clap types: the source of help, completions, man pages and the reference |
 //! | [`groups`] | which command is in which group of `msb --help` |
 //! | [`commands`] | one module for each command |
-//! | [`creation`] | the options that `run` and `create` share |
+//! | [`creation`], [`care`] | the options that `run` and `create` share |
 //! | [`mounts`] | the options among them for mounts and patches of the root |
 //! | [`env_file`], [`parse`] | docker's environment files; small values |
 //! | [`attached`], [`detach_keys`], [`terminal`] | a running command joined to this process's streams, signals and terminal |
@@ -20,6 +20,7 @@
 pub mod arguments;
 pub mod attached;
 pub mod bars;
+pub mod care;
 pub mod commands;
 pub mod context;
 pub mod creation;

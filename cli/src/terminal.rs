@@ -39,6 +39,14 @@ pub fn ask(prompt: &str) -> Result<String, Failure> {
     Ok(line.trim_end_matches(['\n', '\r']).to_owned())
 }
 
+/// Asks a question that is answered with yes or no; no is what silence means.
+///
+/// # Errors
+/// As [`ask`].
+pub fn agreed(question: &str) -> Result<bool, Failure> {
+    Ok(matches!(ask(&format!("{question} [y/N] "))?.trim(), "y" | "Y" | "yes" | "Yes"))
+}
+
 /// Asks for a line that is not shown.
 ///
 /// # Errors

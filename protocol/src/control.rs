@@ -6,15 +6,16 @@
 //! |---|---|---|
 //! | `GET /v1/version` | | [`VersionInfo`] |
 //! | `GET /v1/host` | | [`HostInfo`] |
-//! | `POST /v1/shutdown` | | `{}`; the daemon ends, sandboxes go on |
+//! | `POST /v1/shutdown` | [`ShutdownRequest`] | `{}`; the daemon ends, sandboxes go on unless they are to stop too |
 //! | `POST /v1/sandboxes` | [`CreateRequest`] | [`SandboxDetail`] |
-//! | `GET /v1/sandboxes?label=…` | | [`SandboxList`] |
+//! | `GET /v1/sandboxes?label=…&selector=…` | | [`SandboxList`] |
 //! | `GET /v1/sandboxes/{name}` | | [`SandboxDetail`] |
 //! | `DELETE /v1/sandboxes/{name}?force=` | | `{}` |
 //! | `POST /v1/sandboxes/{name}/start` | [`StartRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/stop` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/restart` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/detach` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/labels` | [`LabelRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/touch` | | [`SandboxDetail`] |
 //! | `GET /v1/sandboxes/{name}/wait` | | [`SandboxDetail`], once it rests |
 //! | `GET /v1/sandboxes/{name}/exec` | WebSocket | [`ClientMessage`], [`ServerMessage`] |
@@ -32,7 +33,7 @@
 //! | `GET /v1/sandboxes/{name}/network/log?follow=&tail=` | [`NetworkLogQuery`] | lines of [`NetworkDecision`] |
 //! | `GET /v1/sandboxes/{name}/network/explain?target=` | [`NetworkExplainQuery`] | [`NetworkExplanation`](crate::vmm::NetworkExplanation) |
 //! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
-//! | `GET /v1/metrics?name=&label=` | | [`MetricsSnapshot`]: one request for the whole fleet |
+//! | `GET /v1/metrics?name=&label=&selector=` | | [`MetricsSnapshot`]: one request for the whole fleet |
 //! | `GET /v1/images` | | [`ImageList`] |
 //! | `GET /v1/image?reference=` | | [`ImageDetail`] |
 //! | `DELETE /v1/image?reference=&force=` | | [`ImageRemoval`](crate::images::ImageRemoval) |
@@ -64,6 +65,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ApiError;
+use crate::health::{HealthReport, HealthStatus};
 use crate::id::{BootId, SandboxId, SandboxName};
 use crate::network::NetworkAddresses;
 use crate::spec::{EngineChoice, Rlimit, SandboxSpec};
@@ -192,6 +194,16 @@ pub struct Authorized {
     pub known: u64,
 }
 
+/// How the service ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ShutdownRequest {
+    /// Stop every sandbox first, with a flush, as for a host that goes down: those with the restart policies `always` and
+    /// `unless-stopped` come back when the service starts again.
+    #[serde(default)]
+    pub sandboxes: bool,
+}
+
 /// How to start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -211,6 +223,18 @@ pub struct StopRequest {
     /// Kill at once, without a flush.
     #[serde(default)]
     pub force: bool,
+}
+
+/// Labels to change; those named in neither stay as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LabelRequest {
+    /// Set these.
+    #[serde(default)]
+    pub set: BTreeMap<String, String>,
+    /// Remove these; one that is not there is no error.
+    #[serde(default)]
+    pub remove: Vec<String>,
 }
 
 /// Sandboxes.
@@ -252,6 +276,9 @@ pub struct SandboxSummary {
     /// The engine of its present or last run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineChoice>,
+    /// What its health checks say of the present run, if it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthStatus>,
 }
 
 /// How a run ended.
@@ -323,6 +350,9 @@ pub struct SandboxDetail {
     /// The evidence, if its last boot failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_error: Option<BootError>,
+    /// What its health checks say, with the last one's output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_report: Option<HealthReport>,
 }
 
 /// A sandbox's network.
@@ -575,7 +605,7 @@ pub struct EventRecord {
     /// The run, if one was on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_id: Option<BootId>,
-    /// What: `created`, `state`, `removed`, `host_disk_full`, …
+    /// What: `created`, `state`, `removed`, `health`, `pre_stop`, `labels`, `host_disk_full`, …
     pub event: String,
     /// The state after it.
     pub state: SandboxState,

@@ -45,6 +45,8 @@ error_table! {
     InvalidName "invalid_name" 400 false "a name breaks the rule for names" "use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
     InvalidReference "invalid_reference" 400 false "an image reference cannot be parsed" "write it as [registry/]name[:tag] or name@sha256:digest"
     InvalidLabel "invalid_label" 400 false "a label breaks the rules for labels" "see docs/errors.md: keys 1 to 128 bytes, values up to 4096, 64 labels, no reserved prefix"
+    InvalidSelector "invalid_selector" 400 false "a selector cannot be understood, or is empty where that would mean everything" "write it as in team in (ml,web),!debug,gpu"
+    SelectionUnexpected "selection_unexpected" 409 false "a selection is not as large as --expect says" "look at it with --dry-run"
     InvalidRequest "invalid_request" 400 false "the request cannot be understood" "compare it with /openapi.json of this service"
     ConfigFile "config_file" 400 false "a configuration file has an unknown key or a wrong value" "correct the named line; `msb config show --origin` lists what is in force"
     NotImplemented "not_implemented" 501 false "this part of msb is not built yet" "`msb --help` lists what is there"

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{ApiError, ErrorCode};
+use crate::selector::Selector;
 
 /// Most labels one sandbox carries, those of its image included.
 pub const LABEL_COUNT_MAX: usize = 64;
@@ -70,13 +71,16 @@ pub fn merge(image: &BTreeMap<String, String>, user: &BTreeMap<String, String>) 
     merged
 }
 
-/// One term of a `--label` filter: `KEY=VALUE` is exact, a bare `KEY` asks whether the key exists (as in docker).
+/// One term of a filter: `KEY=VALUE` of `--label` is exact, a bare `KEY` asks whether the key exists (as in docker); `--selector` has
+/// expressions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LabelTerm {
     /// The key has exactly this value.
     Equals(String, String),
     /// The key exists.
     Exists(String),
+    /// The labels fit an expression.
+    Fits(Selector),
 }
 
 impl LabelTerm {
@@ -104,6 +108,7 @@ impl LabelTerm {
         match self {
             Self::Equals(key, value) => labels.get(key) == Some(value),
             Self::Exists(key) => labels.contains_key(key),
+            Self::Fits(selector) => selector.matches(labels),
         }
     }
 }

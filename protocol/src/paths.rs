@@ -5,6 +5,12 @@ use std::path::{Path, PathBuf};
 /// Longest path of a Unix socket in bytes (unix(7): `sun_path` is 108 with its zero byte).
 pub const SOCKET_PATH_LEN_MAX: usize = 107;
 
+/// Longest path of a socket below the runtime directory in bytes: `/vm/`, 16 digits, `/` and a name of 27.
+const BELOW_RUNTIME_LEN_MAX: usize = 48;
+
+/// The socket of the host's service.
+pub const HOST_SOCKET: &str = "/run/msb/msbd.sock";
+
 /// What of the environment decides about paths; passed in so that tests can turn it.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
@@ -44,13 +50,20 @@ impl Surroundings {
         }
     }
 
-    /// The directory of Unix sockets: `$XDG_RUNTIME_DIR/msb`, else `/tmp/msb-UID`; a home that is not the default one gets a
-    /// directory of its own inside, so that two services never share a socket.
+    /// The directory of Unix sockets: `$XDG_RUNTIME_DIR/msb`, else `$MSB_HOME/run`, else (where that is too long for a socket's path)
+    /// `/tmp/msb-UID`. Outside of its home, a home that is not the default one gets a directory of its own, so that two services never
+    /// share a socket.
     #[must_use]
     pub fn runtime_dir(&self) -> PathBuf {
         let base = match &self.xdg_runtime_dir {
             Some(dir) => dir.join("msb"),
-            None => PathBuf::from(format!("/tmp/msb-{}", self.uid)),
+            None => {
+                let inside = self.home_dir().join("run");
+                if inside.as_os_str().len() + BELOW_RUNTIME_LEN_MAX <= SOCKET_PATH_LEN_MAX {
+                    return inside;
+                }
+                PathBuf::from(format!("/tmp/msb-{}", self.uid))
+            }
         };
         match &self.msb_home {
             Some(home) if self.home.as_ref().is_none_or(|user| *home != user.join(".msb")) => {
@@ -159,7 +172,12 @@ mod tests {
         assert_eq!(s.home_dir(), Path::new("/home/u/.msb"));
         assert_eq!(s.control_socket(), Path::new("/run/user/7/msb/msbd.sock"));
         let bare = Surroundings { uid: 7, ..Default::default() };
-        assert_eq!(bare.control_socket(), Path::new("/tmp/msb-7/msbd.sock"));
+        assert_eq!(bare.control_socket(), Path::new("/tmp/msb-home-7/run/msbd.sock"));
+        let no_session = Surroundings { xdg_runtime_dir: None, ..surroundings() };
+        assert_eq!(no_session.control_socket(), Path::new("/home/u/.msb/run/msbd.sock"));
+        let long =
+            Surroundings { home: Some("/home".to_owned().repeat(12).into()), xdg_runtime_dir: None, ..surroundings() };
+        assert_eq!(long.control_socket(), Path::new("/tmp/msb-7/msbd.sock"));
     }
 
     #[test]

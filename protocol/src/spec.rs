@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ApiError, ErrorCode};
+use crate::health::{HealthCheck, PreStop};
 use crate::id::SandboxName;
 use crate::labels;
 use crate::mount::{self, Mount, Patch};
@@ -231,6 +232,12 @@ pub struct SandboxSpec {
     /// Changes of its root before the first workload of each run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub patches: Vec<Patch>,
+    /// What says whether its workload is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
+    /// What runs before its workload is asked to stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_stop: Option<PreStop>,
 }
 
 fn spec_version() -> u32 {
@@ -285,6 +292,8 @@ impl SandboxSpec {
             security: SecurityProfile::Default,
             mounts: Vec::new(),
             patches: Vec::new(),
+            health: None,
+            pre_stop: None,
         }
     }
 
@@ -316,6 +325,8 @@ impl SandboxSpec {
         if !(ROOT_SIZE_MIB_MIN..=ROOT_SIZE_MIB_MAX).contains(&self.root_size_mib) {
             return refuse(format!("root size must be {ROOT_SIZE_MIB_MIN} to {ROOT_SIZE_MIB_MAX} MiB"));
         }
+        self.health.as_ref().map_or(Ok(()), HealthCheck::check)?;
+        self.pre_stop.as_ref().map_or(Ok(()), PreStop::check)?;
         check_env(&self.env)?;
         labels::check_all(&self.labels)?;
         for words in [&self.command, &self.entrypoint].into_iter().flatten() {

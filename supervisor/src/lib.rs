@@ -10,9 +10,11 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod door;
 pub mod home;
 pub mod host;
 pub mod peer;
 pub mod recovery;
 pub mod server;
 pub mod settings;
+pub mod systemd;

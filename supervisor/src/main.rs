@@ -2,26 +2,30 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use actix::Actor;
 use clap::Parser;
 use msb_actors::clock::{Clock, SystemClock};
 use msb_actors::daemon::Daemon;
 use msb_actors::images::ImageActor;
 use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
-use msb_actors::metrics::{MetricsActor, MetricsHandle};
+use msb_actors::metrics::MetricsHandle;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
 use msb_protocol::error::ApiError;
 use msb_supervisor::api::{self, ApiState};
+use msb_supervisor::door::behind::{self, Arrival};
+use msb_supervisor::door::front::{self, Place};
 use msb_supervisor::host::HostProbe;
 use msb_supervisor::settings::Settings;
-use msb_supervisor::{home, recovery, server};
+use msb_supervisor::{home, recovery, server, systemd};
+use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 
 /// Threads for the API and for streams; actors have the main thread.
 const WORKERS: usize = 2;
@@ -29,6 +33,8 @@ const WORKERS: usize = 2;
 const BLOCKING_THREADS_MAX: usize = 64;
 /// Longest time for finding the machines of a daemon before this one.
 const RECOVERY: std::time::Duration = std::time::Duration::from_secs(5);
+/// Connections from the door that wait for the service.
+const HANDED_OVER_LEN: usize = 64;
 /// Time for answers under way after the end was asked for.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -39,6 +45,24 @@ struct Arguments {
     /// Print the OpenAPI document of the control API and end.
     #[arg(long)]
     print_openapi: bool,
+    /// Open the door of the host: root only, one service for each user of group msb
+    #[arg(long, conflicts_with_all = ["behind_door", "host_stop"])]
+    host: bool,
+    /// Stop the sandboxes of every user with a flush
+    #[arg(long, conflicts_with = "behind_door")]
+    host_stop: bool,
+    /// Also take the connections that the door of the host hands over
+    #[arg(long, hide = true)]
+    behind_door: bool,
+    /// State of the host's service
+    #[arg(long, value_name = "DIR", default_value = front::STATE_DIR, hide = true)]
+    host_state: PathBuf,
+    /// Sockets of the host's service
+    #[arg(long, value_name = "DIR", default_value = front::RUN_DIR, hide = true)]
+    host_run: PathBuf,
+    /// Who may use the host's service
+    #[arg(long, value_name = "GROUP", default_value = front::GROUP, hide = true)]
+    host_group: String,
 }
 
 fn main() -> ExitCode {
@@ -50,7 +74,17 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    match run() {
+    let place = Place {
+        state_dir: arguments.host_state.clone(),
+        run_dir: arguments.host_run.clone(),
+        group: arguments.host_group.clone(),
+    };
+    let outcome = match (arguments.host, arguments.host_stop) {
+        (true, _) => log_to_stderr("info").and_then(|()| front::serve(place)),
+        (_, true) => log_to_stderr("info").and_then(|()| front::stop_sandboxes(place)),
+        _ => run(arguments.behind_door),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             #[expect(clippy::print_stderr, reason = "the log may not exist yet; msb shows the end of this stream")]
@@ -62,19 +96,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<(), ApiError> {
+fn log_to_stderr(level: &str) -> Result<(), ApiError> {
+    let filter = tracing_subscriber::EnvFilter::try_new(level).unwrap_or_default();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    Ok(())
+}
+
+fn run(behind_door: bool) -> Result<(), ApiError> {
     // Whatever this process and the VM processes make is their owner's alone, however the caller's mask was set.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // One provider of cryptography in the whole process; whoever was first stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let settings = Settings::load()?;
-    let filter =
-        tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    log_to_stderr(settings.config.text("log_level").unwrap_or("info"))?;
     home::private_directory(&settings.home.home)?;
     let _lock = home::lock(&settings.home)?;
     home::private_directory(&settings.runtime_dir)?;
-    let listener = server::listen(&settings.socket)?;
+    let listening = server::listen(&settings.socket)?;
 
     let system = actix_rt::System::with_tokio_rt(|| {
         tokio::runtime::Builder::new_multi_thread()
@@ -84,20 +122,26 @@ fn run() -> Result<(), ApiError> {
             .build()
             .unwrap_or_else(|error| panic!("no runtime: {error}"))
     });
-    let outcome = system.block_on(serve(&settings, listener));
-    if let Err(error) = std::fs::remove_file(&settings.socket) {
+    let outcome = system.block_on(serve(&settings, listening.listener, behind_door));
+    if !listening.inherited
+        && let Err(error) = std::fs::remove_file(&settings.socket)
+    {
         tracing::debug!(%error, "the socket was gone");
     }
     outcome
 }
 
-async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) -> Result<(), ApiError> {
+async fn serve(
+    settings: &Settings,
+    listener: std::os::unix::net::UnixListener,
+    behind_door: bool,
+) -> Result<(), ApiError> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
     let (journal, found) = Journal::open(&settings.home.journal(), clock.clone())?;
     for problem in &found.problems {
         tracing::warn!(problem, "the journal was repaired");
     }
-    let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone() });
+    let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone(), scopes: systemd::scopes().await });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?
@@ -113,8 +157,8 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         runtime_dir: settings.runtime_dir.clone(),
         host: settings.host_settings(),
         launcher,
-        images: ImageActor::new(Arc::new(store)).start(),
-        metrics: MetricsHandle(MetricsActor::default().start()),
+        images: ImageActor::keep(Arc::new(store), clock.clone()),
+        metrics: MetricsHandle::start(clock.clone()),
         journal,
         clock,
         heartbeats,
@@ -126,16 +170,28 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     let state = ApiState::new(daemon.clone(), probe, settings.share_dir.clone());
     let router = api::router(state.clone());
     // On the workers: a request in flight never waits for an actor's turn on this thread.
-    let serving = tokio::spawn(server::serve(listener, router));
+    let (mut arrivals, handed_over, queue) = match behind_door {
+        true => {
+            let (sender, queue) = mpsc::channel(HANDED_OVER_LEN);
+            (Some(behind::open(&settings.runtime_dir)?), Some(sender), Some(queue))
+        }
+        false => (None, None, None),
+    };
+    let serving = tokio::spawn(server::serve(listener, queue, router));
     tracing::info!(socket = %settings.socket.display(), home = %settings.home.home.display(), sandboxes = known.len(), "serving");
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::debug!(%error, "nobody waits for a notification");
-    }
+    systemd::ready(&daemon);
     let failed = |error: std::io::Error| ApiError::internal(format!("signals cannot be watched: {error}"));
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate()).map_err(failed)?, signal(SignalKind::interrupt()).map_err(failed)?);
     let aborter = serving.abort_handle();
+    let through_the_door = async {
+        match (&mut arrivals, handed_over) {
+            (Some(arrivals), Some(handed_over)) => keep_door(arrivals, &handed_over, &daemon).await,
+            _ => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        () = through_the_door => tracing::info!("told to end through the door"),
         _ = terminate.recv() => tracing::info!("told to end by a signal; sandboxes go on"),
         _ = interrupt.recv() => tracing::info!("interrupted; sandboxes go on"),
         () = state.shutdown_requested() => tracing::info!("told to end by a client; sandboxes go on"),
@@ -145,4 +201,29 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     aborter.abort();
     daemon.let_go().await;
     Ok(())
+}
+
+/// Passes on what comes through the door, until it says that the service is to end.
+async fn keep_door(arrivals: &mut mpsc::Receiver<Arrival>, handed_over: &mpsc::Sender<UnixStream>, daemon: &Daemon) {
+    while let Some(arrival) = arrivals.recv().await {
+        match arrival {
+            Arrival::Connection(connection) => {
+                if handed_over.send(connection).await.is_err() {
+                    return;
+                }
+            }
+            Arrival::End => return,
+            Arrival::StopSandboxes(mut answer) => {
+                match daemon.host_stop().await {
+                    Ok(stopped) => tracing::info!(stopped, "every sandbox was stopped because the host goes down"),
+                    Err(error) => tracing::error!(error = %error.message, "sandboxes could not be stopped"),
+                }
+                // A front door that has not waited knows nothing, and nothing depends on it.
+                let _ = std::io::Write::write_all(&mut answer, b".");
+                return;
+            }
+        }
+    }
+    // A door that is shut says nothing; the service goes on.
+    std::future::pending().await
 }

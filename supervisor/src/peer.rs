@@ -8,7 +8,9 @@ use axum::serve::IncomingStream;
 use msb_actors::daemon::Creator;
 use msb_actors::identity::ProcessIdentity;
 use nix::sys::socket::{getsockopt, sockopt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
+
+use crate::server::Doors;
 
 /// The process that connected.
 #[derive(Clone, Debug)]
@@ -53,8 +55,8 @@ impl Peer {
     }
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+impl Connected<IncomingStream<'_, Doors>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Doors>) -> Self {
         Self::of(stream.io())
     }
 }

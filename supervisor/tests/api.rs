@@ -33,9 +33,9 @@ fn serve<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
         let clock = Arc::new(SystemClock::default());
         let launcher = FakeLauncher::new(clock.clone());
         let daemon = daemon(directory.path(), clock, launcher.clone());
-        let listener = server::listen(&directory.path().join("msbd.sock")).unwrap();
+        let listener = server::listen(&directory.path().join("msbd.sock")).unwrap().listener;
         let state = ApiState::new(daemon, HostProbe::new("/nonexistent/msb-vmm".into(), None), directory.path().into());
-        let serving = tokio::spawn(server::serve(listener, api::router(state)));
+        let serving = tokio::spawn(server::serve(listener, None, api::router(state)));
         tokio::time::timeout(Duration::from_secs(60), test(World { directory, launcher }))
             .await
             .expect("the test hangs");

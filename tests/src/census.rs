@@ -32,13 +32,16 @@ impl Process {
         }
     }
 
-    /// Whether it still runs; a zombie does not.
+    /// Whether it still runs; a zombie does not. Each thread is looked at: the first one is often a zombie while another still holds
+    /// the process's files, a listening socket among them.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok();
-        let state =
-            state.as_deref().and_then(|text| text.rsplit_once(')')).map(|(_, rest)| rest.trim_start().chars().next());
-        matches!(state, Some(Some(letter)) if letter != 'Z' && letter != 'X')
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
+        threads.flatten().any(|thread| {
+            let text = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            let state = text.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+            state.is_some_and(|letter| letter != 'Z' && letter != 'X')
+        })
     }
 
     /// Bytes of memory that are this process's alone (`Private_Clean` and `Private_Dirty` of `smaps_rollup`).

@@ -4,6 +4,8 @@
 //! P/bin/{msb,msbd,msb-vmm,msb-metrics}
 //! P/share/msb/{vmlinux,System.map,initramfs.cpio,upper.ext4.zst}
 //! P/share/man/man1/msb*.1 and completions for bash, zsh and fish (with --prefix only)
+//! P/lib/systemd/{user,system}/… and P/lib/sysusers.d/msb.conf (with --prefix only; `units`)
+//! P/share/msb/installed.txt, the manifest that `msb self uninstall` goes by (with --prefix only)
 //! ```
 //!
 //! Each file is replaced by a rename, so a running daemon keeps what it has opened. Without `--prefix` the tree is the development
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{binaries, cache, debian, initramfs, kernel, program};
+use crate::{binaries, cache, debian, initramfs, kernel, program, units};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -29,12 +31,73 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Some(prefix) => std::path::absolute(prefix)?,
         None => cache::development_tree(),
     };
-    install(&prefix, arguments.build)?;
     if arguments.prefix.is_some() {
-        binaries::companion("reference", &["--manuals", prefix.to_str().context("a prefix that is not UTF-8")?])?;
+        // A tree of its own first: what is in it is what the manifest names.
+        let work = tempfile::tempdir()?;
+        let tree = work.path().join("tree");
+        lay_out(&tree, &prefix, arguments.build)?;
+        for name in files_below(&tree)? {
+            let from = tree.join(&name);
+            let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&from)?.permissions()) & 0o777;
+            cache::place_file(&from, &prefix.join(&name), mode)?;
+        }
+        hints(&prefix);
+    } else {
+        install(&prefix, arguments.build)?;
     }
     println!("installed under {}; the command is {}", prefix.display(), prefix.join("bin/msb").display());
     Ok(())
+}
+
+/// The manifest below the prefix.
+pub(crate) const MANIFEST: &str = "share/msb/installed.txt";
+
+/// Everything that is shipped, in a fresh tree, with units for programs that run from `prefix`.
+pub(crate) fn lay_out(tree: &Path, prefix: &Path, build: binaries::Arguments) -> Result<()> {
+    install(tree, build)?;
+    binaries::companion("reference", &["--manuals", tree.to_str().context("a path that is not UTF-8")?])?;
+    for (path, text) in units::files(prefix) {
+        let place = tree.join(path);
+        std::fs::create_dir_all(place.parent().context("a unit has a folder")?)?;
+        std::fs::write(&place, text).with_context(|| format!("cannot write {}", place.display()))?;
+    }
+    let mut names = files_below(tree)?;
+    names.push(MANIFEST.to_owned());
+    names.sort();
+    let manifest = tree.join(MANIFEST);
+    std::fs::write(&manifest, names.join("\n") + "\n").with_context(|| format!("cannot write {}", manifest.display()))
+}
+
+/// Every file of a tree, relative to it, in order.
+fn files_below(tree: &Path) -> Result<Vec<String>> {
+    let (mut folders, mut names) = (vec![tree.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                names.push(entry.path().strip_prefix(tree)?.to_str().context("a name that is not UTF-8")?.to_owned());
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What the host still has to be told, if systemd runs it.
+fn hints(prefix: &Path) {
+    if !Path::new("/run/systemd/system").is_dir() {
+        return;
+    }
+    if prefix != Path::new("/usr") && prefix != Path::new("/usr/local") {
+        println!("systemd looks for units under /usr and /usr/local only: link {}/lib/systemd", prefix.display());
+    }
+    println!("to have the socket held by systemd: systemctl --user enable --now msbd.socket");
+    let user = std::env::var("USER").unwrap_or_default();
+    if !user.is_empty() && user != "root" && !Path::new("/var/lib/systemd/linger").join(&user).exists() {
+        println!("sandboxes end with your last session until you run: loginctl enable-linger {user}");
+    }
 }
 
 /// Builds what is missing and lays it out under `prefix`.

@@ -15,6 +15,7 @@ mod cache;
 mod debian;
 mod demo;
 mod dependencies;
+mod dist;
 mod docs;
 mod fuzz;
 mod home;
@@ -28,6 +29,7 @@ mod program;
 mod sdk;
 mod soak;
 mod test;
+mod units;
 
 use std::process::ExitCode;
 
@@ -55,6 +57,8 @@ enum Chore {
     Build(binaries::Arguments),
     /// Lay out programs, kernel and guest files under a prefix
     Install(install::Arguments),
+    /// Make what is shipped: a tarball and a Debian package, with checksums
+    Dist(dist::Arguments),
     /// Generate the references under docs/, or check that they are up to date
     Docs(docs::Arguments),
     /// Compare the crates' dependencies with the table in ARCHITECTURE.md, and the sources with the house rules
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Chore::Images(arguments) => images::run(&arguments),
         Chore::Build(arguments) => binaries::run(&arguments),
         Chore::Install(arguments) => install::run(&arguments),
+        Chore::Dist(arguments) => dist::run(&arguments),
         Chore::Docs(arguments) => docs::run(&arguments),
         Chore::CheckDeps => dependencies::run().and_then(|()| house::run()),
         Chore::Lab(arguments) => lab::run(&arguments),

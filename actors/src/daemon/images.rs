@@ -4,7 +4,6 @@ use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use actix::Addr;
 use msb_protocol::control::{CreateRequest, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::ApiError;
 use msb_protocol::images::{
@@ -19,11 +18,12 @@ use crate::images::{
     CheckStore, ImageActor, ImageStore, ImageUsers, InspectImage, ListImages, LoadImage, LoadOptions, Prepare,
     PreparedImage, Work,
 };
+use crate::kept::Kept;
 use crate::sandbox::directories::Directories;
 use crate::supervisor::{All, ListImageUsers};
 
 impl Daemon {
-    fn images(&self) -> &Addr<ImageActor> {
+    fn images(&self) -> &Kept<ImageActor> {
         &self.surroundings.images
     }
 

@@ -23,7 +23,10 @@ use msb_protocol::vmm::DiskPart;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
+use crate::faults;
 use crate::inspect::{ActorReport, Inspect};
+use crate::kept::{Kept, Life};
 
 /// Messages that wait for the actor before their senders are told to.
 const MAILBOX_LEN: usize = 1_024;
@@ -164,12 +167,19 @@ pub struct ImageActor {
     store: Arc<dyn ImageStore>,
     in_flight: HashMap<String, Vec<oneshot::Sender<Result<PreparedImage, ApiError>>>>,
     handled: u64,
+    _life: Life,
 }
 
 impl ImageActor {
-    /// The actor of a store.
-    pub fn new(store: Arc<dyn ImageStore>) -> Self {
-        Self { store, in_flight: HashMap::new(), handled: 0 }
+    /// Starts the actor of a store.
+    #[must_use]
+    pub fn keep(store: Arc<dyn ImageStore>, clock: Arc<dyn Clock>) -> Kept<Self> {
+        Kept::keep("images", clock, move |life| Self {
+            store: store.clone(),
+            in_flight: HashMap::new(),
+            handled: 0,
+            _life: life,
+        })
     }
 
     fn blocking<T: Send + 'static>(
@@ -207,6 +217,7 @@ impl Handler<Prepare> for ImageActor {
     type Result = ResponseFuture<Result<PreparedImage, ApiError>>;
 
     fn handle(&mut self, Prepare(reference): Prepare, ctx: &mut Self::Context) -> Self::Result {
+        faults::here("images/prepare");
         self.handled += 1;
         let (reply, answer) = oneshot::channel();
         let waiting = self.in_flight.entry(reference.clone()).or_default();
@@ -238,6 +249,7 @@ pub struct MakeUpper {
 impl Handler<MakeUpper> for ImageActor {
     type Result = ResponseFuture<Result<(), ApiError>>;
     fn handle(&mut self, message: MakeUpper, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/make_upper");
         self.blocking(move |store| store.make_upper(&message.path, message.size_mib))
     }
 }
@@ -250,6 +262,7 @@ pub struct ListImages;
 impl Handler<ListImages> for ImageActor {
     type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
     fn handle(&mut self, _: ListImages, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/list");
         self.blocking(|store| store.list())
     }
 }
@@ -267,6 +280,7 @@ pub struct InspectImage {
 impl Handler<InspectImage> for ImageActor {
     type Result = ResponseFuture<Result<ImageDetail, ApiError>>;
     fn handle(&mut self, message: InspectImage, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/inspect");
         self.blocking(move |store| {
             let mut detail = store.inspect(&message.reference)?;
             detail.used_by = message.users.get(&detail.summary.digest).cloned().unwrap_or_default();
@@ -293,6 +307,7 @@ impl<T: Send + 'static> Work<T> {
 impl<T: Send + 'static> Handler<Work<T>> for ImageActor {
     type Result = ResponseFuture<Result<T, ApiError>>;
     fn handle(&mut self, Work(work): Work<T>, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/work");
         self.blocking(work)
     }
 }
@@ -312,6 +327,7 @@ pub struct LoadImage {
 impl Handler<LoadImage> for ImageActor {
     type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
     fn handle(&mut self, mut message: LoadImage, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/load");
         self.blocking(move |store| {
             let progress = message.progress;
             store.load(&mut *message.archive, &message.how, &mut |event| match event {
@@ -332,6 +348,7 @@ pub struct CheckStore;
 impl Handler<CheckStore> for ImageActor {
     type Result = ResponseFuture<Result<StoreReport, ApiError>>;
     fn handle(&mut self, _: CheckStore, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/check");
         self.blocking(|store| store.check())
     }
 }
@@ -339,6 +356,7 @@ impl Handler<CheckStore> for ImageActor {
 impl Handler<Inspect> for ImageActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        faults::here("images/inspect_actor");
         MessageResult(ActorReport {
             handled: self.handled,
             state: format!("{} images being prepared", self.in_flight.len()),

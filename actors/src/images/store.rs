@@ -273,9 +273,9 @@ impl ImageStore for ContentStore {
 
     fn prune(&self, request: &PruneRequest, users: &ImageUsers) -> Result<PruneReport, ApiError> {
         let labels = request.labels.iter().map(|text| {
-            LabelTerm::parse(text).map(|term| match term {
-                LabelTerm::Equals(key, value) => (key, Some(value)),
-                LabelTerm::Exists(key) => (key, None),
+            LabelTerm::parse(text).map(|_| match text.split_once('=') {
+                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                None => (text.clone(), None),
             })
         });
         let now_ms = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or_default();

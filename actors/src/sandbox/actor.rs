@@ -10,6 +10,8 @@
 //! It owns the VM's command channel, the watch on the creator, the beats and the timers. It never blocks, never touches a session's
 //! bytes, and never decides anything that the machine could.
 
+mod care;
+
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -31,10 +33,12 @@ use super::directories::Directories;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
 use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
 use super::network::BoundPorts;
+use super::probe::Probed;
 use super::ssh::SshForwarder;
 use super::view::{self, View};
 use super::{mounts, plan};
 use crate::daemon::Daemon;
+use crate::faults;
 use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
@@ -42,6 +46,8 @@ use crate::journal::{Change, EventDraft, SandboxRecord};
 use crate::metrics::BeatSample;
 use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
+
+pub use care::Relabel;
 
 /// Messages that wait for one sandbox before their senders are told `sandbox_busy`.
 const MAILBOX_LEN: usize = 64;
@@ -82,6 +88,7 @@ impl Handler<OpenSsh> for SandboxActor {
     type Result = ResponseActFuture<Self, Result<Arc<SshForwarder>, ApiError>>;
 
     fn handle(&mut self, OpenSsh(daemon): OpenSsh, _: &mut Self::Context) -> Self::Result {
+        faults::here("sandbox/ssh");
         self.handled += 1;
         if let Some(forwarder) = &self.ssh {
             return Box::pin(actix::fut::ready(Ok(Arc::clone(forwarder))));
@@ -114,6 +121,8 @@ enum News {
     Spawned(Result<VmHandle, ApiError>),
     Adopted(Adoption),
     FilesRemoved(Result<(), ApiError>),
+    Examined(BootId, Probed),
+    Hooked(BootId, Probed),
 }
 
 /// What a new incarnation of a sandbox is made from.
@@ -158,6 +167,7 @@ pub struct SandboxActor {
     beats: Option<BeatWatch>,
     /// Events of a run whose launch or adoption is under way.
     coming: Option<(BootId, mpsc::Receiver<VmEvent>)>,
+    care: Option<care::Care>,
     timer: Option<SpawnHandle>,
     beat_timer: Option<SpawnHandle>,
     /// Steps whose effects are not done yet, oldest first.
@@ -174,6 +184,14 @@ pub struct SandboxActor {
 struct Step {
     change: Option<Change>,
     effects: Vec<Effect>,
+    /// Who waits for the change to be durable.
+    waiting: Option<oneshot::Sender<Result<(), ApiError>>>,
+}
+
+impl Step {
+    fn new(change: Option<Change>, effects: Vec<Effect>) -> Self {
+        Self { change, effects, waiting: None }
+    }
 }
 
 impl SandboxActor {
@@ -212,6 +230,7 @@ impl SandboxActor {
             visits: Arc::default(),
             beats: None,
             coming: None,
+            care: None,
             timer: None,
             beat_timer: None,
             steps: VecDeque::new(),
@@ -245,6 +264,9 @@ impl SandboxActor {
             self.activity.touch_start();
             self.beats = Some(BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms));
             self.arm_beats(ctx);
+            self.begin_care(run.boot_id, ctx);
+        } else if was_running && !matches!(self.machine.state(), State::Running { .. }) {
+            self.end_care(ctx);
         }
         for effect in &effects {
             match effect {
@@ -284,7 +306,7 @@ impl SandboxActor {
             }
             _ => None,
         };
-        self.steps.push_back(Step { change, effects });
+        self.steps.push_back(Step::new(change, effects));
         self.advance(ctx);
         Ok(())
     }
@@ -292,7 +314,10 @@ impl SandboxActor {
     /// Idleness is found by a timer of the daemon but is its own reason to a reader of events.
     fn actor_of(&self, event: Event, word: &str) -> String {
         match (event, self.machine.state()) {
-            (Event::Tick { .. }, State::Draining { cause: EndCause::Idle, .. }) => "idle".into(),
+            (
+                Event::Tick { .. },
+                State::PreStop { cause: EndCause::Idle, .. } | State::Draining { cause: EndCause::Idle, .. },
+            ) => "idle".into(),
             _ => word.into(),
         }
     }
@@ -321,6 +346,10 @@ impl SandboxActor {
                 let durable =
                     async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
                         this.stepping = false;
+                        if let Some(waiting) = step.waiting {
+                            // Whoever has gone meanwhile wanted to know no more.
+                            let _ = waiting.send(outcome.clone());
+                        }
                         match outcome {
                             // Nothing may be made that the journal does not know of.
                             Err(error) if step.effects.contains(&Effect::LeaseImage) => {
@@ -349,7 +378,7 @@ impl SandboxActor {
                 return;
             }
             let change = Change::Put(Box::new(this.record.clone()), None);
-            this.steps.push_back(Step { change: Some(change), effects: Vec::new() });
+            this.steps.push_back(Step::new(Some(change), Vec::new()));
             this.advance(ctx);
         }));
     }
@@ -415,8 +444,11 @@ impl SandboxActor {
             }
             _ => None,
         };
+        let mut detail = view::detail(&self.record, &self.machine, &self.directories, next_try_at);
+        detail.health_report = self.care.as_ref().map(care::Care::report);
+        detail.summary.health = detail.health_report.as_ref().map(|report| report.status);
         let view = View {
-            detail: view::detail(&self.record, &self.machine, &self.directories, next_try_at),
+            detail,
             runs_ready: self.runs_ready,
             starts_failed: self.starts_failed,
             failure: self.failure.clone(),
@@ -445,6 +477,7 @@ impl SandboxActor {
         let Some(due) = due else { return };
         let sleep = self.surroundings.clock.sleep_until(due);
         self.timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
+            faults::here("sandbox/timer");
             this.timer = None;
             let last_activity_ms = this.activity.last_ms();
             this.tell(Event::Tick { last_activity_ms }, ctx);
@@ -520,6 +553,7 @@ impl SandboxActor {
                 Effect::MakeDisks => self.make_disks(ctx),
                 Effect::SpawnVm => self.spawn_vm(ctx),
                 Effect::ReleaseImage => self.image = None,
+                Effect::RunHook => self.run_hook(ctx),
                 Effect::Shutdown { cause, grace_ms } => self.command(VmCommand::Shutdown { cause, grace_ms }),
                 Effect::KillVm { cause } => self.command(VmCommand::Kill { cause }),
                 Effect::Adopt => self.adopt(ctx),
@@ -664,15 +698,19 @@ impl SandboxActor {
     }
 
     fn hear(&mut self, news: News, ctx: &mut Context<Self>) {
+        faults::here("sandbox/news");
         let (event, failure) = match news {
             News::Leased(Ok(image)) => {
-                self.record.image_digest.clone_from(&image.digest);
-                self.record.labels = labels::merge(&image.config.labels, &self.record.spec.labels);
+                // Once: what is changed later is the user's, also where it took a label of the image away.
+                if self.record.image_digest.is_empty() {
+                    self.record.labels = labels::merge(&image.config.labels, &self.record.spec.labels);
+                }
                 self.record.command = if self.record.spec.workload == msb_protocol::spec::Workload::Main {
                     plan::command_line(&self.record.spec, &image.config)
                 } else {
                     Vec::new()
                 };
+                self.record.image_digest.clone_from(&image.digest);
                 self.image = Some(image);
                 (Event::PhaseDone(StartPhase::ImageLeased), None)
             }
@@ -709,6 +747,8 @@ impl SandboxActor {
                 self.watch_creator(ctx);
                 return;
             }
+            News::Examined(boot_id, probed) => return self.examined(boot_id, probed, ctx),
+            News::Hooked(boot_id, probed) => return self.hooked(boot_id, &probed, ctx),
             News::FilesRemoved(outcome) => return self.files_removed(outcome, ctx),
             News::Leased(Err(error)) | News::Disks(Err(error)) | News::Spawned(Err(error)) => {
                 (Event::PhaseFailed, Some(error))
@@ -818,6 +858,7 @@ impl Actor for SandboxActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        faults::here("sandbox/started");
         ctx.set_mailbox_capacity(MAILBOX_LEN);
         let effects = std::mem::take(&mut self.first_effects);
         match self.first.take() {
@@ -827,7 +868,7 @@ impl Actor for SandboxActor {
             }
             None => {
                 let recovering = matches!(self.machine.state(), State::Recovering { .. } | State::Removed);
-                self.steps.push_back(Step { change: None, effects });
+                self.steps.push_back(Step::new(None, effects));
                 self.advance(ctx);
                 if !recovering {
                     self.watch_creator(ctx);
@@ -841,6 +882,7 @@ impl Handler<Ask> for SandboxActor {
     type Result = Result<(), ApiError>;
 
     fn handle(&mut self, ask: Ask, ctx: &mut Self::Context) -> Self::Result {
+        faults::here("sandbox/ask");
         self.handled += 1;
         match ask {
             Ask::Event(event) => {
@@ -864,7 +906,7 @@ impl Handler<Ask> for SandboxActor {
                     ctx.cancel_future(watch);
                 }
                 let change = Change::Put(Box::new(self.record.clone()), None);
-                self.steps.push_back(Step { change: Some(change), effects: Vec::new() });
+                self.steps.push_back(Step::new(Some(change), Vec::new()));
                 self.advance(ctx);
                 Ok(())
             }
@@ -874,6 +916,7 @@ impl Handler<Ask> for SandboxActor {
 
 impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
     fn handle(&mut self, (boot_id, event): (BootId, VmEvent), ctx: &mut Self::Context) {
+        faults::here("sandbox/vm_event");
         self.handled += 1;
         if self.machine.run().is_none_or(|run| run.boot_id != boot_id) {
             return;
@@ -898,7 +941,7 @@ impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
                     actor: "supervisor".into(),
                     message: String::new(),
                 };
-                self.steps.push_back(Step { change: Some(Change::Event(draft)), effects: Vec::new() });
+                self.steps.push_back(Step::new(Some(Change::Event(draft)), Vec::new()));
                 self.advance(ctx);
             }
             VmEvent::Gone(gone) => {
@@ -952,6 +995,7 @@ pub struct Explain(pub String);
 impl Handler<Explain> for SandboxActor {
     type Result = MessageResult<Explain>;
     fn handle(&mut self, Explain(target): Explain, _: &mut Self::Context) -> Self::Result {
+        faults::here("sandbox/explain");
         self.handled += 1;
         let running = matches!(self.machine.state(), State::Running { .. } | State::Draining { .. });
         MessageResult(running.then(|| {
@@ -965,6 +1009,7 @@ impl Handler<Explain> for SandboxActor {
 impl Handler<Inspect> for SandboxActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
+        faults::here("sandbox/inspect");
         MessageResult(ActorReport { handled: self.handled, state: self.machine.shown().as_str().into() })
     }
 }

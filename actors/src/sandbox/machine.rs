@@ -19,7 +19,7 @@
 //!
 //! * **starting** is a chain of phases. A failure before the VM exists takes apart what the earlier phases made, newest first,
 //!   and a sandbox that never ran vanishes; a failure after it is an end of a run like any other.
-//! * **draining**: the workload has its grace time. **stopping**: the workload is over, the guest flushes and turns itself off.
+//! * **draining** begins with the pre-stop hook, if there is one; then the workload has its grace time. **stopping**: the workload is over, the guest flushes and turns itself off.
 //! * **settle** is the only place that decides what follows an end ([`Policy`]).
 //! * **recovering** (a daemon that starts finds a record of a live run) shows as the state it was found in.
 //!
@@ -61,6 +61,8 @@ pub struct Policy {
     pub stop_grace_ms: u64,
     /// Whether it vanishes when it ends.
     pub ephemeral: bool,
+    /// Time of the pre-stop hook in milliseconds, if there is one.
+    pub pre_stop_ms: Option<u64>,
 }
 
 impl Policy {
@@ -74,7 +76,13 @@ impl Policy {
             max_duration_ms: spec.max_duration_ms,
             stop_grace_ms: spec.stop_grace_ms,
             ephemeral: spec.ephemeral,
+            pre_stop_ms: spec.pre_stop.as_ref().map(|hook| hook.timeout_ms),
         }
+    }
+
+    /// Whether an unhealthy sandbox is stopped and started again. Without a restart policy its health is shown, as in docker.
+    fn restarts_unhealthy(&self) -> bool {
+        matches!(self.restart, RestartPolicy::OnFailure { .. } | RestartPolicy::Always | RestartPolicy::UnlessStopped)
     }
 }
 
@@ -111,6 +119,8 @@ pub enum Then {
     Settle,
     /// The next run: somebody asked for a restart.
     Start,
+    /// Rest until the next daemon, which asks the policies: the host goes down.
+    Park,
 }
 
 /// Where the sandbox is. Variants own what exists in them.
@@ -134,6 +144,21 @@ pub enum State {
         run: Run,
         /// When it became ready, on the machine's clock.
         ready_at_ms: u64,
+    },
+    /// The pre-stop hook runs; the workload does not know yet.
+    PreStop {
+        /// The run.
+        run: Run,
+        /// Why.
+        cause: EndCause,
+        /// What follows.
+        then: Then,
+        /// Grace time of the workload, once the hook is over.
+        grace_ms: u64,
+        /// When the hook is over in any case.
+        until_ms: u64,
+        /// How long the run had been up.
+        ran_ms: u64,
     },
     /// The workload was asked to end.
     Draining {
@@ -247,12 +272,16 @@ pub enum Event {
         /// What follows.
         then: Then,
     },
+    /// The host goes down: end it with a flush, and come back with the next daemon if the policy says so.
+    HostStop,
     /// End it now.
     Kill,
     /// The creator of an attached sandbox is gone.
     CreatorGone,
     /// The health check says it is ill.
     Unhealthy,
+    /// The pre-stop hook is over, however it ended.
+    HookDone,
     /// The agent missed its beats.
     AgentSilent,
     /// Time went on.
@@ -283,6 +312,8 @@ impl Event {
             | Self::PhaseDone(_)
             | Self::PhaseFailed
             | Self::Unhealthy
+            | Self::HookDone
+            | Self::HostStop
             | Self::AgentSilent
             | Self::Adopted { .. } => By::Supervisor,
         }
@@ -307,6 +338,8 @@ pub enum Effect {
     SpawnVm,
     /// Give the lease back.
     ReleaseImage,
+    /// Run the pre-stop hook; answer with `HookDone`.
+    RunHook,
     /// Ask the agent to end the workload, flush and turn off.
     Shutdown {
         /// What the VM process is to record.
@@ -390,7 +423,10 @@ impl Machine {
                 recovering(run, SandboxState::Starting, abandon.map(|cause| (cause, Then::Settle)))
             }
             State::Running { run, .. } => recovering(run, SandboxState::Running, None),
-            State::Draining { run, cause, then, .. } => recovering(run, SandboxState::Draining, Some((cause, then))),
+            // The hook runs anew: whether it came to its end is not known.
+            State::PreStop { run, cause, then, .. } | State::Draining { run, cause, then, .. } => {
+                recovering(run, SandboxState::Draining, Some((cause, then)))
+            }
             State::Stopping { run, cause, then, .. } => recovering(run, SandboxState::Stopping, Some((cause, then))),
             // The clock of another boot of the host says nothing here: the wait is over.
             State::Restarting { .. } => State::Restarting { at_ms: now_ms },
@@ -445,7 +481,7 @@ impl Machine {
             State::Created => SandboxState::Created,
             State::Starting { .. } => SandboxState::Starting,
             State::Running { .. } => SandboxState::Running,
-            State::Draining { .. } => SandboxState::Draining,
+            State::PreStop { .. } | State::Draining { .. } => SandboxState::Draining,
             State::Stopping { .. } => SandboxState::Stopping,
             State::Stopped | State::Removed => SandboxState::Stopped,
             State::Asleep => SandboxState::Asleep,
@@ -461,6 +497,7 @@ impl Machine {
         match self.state {
             State::Starting { run, .. }
             | State::Running { run, .. }
+            | State::PreStop { run, .. }
             | State::Draining { run, .. }
             | State::Stopping { run, .. }
             | State::Recovering { run, .. } => Some(run),
@@ -504,7 +541,9 @@ impl Machine {
                     .map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
                 [lifetime, idle].into_iter().flatten().min()
             }
-            State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => Some(until_ms),
+            State::PreStop { until_ms, .. } | State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => {
+                Some(until_ms)
+            }
             State::Restarting { at_ms } => Some(at_ms),
             _ => None,
         }
@@ -594,7 +633,7 @@ impl Machine {
             (State::Running { run, ready_at_ms }, Event::CreatorGone) if !self.detached => {
                 Ok(self.drain(run, ready_at_ms, EndCause::CreatorGone, None, Then::Settle, at))
             }
-            (State::Running { run, ready_at_ms }, Event::Unhealthy) => {
+            (State::Running { run, ready_at_ms }, Event::Unhealthy) if self.policy.restarts_unhealthy() => {
                 Ok(self.drain(run, ready_at_ms, EndCause::Unhealthy, None, Then::Settle, at))
             }
             (State::Running { run, ready_at_ms }, Event::Tick { last_activity_ms }) => {
@@ -615,7 +654,24 @@ impl Machine {
                     stopping(run, EndCause::Completed, Then::Settle, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
                 Ok(Vec::new())
             }
-            (State::Draining { run, cause, then, ran_ms, .. }, Event::MainExited) => {
+            (State::PreStop { run, cause, then, grace_ms, ran_ms, .. }, Event::HookDone) => {
+                Ok(self.shut_down(run, cause, grace_ms, then, ran_ms, at))
+            }
+            (State::PreStop { run, cause, then, grace_ms, until_ms, ran_ms }, Event::Tick { .. })
+                if at.now_ms >= until_ms =>
+            {
+                Ok(self.shut_down(run, cause, grace_ms, then, ran_ms, at))
+            }
+            // The hook is not begun again, nor is its time cut short.
+            (State::PreStop { run, until_ms, ran_ms, grace_ms, .. }, Event::Stop { grace_ms: own, then }) => {
+                let (cause, grace_ms) = (EndCause::StopRequested, own.unwrap_or(grace_ms));
+                self.state = State::PreStop { run, cause, then, grace_ms, until_ms, ran_ms };
+                Ok(Vec::new())
+            }
+            (
+                State::PreStop { run, cause, then, ran_ms, .. } | State::Draining { run, cause, then, ran_ms, .. },
+                Event::MainExited,
+            ) => {
                 self.state = stopping(run, cause, then, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
                 Ok(Vec::new())
             }
@@ -629,6 +685,16 @@ impl Machine {
                 let cause = if cause.is_crash() { cause } else { EndCause::Killed };
                 Ok(vec![Effect::KillVm { cause }])
             }
+            (State::Running { run, ready_at_ms }, Event::HostStop) => {
+                Ok(self.drain(run, ready_at_ms, EndCause::HostShutdown, None, Then::Park, at))
+            }
+            (State::Starting { run, phase, .. }, Event::HostStop) => {
+                Ok(self.abandon(run, phase, EndCause::HostShutdown, at))
+            }
+            (State::Restarting { .. }, Event::HostStop) => {
+                self.state = State::Restarting { at_ms: u64::MAX };
+                Ok(Vec::new())
+            }
             // A person's stop outranks the stop under way: what it leads to is now that person's business.
             (State::Draining { run, until_ms, ran_ms, .. }, Event::Stop { grace_ms, then }) => {
                 let until_ms = grace_ms.map_or(until_ms, |grace| until_ms.min(at.now_ms.saturating_add(grace)));
@@ -639,11 +705,6 @@ impl Machine {
                 self.state = stopping(run, EndCause::StopRequested, then, until_ms, ran_ms);
                 Ok(Vec::new())
             }
-            (State::Restarting { .. } | State::Asleep, Event::Stop { then: Then::Settle, .. } | Event::Kill) => {
-                Ok(self.rest(State::Stopped))
-            }
-            (State::Restarting { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
-            (State::Asleep, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
             (
                 State::Created | State::Stopped | State::Crashed | State::Asleep | State::Restarting { .. },
                 Event::Stop { then: Then::Start, .. },
@@ -651,6 +712,11 @@ impl Machine {
                 (self.restarts, self.failures) = (0, 0);
                 Ok(self.begin(at, false, false))
             }
+            (State::Restarting { .. } | State::Asleep, Event::Stop { .. } | Event::Kill) => {
+                Ok(self.rest(State::Stopped))
+            }
+            (State::Restarting { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
+            (State::Asleep, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
             (State::Created | State::Stopped | State::Crashed, Event::Stop { .. } | Event::Kill) => Ok(Vec::new()),
 
             // Down, at once. A guest that is not up has nothing to flush.
@@ -663,9 +729,12 @@ impl Machine {
             (State::Running { run, ready_at_ms }, Event::Kill) => {
                 Ok(self.kill(run, EndCause::Killed, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
-            (State::Draining { run, ran_ms, .. } | State::Stopping { run, ran_ms, .. }, Event::Kill) => {
-                Ok(self.kill(run, EndCause::Killed, Then::Settle, ran_ms, at))
-            }
+            (
+                State::PreStop { run, ran_ms, .. }
+                | State::Draining { run, ran_ms, .. }
+                | State::Stopping { run, ran_ms, .. },
+                Event::Kill,
+            ) => Ok(self.kill(run, EndCause::Killed, Then::Settle, ran_ms, at)),
             (State::Running { run, ready_at_ms }, Event::AgentSilent) => {
                 Ok(self.kill(run, EndCause::AgentLost, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
@@ -675,7 +744,8 @@ impl Machine {
                 Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
             (
-                State::Draining { run, cause: wanted, then, ran_ms, .. }
+                State::PreStop { run, cause: wanted, then, ran_ms, .. }
+                | State::Draining { run, cause: wanted, then, ran_ms, .. }
                 | State::Stopping { run, cause: wanted, then, ran_ms, .. },
                 Event::VmEnded { cause, success },
             ) => Ok(self.settle(run, Some(wanted), cause, success, then, ran_ms, at)),
@@ -726,7 +796,10 @@ impl Machine {
                 Ok(self.abandon(run, phase, EndCause::Killed, at))
             }
             (
-                State::Running { run, .. } | State::Draining { run, .. } | State::Stopping { run, .. },
+                State::Running { run, .. }
+                | State::PreStop { run, .. }
+                | State::Draining { run, .. }
+                | State::Stopping { run, .. },
                 Event::Remove { force: true },
             ) => {
                 self.removing = true;
@@ -743,6 +816,8 @@ impl Machine {
                 | Event::VmEnded { .. }
                 | Event::CreatorGone
                 | Event::Unhealthy
+                | Event::HookDone
+                | Event::HostStop
                 | Event::AgentSilent
                 | Event::Tick { .. }
                 | Event::Adopted { .. },
@@ -791,7 +866,25 @@ impl Machine {
         at: Moment,
     ) -> Vec<Effect> {
         let grace_ms = grace_ms.unwrap_or(self.policy.stop_grace_ms);
-        let (until_ms, ran_ms) = (at.now_ms.saturating_add(grace_ms), at.now_ms.saturating_sub(ready_at_ms));
+        let ran_ms = at.now_ms.saturating_sub(ready_at_ms);
+        if let Some(budget_ms) = self.policy.pre_stop_ms {
+            let until_ms = at.now_ms.saturating_add(budget_ms);
+            self.state = State::PreStop { run, cause, then, grace_ms, until_ms, ran_ms };
+            return vec![Effect::RunHook];
+        }
+        self.shut_down(run, cause, grace_ms, then, ran_ms, at)
+    }
+
+    fn shut_down(
+        &mut self,
+        run: Run,
+        cause: EndCause,
+        grace_ms: u64,
+        then: Then,
+        ran_ms: u64,
+        at: Moment,
+    ) -> Vec<Effect> {
+        let until_ms = at.now_ms.saturating_add(grace_ms);
         self.state = State::Draining { run, cause, then, until_ms, ran_ms };
         vec![Effect::Shutdown { cause, grace_ms }]
     }
@@ -841,8 +934,12 @@ impl Machine {
                 State::Stopped
             }
             EndCause::Completed => self.after_exit(success, at),
-            EndCause::HostShutdown => match self.policy.restart {
-                RestartPolicy::Always | RestartPolicy::UnlessStopped => State::Restarting { at_ms: at.now_ms },
+            EndCause::HostShutdown => match (self.policy.restart, then) {
+                // Never by this daemon: the next one finds it waiting.
+                (RestartPolicy::Always | RestartPolicy::UnlessStopped, Then::Park) => {
+                    State::Restarting { at_ms: u64::MAX }
+                }
+                (RestartPolicy::Always | RestartPolicy::UnlessStopped, _) => State::Restarting { at_ms: at.now_ms },
                 _ => State::Stopped,
             },
             // A first start that fails is its caller's business; a later one is the policy's.

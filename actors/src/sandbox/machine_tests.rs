@@ -23,6 +23,7 @@ fn policy() -> Policy {
         max_duration_ms: Some(60_000),
         stop_grace_ms: 8_000,
         ephemeral: false,
+        pre_stop_ms: None,
     }
 }
 
@@ -40,6 +41,17 @@ fn all_states() -> Vec<(&'static str, State)> {
         ("starting/disks_made, abandoned", starting(StartPhase::DisksMade, Some(EndCause::StopRequested))),
         ("starting/vm_spawned", starting(StartPhase::VmSpawned, None)),
         ("running", State::Running { run: run(), ready_at_ms: 0 }),
+        (
+            "pre_stop/idle",
+            State::PreStop {
+                run: run(),
+                cause: EndCause::Idle,
+                then: Then::Settle,
+                grace_ms: 8_000,
+                until_ms: 10_000,
+                ran_ms: 0,
+            },
+        ),
         (
             "draining/idle",
             State::Draining { run: run(), cause: EndCause::Idle, then: Then::Settle, until_ms: 8_000, ran_ms: 0 },
@@ -76,9 +88,11 @@ fn all_events() -> Vec<(&'static str, Event)> {
         ("vm ended: vmm_crash", Event::VmEnded { cause: EndCause::VmmCrash, success: false }),
         ("stop", Event::Stop { grace_ms: None, then: Then::Settle }),
         ("restart", Event::Stop { grace_ms: None, then: Then::Start }),
+        ("host stop", Event::HostStop),
         ("kill", Event::Kill),
         ("creator gone", Event::CreatorGone),
         ("unhealthy", Event::Unhealthy),
+        ("hook done", Event::HookDone),
         ("agent silent", Event::AgentSilent),
         ("tick, nothing due", Event::Tick { last_activity_ms: None }),
         ("tick, all due", Event::Tick { last_activity_ms: Some(0) }),
@@ -98,6 +112,7 @@ fn show_effects(effects: &[Effect]) -> String {
         .iter()
         .filter_map(|effect| match effect {
             Effect::Record { .. } => None,
+            Effect::RunHook => Some("run_hook".into()),
             Effect::Shutdown { cause, .. } => Some(format!("shutdown({})", cause.as_str())),
             Effect::KillVm { cause } => Some(format!("kill_vm({})", cause.as_str())),
             Effect::EndRun { cause, .. } => Some(format!("end_run({})", cause.as_str())),
@@ -121,6 +136,9 @@ fn show_state(machine: &Machine) -> String {
                 serde_json::to_value(phase).unwrap().as_str().unwrap(),
                 if abandon.is_some() { ", abandoned" } else { "" }
             )
+        }
+        State::PreStop { cause, then, .. } => {
+            format!("pre_stop/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
         }
         State::Draining { cause, then, .. } => {
             format!("draining/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
@@ -272,6 +290,90 @@ fn a_crash_during_a_wanted_stop_is_told_and_not_restarted() {
 }
 
 #[test]
+fn a_pre_stop_hook_comes_before_every_stop_but_a_forced_one_and_has_its_own_time() {
+    let hooked = Policy { pre_stop_ms: Some(3_000), restart: RestartPolicy::Always, ..policy() };
+    for (event, now_ms, cause) in [
+        (Event::Stop { grace_ms: Some(2_000), then: Then::Settle }, 1_000, EndCause::StopRequested),
+        (Event::CreatorGone, 1_000, EndCause::CreatorGone),
+        (Event::Unhealthy, 1_000, EndCause::Unhealthy),
+        (Event::Tick { last_activity_ms: Some(0) }, 5_000, EndCause::Idle),
+        (Event::Tick { last_activity_ms: None }, 60_000, EndCause::MaxDuration),
+    ] {
+        let grace_ms = if cause == EndCause::StopRequested { 2_000 } else { 8_000 };
+        let mut machine = running(hooked.clone(), false);
+        let effects = machine.step(event, at(now_ms)).unwrap();
+        assert!(effects.contains(&Effect::RunHook) && !effects.iter().any(|e| matches!(e, Effect::Shutdown { .. })));
+        assert_eq!((machine.shown(), machine.deadline_ms(None)), (SandboxState::Draining, Some(now_ms + 3_000)));
+        // Its end or the end of its time: the grace begins then.
+        for (over, later) in [(Event::HookDone, 500), (Event::Tick { last_activity_ms: None }, 3_000)] {
+            let mut machine = machine.clone();
+            assert!(machine.step(Event::Tick { last_activity_ms: None }, at(now_ms + 499)).unwrap().is_empty());
+            let effects = machine.step(over, at(now_ms + later)).unwrap();
+            assert!(effects.contains(&Effect::Shutdown { cause, grace_ms }), "{cause:?} {effects:?}");
+            assert_eq!(machine.deadline_ms(None), Some(now_ms + later + grace_ms));
+            // A hook that ends late changes nothing.
+            assert!(machine.step(Event::HookDone, at(now_ms + later)).unwrap().is_empty());
+        }
+    }
+    let mut machine = running(hooked.clone(), true);
+    assert!(machine.step(Event::Kill, at(1)).unwrap().contains(&Effect::KillVm { cause: EndCause::Killed }));
+    // A stop during the hook of an idle stop is a person's from there on, and the hook does not begin again.
+    let mut machine = running(hooked.clone(), true);
+    machine.step(Event::Tick { last_activity_ms: Some(0) }, at(5_000)).unwrap();
+    let effects = machine.step(Event::Stop { grace_ms: Some(1), then: Then::Settle }, at(5_001)).unwrap();
+    assert!(!effects.contains(&Effect::RunHook));
+    let effects = machine.step(Event::HookDone, at(5_002)).unwrap();
+    assert!(effects.contains(&Effect::Shutdown { cause: EndCause::StopRequested, grace_ms: 1 }));
+    // A new daemon does not know how far it came.
+    let mut machine = running(hooked.clone(), true);
+    machine.step(Event::Stop { grace_ms: None, then: Then::Settle }, at(1)).unwrap();
+    let (mut machine, _) = Machine::recover(hooked, &machine.stored(), 500);
+    assert!(machine.step(Event::Adopted { ready: true }, at(500)).unwrap().contains(&Effect::RunHook));
+}
+
+#[test]
+fn a_host_that_goes_down_flushes_and_the_next_daemon_brings_back_what_the_policy_wants() {
+    use RestartPolicy::{Always, Default as Standard, UnlessStopped};
+    for (restart, back) in [(Standard, false), (Always, true), (UnlessStopped, true)] {
+        let policy = Policy { restart, ..policy() };
+        let mut machine = running(policy.clone(), true);
+        let effects = machine.step(Event::HostStop, at(1)).unwrap();
+        assert!(effects.contains(&Effect::Shutdown { cause: EndCause::HostShutdown, grace_ms: 8_000 }));
+        machine.step(ended(EndCause::Completed, true), at(2)).unwrap();
+        assert!(machine.run().is_none());
+        // Not by this daemon, however long it still lives.
+        machine.step(Event::Tick { last_activity_ms: None }, at(1 << 40)).unwrap();
+        assert!(machine.run().is_none(), "{restart:?}");
+        let (mut machine, _) = Machine::recover(policy, &machine.stored(), 500);
+        machine.step(Event::Tick { last_activity_ms: None }, at(500)).unwrap();
+        assert_eq!(machine.run().is_some(), back, "{restart:?}");
+    }
+}
+
+#[test]
+fn ill_health_restarts_by_policy_and_is_only_shown_without_one() {
+    use RestartPolicy::{Always, Default as Standard, No, OnFailure, UnlessStopped};
+    for (restart, again) in [
+        (Standard, false),
+        (No, false),
+        (OnFailure { max_retries: Some(1) }, true),
+        (Always, true),
+        (UnlessStopped, true),
+    ] {
+        let mut machine = running(Policy { restart, ..policy() }, true);
+        let effects = machine.step(Event::Unhealthy, at(10)).unwrap();
+        assert_eq!(effects.is_empty(), !again, "{restart:?}");
+        if again {
+            let effects = machine.step(ended(EndCause::Completed, true), at(20)).unwrap();
+            assert!(effects.contains(&Effect::EndRun { boot_id: boot(2), cause: EndCause::Unhealthy }));
+            assert_eq!(machine.state, State::Restarting { at_ms: 20 + BACK_OFF_FIRST_MS });
+        } else {
+            assert_eq!(machine.shown(), SandboxState::Running);
+        }
+    }
+}
+
+#[test]
 fn a_restart_is_a_stop_and_then_a_start_with_a_new_run() {
     let mut machine = running(policy(), true);
     machine.step(Event::Stop { grace_ms: Some(1), then: Then::Start }, at(1)).unwrap();
@@ -366,6 +468,8 @@ fn event_strategy() -> impl Strategy<Value = Event> {
         Just(Event::Kill),
         Just(Event::CreatorGone),
         Just(Event::Unhealthy),
+        Just(Event::HookDone),
+        Just(Event::HostStop),
         Just(Event::AgentSilent),
         prop::option::of(0u64..100_000).prop_map(|last_activity_ms| Event::Tick { last_activity_ms }),
         any::<bool>().prop_map(|force| Event::Remove { force }),
@@ -398,7 +502,9 @@ impl World {
                     assert!(self.leased, "a lease is given back that nobody holds");
                     self.leased = false;
                 }
-                Effect::KillVm { .. } | Effect::Shutdown { .. } => assert!(self.vm, "nobody is there to be stopped"),
+                Effect::KillVm { .. } | Effect::Shutdown { .. } | Effect::RunHook => {
+                    assert!(self.vm, "nobody is there to be stopped")
+                }
                 Effect::EndRun { boot_id, .. } => {
                     assert!(
                         self.begun.contains(boot_id) && self.over.insert(*boot_id),
@@ -426,9 +532,10 @@ proptest! {
             RestartPolicy::Default, RestartPolicy::No, RestartPolicy::OnFailure { max_retries: Some(2) }, RestartPolicy::Always, RestartPolicy::UnlessStopped,
         ]),
         idle_restarts in any::<bool>(),
+        pre_stop_ms in prop::option::of(1u64..20_000),
     ) {
         let on_idle = if idle_restarts { OnIdle::Restart } else { OnIdle::Stop };
-        let mut machine = Machine::new(Policy { restart, ephemeral, on_idle, ..policy() }, detached);
+        let mut machine = Machine::new(Policy { restart, ephemeral, on_idle, pre_stop_ms, ..policy() }, detached);
         let (mut world, mut now, mut boots) = (World::default(), 0, 1u128);
         for (event, pause) in events {
             now += pause;
@@ -463,7 +570,7 @@ proptest! {
             prop_assert!(!(resting && world.vm), "at rest with a VM: {:?}", machine.state);
             prop_assert_eq!(machine.run().is_some(), world.begun.len() > world.over.len());
             prop_assert!(world.begun.len() - world.over.len() <= 1);
-            if matches!(machine.state, State::Draining { .. } | State::Stopping { .. } | State::Restarting { .. }) {
+            if matches!(machine.state, State::PreStop { .. } | State::Draining { .. } | State::Stopping { .. } | State::Restarting { .. }) {
                 prop_assert!(machine.deadline_ms(None).is_some(), "nothing would ever end this state");
             }
         }

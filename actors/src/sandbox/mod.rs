@@ -3,10 +3,12 @@
 pub mod activity;
 pub mod actor;
 pub mod directories;
+pub mod health;
 pub mod heartbeat;
 pub mod machine;
 pub mod mounts;
 pub mod network;
 pub mod plan;
+pub mod probe;
 pub mod ssh;
 pub mod view;

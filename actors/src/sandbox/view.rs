@@ -84,6 +84,7 @@ pub fn detail(
             },
             labels: record.labels.clone(),
             engine: record.engine,
+            health: None,
         },
         spec: record.spec.clone(),
         image_digest: record.image_digest.clone(),
@@ -102,5 +103,6 @@ pub fn detail(
         stops_in_ms: None,
         last_activity: None,
         boot_error: record.boot_error.clone(),
+        health_report: None,
     }
 }

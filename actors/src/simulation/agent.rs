@@ -1,5 +1,6 @@
-//! The agent's side of one stream, enough for the API's tests: `echo` prints, `cat` copies stdin, `exit N` exits, `yes` never ends,
-//! everything else waits for a signal; a connection from inside answers with what it hears.
+//! The agent's side of one stream, enough for the API's tests: `echo` prints, `cat` copies stdin, `exit N` exits, `exists PATH` exits
+//! with 0 if the host has that file, `yes` never ends, everything else waits for a signal; a connection from inside answers with what
+//! it hears.
 
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
@@ -107,6 +108,7 @@ async fn run(stream: &mut Stream, argv: &[String]) -> Option<Exited> {
             stream.print(OutputStream::Stderr, b"going\n".to_vec()).await?;
             Some(code(argv.get(1)?.parse().ok()?))
         }
+        Some("exists") => Some(code(i32::from(!std::path::Path::new(argv.get(1)?).exists()))),
         Some("yes") => loop {
             stream.print(OutputStream::Stdout, vec![b'y'; 32 << 10]).await?;
         },

@@ -12,7 +12,6 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use actix::Actor;
 use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{
@@ -31,7 +30,7 @@ use crate::clock::Clock;
 use crate::daemon::Daemon;
 use crate::images::{ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
-use crate::metrics::{MetricsActor, MetricsHandle};
+use crate::metrics::MetricsHandle;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
 use crate::supervisor::Surroundings;
@@ -194,8 +193,8 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
             log_files_max: 3,
         },
         launcher,
-        images: ImageActor::new(Arc::new(FakeImages)).start(),
-        metrics: MetricsHandle(MetricsActor::default().start()),
+        images: ImageActor::keep(Arc::new(FakeImages), clock.clone()),
+        metrics: MetricsHandle::start(clock.clone()),
         journal,
         clock,
         heartbeats: HeartbeatWriter::start().expect("a thread"),

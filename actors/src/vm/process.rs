@@ -57,6 +57,46 @@ const PENDING_MAX: usize = 64;
 pub struct ProcessLauncher {
     /// The program.
     pub program: PathBuf,
+    /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it.
+    pub scopes: Option<Scopes>,
+}
+
+/// How VM processes get into scopes of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scopes {
+    /// systemd-run(1). It makes the scope with itself in it and then becomes the program, so the process id stays.
+    pub systemd_run: PathBuf,
+    /// Whether the scopes are the user's manager's and not the system's.
+    pub user: bool,
+}
+
+/// The slice of all VM processes.
+pub const SLICE: &str = "msb.slice";
+/// Its stop comes before that of the scopes, and stops the sandboxes with a flush.
+pub const FLUSH_UNIT: &str = "msb-flush.service";
+
+impl Scopes {
+    /// What starts a program in a scope of this name. Of the environment it gets what leads to the manager, and passes nothing on.
+    #[must_use]
+    pub fn command(&self, unit: &str, program: &Path) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(&self.systemd_run);
+        command.env_clear();
+        if self.user {
+            for name in ["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"] {
+                if let Some(value) = std::env::var_os(name) {
+                    command.env(name, value);
+                }
+            }
+            command.arg("--user");
+        }
+        command.args(["--scope", "--quiet", "--collect", "--slice", SLICE]);
+        command.arg(format!("--unit={unit}"));
+        command.arg(format!("--property=Before={FLUSH_UNIT}"));
+        // The guest is given its time to flush before; what is still there gets little more.
+        command.args(["--property=TimeoutStopSec=10s", "--property=SendSIGKILL=yes", "--", "/usr/bin/env", "-i"]);
+        command.arg(program);
+        command
+    }
 }
 
 impl Launcher for ProcessLauncher {
@@ -153,11 +193,17 @@ impl ProcessLauncher {
             .open(&log_path)
             .map_err(|error| failed(&log_path.display().to_string(), error))?;
         let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
-        let mut child = tokio::process::Command::new(&self.program)
+        let mut command = match &self.scopes {
+            Some(scopes) => scopes.command(&format!("msb-{}.scope", spec.boot_id), &self.program),
+            None => tokio::process::Command::new(&self.program),
+        };
+        if self.scopes.is_none() {
+            command.env_clear();
+        }
+        let mut child = command
             .stdin(OwnedFd::from(theirs))
             .stdout(log)
             .stderr(second)
-            .env_clear()
             .current_dir("/")
             // A daemon that ends leaves its VMs alone.
             .kill_on_drop(false)

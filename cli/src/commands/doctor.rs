@@ -83,6 +83,7 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<ExitStatus, Fail
     let mut checks = Vec::new();
     programs(context, &mut checks);
     directories(context, &mut checks);
+    linger(context.locator.surroundings.uid, Path::new("/"), &mut checks);
     let mut host = None;
     let client = match context.locator.connect().await {
         Ok(client) => {
@@ -181,6 +182,33 @@ fn directories(context: &Context, checks: &mut Vec<Check>) {
         surroundings.uid,
         "remove it, or set XDG_RUNTIME_DIR to a directory that is yours",
     ));
+}
+
+/// Under systemd a user's processes end with their last session unless they linger: detached sandboxes among them.
+fn linger(uid: u32, root: &Path, checks: &mut Vec<Check>) {
+    // The mark of a running systemd (sd_booted(3)).
+    if uid == 0 || !root.join("run/systemd/system").is_dir() {
+        return;
+    }
+    let users = std::fs::read_to_string(root.join("etc/passwd")).unwrap_or_default();
+    let name = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
+    });
+    // Users of a directory service are not in the file; systemd knows them by name only.
+    let Some(name) = name.or_else(|| std::env::var("USER").ok().filter(|name| !name.contains('/'))) else { return };
+    checks.push(if root.join("var/lib/systemd/linger").join(&name).exists() {
+        Check::ok("Service", "linger", format!("{name} lingers: sandboxes outlive the last logout"))
+    } else {
+        Check::not_ok(
+            "Service",
+            "linger",
+            Verdict::Warning,
+            format!("{name} does not linger: systemd ends every sandbox at the last logout"),
+            format!("loginctl enable-linger {name}"),
+        )
+    });
 }
 
 fn directory(name: &'static str, path: &Path, uid: u32, fix: &str) -> Check {
@@ -345,6 +373,16 @@ fn redact(mut detail: SandboxDetail) -> SandboxDetail {
     {
         words.iter_mut().skip(1).for_each(|word| REDACTED.clone_into(word));
     }
+    let care = [
+        detail.spec.health.as_mut().map(|check| &mut check.command),
+        detail.spec.pre_stop.as_mut().map(|hook| &mut hook.command),
+    ];
+    for words in care.into_iter().flatten() {
+        words.iter_mut().skip(1).for_each(|word| REDACTED.clone_into(word));
+    }
+    if let Some(report) = &mut detail.health_report {
+        REDACTED.clone_into(&mut report.output);
+    }
     if let Some(error) = &mut detail.boot_error {
         // The console may show what the workload wrote to it.
         error.console_tail =
@@ -358,11 +396,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_user_who_does_not_linger_is_warned_where_systemd_runs() {
+        let root = tempfile::tempdir().unwrap();
+        let findings = |uid| {
+            let mut checks = Vec::new();
+            linger(uid, root.path(), &mut checks);
+            checks
+        };
+        assert!(findings(1000).is_empty(), "no systemd, no linger");
+        for folder in ["run/systemd/system", "etc", "var/lib/systemd/linger"] {
+            std::fs::create_dir_all(root.path().join(folder)).unwrap();
+        }
+        std::fs::write(
+            root.path().join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n",
+        )
+        .unwrap();
+        let warned = findings(1000);
+        assert_eq!(
+            (warned[0].verdict, warned[0].fix.as_deref()),
+            (Verdict::Warning, Some("loginctl enable-linger ann"))
+        );
+        std::fs::write(root.path().join("var/lib/systemd/linger/ann"), "").unwrap();
+        assert_eq!(findings(1000)[0].verdict, Verdict::Ok);
+        assert!(findings(0).is_empty());
+    }
+
+    #[test]
     fn a_report_holds_no_value_of_the_users() {
         let detail: SandboxDetail = serde_json::from_value(serde_json::json!({
             "name": "box", "id": "018cc251-f400-7000-8000-000000000001", "status": "running", "image": "busybox",
             "command": ["sh", "hunter2"], "created_at": "2026-01-02T03:04:05Z", "restarts": 0, "ports": [], "labels": {"k": "hunter2"},
-            "spec": {"image": "busybox", "env": {"A": "hunter2"}, "labels": {"k": "hunter2"}, "command": ["sh", "hunter2"], "entrypoint": ["e", "hunter2"]},
+            "spec": {"image": "busybox", "env": {"A": "hunter2"}, "labels": {"k": "hunter2"}, "command": ["sh", "hunter2"], "entrypoint": ["e", "hunter2"],
+                     "health": {"command": ["sh", "hunter2"]}, "pre_stop": {"command": ["sh", "hunter2"]}},
+            "health_report": {"status": "healthy", "failing_streak": 0, "output": "hunter2"},
             "image_digest": "sha256:0", "boot_phases": [], "jail": {"in_force": [], "missing": []}, "network": {"policy": []},
             "root_allocated_bytes": 0, "directory": "/d", "heartbeat_file": "/h"
         }))

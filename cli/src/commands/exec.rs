@@ -4,9 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use msb_protocol::control::ExecRequest;
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::spec::{self, Rlimit};
+use msb_protocol::state::SandboxState;
 
+use super::bulk::FilterArgs;
 use crate::attached::{self, Joining, Parting};
 use crate::context::{Context, host_variable};
 use crate::detach_keys::{self, DetachKeys};
@@ -17,7 +20,7 @@ use crate::{env_file, parse, terminal};
 /// Options of `exec`.
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "msb exec [OPTIONS] NAME COMMAND...",
+    override_usage = "msb exec [OPTIONS] NAME COMMAND...\n       msb exec [OPTIONS] --label KEY[=VALUE] COMMAND...",
     after_help = "The exit code is the command's own; 128+N if signal N killed it, 124 at --timeout, 125 if msb failed, 126 not executable, 127 \
                   not found."
 )]
@@ -25,6 +28,9 @@ pub struct ExecArgs {
     /// How it runs.
     #[command(flatten)]
     pub options: ExecOptions,
+    /// In place of a name: run it in each of these that runs or sleeps, one after another.
+    #[command(flatten)]
+    pub filter: FilterArgs,
     /// The sandbox, and what to run in it
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["NAME", "COMMAND"])]
     pub name_and_command: Vec<String>,
@@ -102,12 +108,44 @@ impl ExecOptions {
 /// # Errors
 /// Those of the options, the service and the command's start.
 pub async fn run(args: ExecArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    args.filter.check_narrow()?;
+    if !args.filter.is_empty() {
+        return everywhere(args, context).await;
+    }
     let (name, command) = super::create::split(args.name_and_command);
     let name = parse::name(&name)?;
     if command.is_empty() {
         return Err(invalid("a command is required: msb exec NAME COMMAND..."));
     }
     execute(&name, command, &args.options, context).await
+}
+
+/// Runs a command in each sandbox that fits. The exit code is the first one that is not 0; the others still have their turn.
+async fn everywhere(args: ExecArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    if args.options.interactive || args.options.tty {
+        return Err(invalid("-i and -t need one sandbox, not a selection"));
+    }
+    let mut rows = args.filter.list(&context.client().await?).await?;
+    rows.retain(|row| matches!(row.status, SandboxState::Running | SandboxState::Asleep));
+    if rows.is_empty() {
+        return Err(ApiError::new(ErrorCode::SandboxNotFound, "no running sandbox fits").into());
+    }
+    let mut first = ExitStatus::SUCCESS;
+    for row in rows {
+        context.printer.note(&format!("==> {}", row.name));
+        let status = match execute(&row.name, args.name_and_command.clone(), &args.options, context).await {
+            Ok(status) => status,
+            Err(Failure::Api(error)) => {
+                context.printer.error(&error);
+                ExitStatus(125)
+            }
+            Err(other) => return Err(other),
+        };
+        if first == ExitStatus::SUCCESS {
+            first = status;
+        }
+    }
+    Ok(first)
 }
 
 /// Runs a command in a sandbox, joined to this process.

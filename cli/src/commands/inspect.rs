@@ -49,7 +49,7 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
     text.line("Image digest", &detail.image_digest);
     let workload = match spec.workload {
         Workload::None => "none: it waits for exec".to_owned(),
-        Workload::Main => summary.command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
+        Workload::Main => words(&summary.command),
     };
     text.line("Workload", &workload);
     text.line("Created", &time::local(summary.created_at, zone));
@@ -107,6 +107,21 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
     for (index, (key, value)) in summary.labels.iter().enumerate() {
         text.line(if index == 0 { "Labels" } else { "" }, &format!("{key}={value}"));
     }
+    if let Some(report) = &detail.health_report {
+        let streak = if report.failing_streak > 0 {
+            format!(", {} failures in a row", report.failing_streak)
+        } else {
+            String::new()
+        };
+        text.line("Health", &format!("{}{streak}", report.status.as_str()));
+        let checked = report.checked_at.map(|at| format!("{} at {}", report.outcome, time::local(at, zone)));
+        text.optional("Last check", checked);
+        for line in report.output.lines() {
+            text.line("", line);
+        }
+    }
+    text.optional("Health command", spec.health.as_ref().map(|check| words(&check.command)));
+    text.optional("Pre-stop hook", spec.pre_stop.as_ref().map(|hook| words(&hook.command)));
     text.optional("Idle for", detail.idle_for_ms.map(time::duration));
     text.optional("Stops in", detail.stops_in_ms.map(time::duration));
     text.optional("Last activity", detail.last_activity.clone());
@@ -174,6 +189,10 @@ fn mounted(mount: &Mount, forced: MountOptions) -> String {
     } else {
         format!("{mount} ({}; forced: {})", mount.options, added.join(","))
     }
+}
+
+fn words(command: &[String]) -> String {
+    command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
 #[derive(Default)]

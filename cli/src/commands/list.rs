@@ -2,8 +2,8 @@
 
 use clap::Args;
 use msb_protocol::control::SandboxSummary;
-use msb_protocol::labels::LabelTerm;
 
+use super::bulk::FilterArgs;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 use crate::table::Table;
@@ -18,9 +18,9 @@ pub struct ListArgs {
     /// Only those without
     #[arg(long)]
     pub stopped: bool,
-    /// Only those with this label; several must all fit
-    #[arg(short, long, value_name = "KEY[=VALUE]")]
-    pub label: Vec<String>,
+    /// Only these.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Carries it out.
@@ -28,10 +28,8 @@ pub struct ListArgs {
 /// # Errors
 /// `invalid_label` and those of the service.
 pub async fn run(args: ListArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    for term in &args.label {
-        LabelTerm::parse(term)?;
-    }
-    let mut rows = context.client().await?.list(&args.label).await?.sandboxes;
+    args.filter.check()?;
+    let mut rows = args.filter.list(&context.client().await?).await?;
     rows.retain(|row| if args.running { row.status.is_live() } else { !args.stopped || !row.status.is_live() });
     if context.printer.is_json() {
         context.printer.json(&rows)?;

@@ -14,6 +14,8 @@ pub mod exec;
 pub mod image;
 pub mod inspect;
 pub mod install;
+pub mod itself;
+pub mod label;
 pub mod list;
 pub mod logs;
 pub mod net;
@@ -60,6 +62,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Shell(args) => shell::run(args, context).await,
         Command::Ssh(args) => ssh::run(args, context).await,
         Command::Wait(args) => wait::run(args, context).await,
+        Command::Label(args) => label::run(args, context).await,
         Command::Detach(args) => detach::run(args, context).await,
         Command::Touch(args) => detach::touch(args, context).await,
         Command::Image { command } => image::run(command, context).await,
@@ -72,11 +75,11 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Volume { command } => volume::run(command, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config { command } => config::run(command, context),
+        Command::Itself { command } => itself::run(command, context).await,
         Command::Completion(args) => completion::run(args, context),
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
         Command::Copy(_) => unbuilt("msb cp"),
-        Command::Label(_) => unbuilt("msb label"),
         Command::Fork(_) => unbuilt("msb fork"),
         Command::Pause(_) => unbuilt("msb pause"),
         Command::Resume(_) => unbuilt("msb resume"),
@@ -90,7 +93,6 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Top(_) => unbuilt("msb top"),
         Command::Install(args) => install::run(args, context).await,
         Command::Uninstall(args) => uninstall::run(args, context).await,
-        Command::Itself(_) => unbuilt("msb self"),
         Command::Mcp(_) => unbuilt("msb mcp"),
     }
 }

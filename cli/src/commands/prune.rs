@@ -1,7 +1,5 @@
 //! `msb image prune`: removes what nothing needs, after saying what that is.
 
-use std::io::{BufRead, IsTerminal, Write};
-
 use clap::Args;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{PruneReport, PruneRequest};
@@ -9,8 +7,8 @@ use msb_protocol::quantity::{parse_bytes, show_bytes};
 
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
-use crate::parse;
 use crate::printer::plain;
+use crate::{parse, terminal};
 
 /// Options of `image prune`.
 #[derive(Debug, Args)]
@@ -58,7 +56,7 @@ pub async fn run(args: PruneArgs, context: &Context) -> Result<ExitStatus, Failu
         keep_bytes: args.keep_size,
         labels: args.filter,
     };
-    if !args.yes && !args.dry_run && !std::io::stdin().is_terminal() {
+    if !args.yes && !args.dry_run && !terminal::stdin_is_terminal() {
         let error = ApiError::new(ErrorCode::InvalidConfig, "nobody can be asked here; use --yes to prune images")
             .with_hint("--dry-run shows what would go");
         return Err(error.into());
@@ -73,7 +71,7 @@ pub async fn run(args: PruneArgs, context: &Context) -> Result<ExitStatus, Failu
             plan
         } else {
             context.printer.raw_error(&render(&plan));
-            if !agreed(context)? {
+            if !terminal::agreed("Remove them?")? {
                 context.printer.note("Nothing was removed.");
                 return Ok(ExitStatus::FAILURE);
             }
@@ -86,14 +84,6 @@ pub async fn run(args: PruneArgs, context: &Context) -> Result<ExitStatus, Failu
         context.printer.text(&render(&report))?;
     }
     Ok(ExitStatus::SUCCESS)
-}
-
-fn agreed(context: &Context) -> Result<bool, Failure> {
-    context.printer.raw_error("Remove them? [y/N] ");
-    let _ = std::io::stderr().flush();
-    let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).map_err(Failure::Output)?;
-    Ok(matches!(line.trim(), "y" | "Y" | "yes" | "Yes"))
 }
 
 fn render(report: &PruneReport) -> String {

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::bulk::{SelectionArgs, each};
+use super::bulk::{SelectionArgs, each_selected};
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 
@@ -23,6 +23,8 @@ pub struct RemoveArgs {
 /// Those of the selection; an error of one sandbox is told and counted.
 pub async fn run(args: RemoveArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let client = context.client().await?;
-    let names = args.selection.resolve(&client, context).await?;
-    each(names, context, "removing", async |name| client.remove(name, args.force).await.map(|()| None)).await
+    each_selected(&args.selection, &client, context, "removing", async |name| {
+        client.remove(name, args.force).await.map(|()| None)
+    })
+    .await
 }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::bulk::{SelectionArgs, each};
+use super::bulk::{SelectionArgs, each_selected};
 use super::stop::StopOptions;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
@@ -24,7 +24,9 @@ pub struct RestartArgs {
 /// Those of the selection; an error of one sandbox is told and counted.
 pub async fn run(args: RestartArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let client = context.client().await?;
-    let names = args.selection.resolve(&client, context).await?;
     let request = args.how.request();
-    each(names, context, "restarting", async |name| client.restart(name, &request).await.map(Some)).await
+    each_selected(&args.selection, &client, context, "restarting", async |name| {
+        client.restart(name, &request).await.map(Some)
+    })
+    .await
 }

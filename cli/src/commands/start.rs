@@ -3,7 +3,7 @@
 use clap::Args;
 use msb_protocol::control::StartRequest;
 
-use super::bulk::{SelectionArgs, each};
+use super::bulk::{SelectionArgs, each_selected};
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 
@@ -21,6 +21,8 @@ pub struct StartArgs {
 /// Those of the selection; an error of one sandbox is told and counted.
 pub async fn run(args: StartArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let client = context.client().await?;
-    let names = args.selection.resolve(&client, context).await?;
-    each(names, context, "starting", async |name| client.start(name, &StartRequest::default()).await.map(Some)).await
+    each_selected(&args.selection, &client, context, "starting", async |name| {
+        client.start(name, &StartRequest::default()).await.map(Some)
+    })
+    .await
 }

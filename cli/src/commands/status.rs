@@ -2,8 +2,8 @@
 
 use clap::Args;
 use msb_protocol::control::{RunEnd, SandboxSummary};
-use msb_protocol::labels::LabelTerm;
 
+use super::bulk::FilterArgs;
 use super::list::names;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
@@ -17,14 +17,14 @@ const COMMAND_LEN_MAX: usize = 40;
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// Only this sandbox
-    #[arg(value_name = "NAME", conflicts_with_all = ["all", "label"])]
+    #[arg(value_name = "NAME", conflicts_with_all = ["all", "label", "selector"])]
     pub name: Option<String>,
     /// Also those that rest
     #[arg(short, long)]
     pub all: bool,
-    /// Only those with this label, resting ones too; several must all fit
-    #[arg(short, long, value_name = "KEY[=VALUE]")]
-    pub label: Vec<String>,
+    /// Only these, resting ones too.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Carries it out.
@@ -32,16 +32,14 @@ pub struct StatusArgs {
 /// # Errors
 /// `sandbox_not_found`, `invalid_label` and those of the service.
 pub async fn run(args: StatusArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    for term in &args.label {
-        LabelTerm::parse(term)?;
-    }
+    args.filter.check()?;
     let name = args.name.as_deref().map(parse::name).transpose()?;
     let client = context.client().await?;
     let rows: Vec<SandboxSummary> = match &name {
         Some(name) => vec![client.inspect(name).await?.summary],
         None => {
-            let mut rows = client.list(&args.label).await?.sandboxes;
-            rows.retain(|row| args.all || !args.label.is_empty() || !row.status.is_resting());
+            let mut rows = args.filter.list(&client).await?;
+            rows.retain(|row| args.all || !args.filter.is_empty() || !row.status.is_resting());
             rows
         }
     };
@@ -56,7 +54,7 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<ExitStatus, Fail
                 row.name.to_string(),
                 row.image.clone(),
                 command(&row.command),
-                row.status.as_str().into(),
+                status(row),
                 row.restarts.to_string(),
                 row.last_end.as_ref().map(end).unwrap_or_default(),
                 row.ports.join(", "),
@@ -65,6 +63,15 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<ExitStatus, Fail
         context.printer.table(&table)?;
     }
     Ok(ExitStatus::SUCCESS)
+}
+
+/// The state, with its health if it has one, as docker shows it.
+#[must_use]
+pub fn status(row: &SandboxSummary) -> String {
+    match row.health {
+        Some(health) => format!("{} ({})", row.status.as_str(), health.as_str()),
+        None => row.status.as_str().to_owned(),
+    }
 }
 
 /// A command for a table: as typed into a shell, cut where it gets long.

@@ -3,7 +3,7 @@
 use clap::Args;
 use msb_protocol::control::StopRequest;
 
-use super::bulk::{SelectionArgs, each};
+use super::bulk::{SelectionArgs, each_selected};
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 use crate::parse;
@@ -44,7 +44,9 @@ impl StopOptions {
 /// Those of the selection; an error of one sandbox is told and counted.
 pub async fn run(args: StopArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let client = context.client().await?;
-    let names = args.selection.resolve(&client, context).await?;
     let request = args.how.request();
-    each(names, context, "stopping", async |name| client.stop(name, &request).await.map(Some)).await
+    each_selected(&args.selection, &client, context, "stopping", async |name| {
+        client.stop(name, &request).await.map(Some)
+    })
+    .await
 }

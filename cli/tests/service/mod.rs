@@ -159,6 +159,7 @@ fn sandboxes() -> Vec<SandboxSummary> {
         ports: vec![],
         labels: [("team".to_owned(), "ml".to_owned())].into(),
         engine: Some(EngineChoice::Qemu),
+        health: None,
     };
     let mut sandboxes = vec![
         summary("web", 4, SandboxState::Running, &["sh", "-c", "while :; do date; sleep 1; done"]),
@@ -208,6 +209,7 @@ fn detail(summary: SandboxSummary) -> SandboxDetail {
         stops_in_ms: None,
         last_activity: None,
         boot_error: None,
+        health_report: None,
         summary,
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use msb_protocol::control::CreateRequest;
+use msb_protocol::health::{HealthCheck, PreStop};
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::PullPolicy;
 use msb_protocol::mount::{Mount, Patch};
@@ -239,6 +240,21 @@ impl SandboxBuilder {
     #[must_use]
     pub fn patch(mut self, patch: Patch) -> Self {
         self.spec.patches.push(patch);
+        self
+    }
+
+    /// Asks a command at intervals whether the workload is well.
+    #[must_use]
+    pub fn health(mut self, check: HealthCheck) -> Self {
+        self.spec.health = Some(check);
+        self
+    }
+
+    /// Runs a command in it before every stop; its workload is asked to end when that is over, or after this time.
+    #[must_use]
+    pub fn pre_stop<S: Into<String>>(mut self, command: impl IntoIterator<Item = S>, timeout: Duration) -> Self {
+        let command = command.into_iter().map(Into::into).collect();
+        self.spec.pre_stop = Some(PreStop { command, timeout_ms: milliseconds(timeout) });
         self
     }
 

@@ -1,7 +1,7 @@
 //! One typed call for each route of the control API. [`crate::Sandbox`] and [`crate::Image`] are built on it; `msb` uses it directly.
 //!
-//! A client keeps one idle connection for the next call and opens more when calls overlap. It never retries a request that may
-//! have been carried out.
+//! A client keeps one idle connection for the next call and opens more when calls overlap. When its service has gone it looks for the
+//! next one, or starts it, as it did at first. It never repeats a request that may have been carried out, except one that only reads.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,8 +17,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    ImageSummary, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail,
-    SandboxList, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery,
+    SandboxDetail, SandboxList, ShutdownRequest, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
@@ -47,6 +47,8 @@ const LINE_LEN_MAX: usize = 8 << 20;
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
+    /// What finds the next service; none if the user named the socket.
+    locator: Option<Arc<Locator>>,
 }
 
 struct Inner {
@@ -92,19 +94,20 @@ impl Client {
         match Self::open(&socket, None).await {
             Ok(client) => Ok(client),
             Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
-            Err(OpenError::Answer(error)) => Err(error),
+            Err(OpenError::Lost(error) | OpenError::Answer(error)) => Err(error),
         }
     }
 
     pub(crate) async fn open(socket: &Path, owner: Option<u32>) -> Result<Self, OpenError> {
         let stream = connection::connect(socket, owner).await.map_err(OpenError::Io)?;
-        let mut idle = connection::handshake(stream).await.map_err(OpenError::Answer)?;
+        let mut idle = connection::handshake(stream).await.map_err(OpenError::Lost)?;
         let request = request(Method::GET, "/v1/version", connection::empty()).map_err(OpenError::Answer)?;
         let answer = async {
             let response = connection::send(&mut idle, request).await?;
             connection::collect(response).await
         };
         let body = match tokio::time::timeout(VERSION_TIMEOUT, answer).await {
+            Ok(Err(error)) if error.is_lost() => return Err(OpenError::Lost(error)),
             Ok(body) => body.map_err(OpenError::Answer)?,
             Err(_) => {
                 return Err(OpenError::Answer(Error::unavailable("msbd accepts connections but does not answer")));
@@ -121,7 +124,12 @@ impl Client {
             return Err(OpenError::Answer(Error::Client(error)));
         }
         let inner = Inner { socket: socket.to_owned(), owner, idle: Mutex::new(Some(idle)), version };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { inner: Arc::new(inner), locator: None })
+    }
+
+    /// The same client, which looks for another service when its own has gone.
+    pub(crate) fn found_by(self, locator: &Locator) -> Self {
+        Self { locator: Some(Arc::new(locator.clone())), ..self }
     }
 
     /// The socket in use.
@@ -157,7 +165,15 @@ impl Client {
     /// # Errors
     /// Those of the service.
     pub async fn shutdown(&self) -> Result<(), Error> {
-        self.post::<_, serde_json::Value>("/v1/shutdown", &serde_json::json!({})).await.map(drop)
+        self.shut_down(ShutdownRequest::default()).await
+    }
+
+    /// Ends the daemon, and its sandboxes first if the request says so.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn shut_down(&self, request: ShutdownRequest) -> Result<(), Error> {
+        self.post::<_, serde_json::Value>("/v1/shutdown", &request).await.map(drop)
     }
 
     /// Creates a sandbox.
@@ -173,7 +189,17 @@ impl Client {
     /// # Errors
     /// Those of the service.
     pub async fn list(&self, labels: &[String]) -> Result<SandboxList, Error> {
-        let pairs: Vec<_> = labels.iter().map(|label| ("label", label.clone())).collect();
+        self.select(labels, &[]).await
+    }
+
+    /// The sandboxes whose labels fit every term and every expression (`team in (ml,web),!debug`).
+    ///
+    /// # Errors
+    /// `invalid_selector` and others of the service.
+    pub async fn select(&self, labels: &[String], selectors: &[String]) -> Result<SandboxList, Error> {
+        let labels = labels.iter().map(|label| ("label", label.clone()));
+        let selectors = selectors.iter().map(|selector| ("selector", selector.clone()));
+        let pairs: Vec<_> = labels.chain(selectors).collect();
         self.get(&with_query("/v1/sandboxes", &pairs)).await
     }
 
@@ -223,6 +249,14 @@ impl Client {
     /// `sandbox_not_found`.
     pub async fn detach(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
         self.post(&sandbox(name, "/detach"), &serde_json::json!({})).await
+    }
+
+    /// Changes labels while the sandbox lives.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_label`.
+    pub async fn label(&self, name: &SandboxName, request: &LabelRequest) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/labels"), request).await
     }
 
     /// Counts as activity, so that the idle time begins anew.
@@ -532,13 +566,24 @@ impl Client {
     }
 
     async fn lines<T: DeserializeOwned>(&self, path: &str) -> Result<JsonLines<T>, Error> {
-        let mut connection = self.fresh().await?;
-        let response = connection::send(&mut connection, request(Method::GET, path, connection::empty())?).await?;
-        Ok(JsonLines::new(response, Some(connection)))
+        let ask = async |client: &Self| {
+            let mut connection = client.fresh().await?;
+            let response = connection::send(&mut connection, request(Method::GET, path, connection::empty())?).await?;
+            Ok::<_, Error>(JsonLines::new(response, Some(connection)))
+        };
+        match (ask(self).await, &self.locator) {
+            (Err(error), Some(locator)) if error.is_lost() => ask(&locator.connect().await?).await,
+            (outcome, _) => outcome,
+        }
     }
 
+    /// Reads. A service that went away before it answered is no answer: the next one is asked, once.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
-        parse(&self.call(request(Method::GET, path, connection::empty())?).await?)
+        let ask = async |client: &Self| parse(&client.call(request(Method::GET, path, connection::empty())?).await?);
+        match (ask(self).await, &self.locator) {
+            (Err(error), Some(locator)) if error.is_lost() => ask(&locator.connect().await?).await,
+            (outcome, _) => outcome,
+        }
     }
 
     pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Error> {
@@ -570,10 +615,16 @@ impl Client {
     }
 
     pub(crate) async fn fresh(&self) -> Result<Connection, Error> {
-        let stream = connection::connect(&self.inner.socket, self.inner.owner)
-            .await
-            .map_err(|error| open_failed(&self.inner.socket, &error))?;
-        connection::handshake(stream).await
+        match (connection::connect(&self.inner.socket, self.inner.owner).await, &self.locator) {
+            (Ok(stream), _) => connection::handshake(stream).await,
+            // Nothing has been sent to anybody: whoever serves now is as good as the one of before.
+            (Err(error), Some(locator)) if is_absence(&error) => {
+                let next = locator.connect().await?;
+                let idle = next.idle().take();
+                idle.ok_or_else(|| open_failed(&self.inner.socket, &error))
+            }
+            (Err(error), _) => Err(open_failed(&self.inner.socket, &error)),
+        }
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Option<Connection>> {
@@ -617,13 +668,23 @@ impl Archive {
     }
 }
 
-/// Why [`Client::open`] failed: the locator looks further on some of the first kind.
+/// Why [`Client::open`] failed: the locator looks further on the first two kinds.
 #[derive(Debug)]
 pub(crate) enum OpenError {
     /// There was no connection.
     Io(std::io::Error),
+    /// There was one that ended before the welcome: a service that dies still has its socket for a moment.
+    Lost(Error),
     /// There was one, but what came over it was no welcome.
     Answer(Error),
+}
+
+/// Whether this failure to connect means that nobody is there.
+pub(crate) fn is_absence(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotADirectory
+    )
 }
 
 /// The error of a socket that cannot be connected to.

@@ -57,6 +57,11 @@ impl Error {
         (self.code() == ErrorCode::ImageInUse).then_some(self.api().details.as_slice())
     }
 
+    /// Whether the service went away under a request, or was not there.
+    pub(crate) fn is_lost(&self) -> bool {
+        matches!(self, Self::Client(error) if error.code == ErrorCode::DaemonUnavailable)
+    }
+
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::Client(ApiError::new(ErrorCode::DaemonUnavailable, message))
     }

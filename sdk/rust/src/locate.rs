@@ -5,6 +5,8 @@
 //!      │ no
 //!  the user's socket answers ── yes ─► use it
 //!      │ no
+//!  the host's socket is there and lets us in (group msb), and MSB_HOME is not set ── yes ─► use it
+//!      │ no
 //!  take $MSB_HOME/start.lock ──► socket answers by now? ── yes ─► use it (another client was faster)
 //!                                   │ no
 //!                    start msbd in a session of its own, log to $MSB_HOME/msbd.log, wait until it answers
@@ -23,15 +25,17 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::paths::{HomeLayout, SOCKET_PATH_LEN_MAX, Surroundings};
+use msb_protocol::paths::{HOST_SOCKET, HomeLayout, SOCKET_PATH_LEN_MAX, Surroundings};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::client::{Client, OpenError, open_failed};
+use crate::client::{Client, OpenError, is_absence, open_failed};
 use crate::error::Error;
 
 /// Time for a daemon to answer after it was started.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time in which a service that hangs up without a word is taken for one that is just ending.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 /// Size of the log at which the next start moves it aside, in bytes.
 const LOG_LEN_MAX: u64 = 16 << 20;
 /// Lines of the log that an error shows.
@@ -76,6 +80,8 @@ pub struct Locator {
     pub executable_dir: Option<PathBuf>,
     /// Directories of `PATH`.
     pub search_path: Vec<PathBuf>,
+    /// The socket of the host's service, for those who may use it.
+    pub host_socket: PathBuf,
     /// Time for a started daemon to answer.
     pub start_timeout: Duration,
 }
@@ -93,8 +99,18 @@ impl Locator {
             search_path: std::env::var_os("PATH")
                 .map(|value| std::env::split_paths(&value).collect())
                 .unwrap_or_default(),
+            host_socket: path("MSB_HOST_SOCKET").unwrap_or_else(|| HOST_SOCKET.into()),
             start_timeout: START_TIMEOUT,
         }
+    }
+
+    /// The service of the host, if it answers and we may use it. Somebody who names a home of their own wants no other.
+    async fn host_service(&self) -> Option<Client> {
+        if self.surroundings.msb_home.is_some() {
+            return None;
+        }
+        // Only root listens there: anybody else is refused.
+        Client::open(&self.host_socket, Some(0)).await.ok()
     }
 
     /// The service that answers now; `None` if none does. Starts nothing.
@@ -110,7 +126,14 @@ impl Locator {
         }
         let named = self.surroundings.msb_host.is_some();
         let owner = if named { None } else { Some(self.surroundings.uid) };
-        match Client::open(&socket, owner).await {
+        let (until, mut pause) = (Instant::now() + ENDING_PATIENCE, Pause::default());
+        let opened = loop {
+            match Client::open(&socket, owner).await {
+                Err(OpenError::Lost(_)) if Instant::now() < until => pause.next().await,
+                opened => break opened,
+            }
+        };
+        match opened {
             Ok(client) => Ok(Some(client)),
             Err(OpenError::Io(error)) if named => Err(match open_failed(&socket, &error) {
                 Error::Client(error) => Error::Client(
@@ -118,9 +141,9 @@ impl Locator {
                 ),
                 other => other,
             }),
-            Err(OpenError::Io(error)) if is_absence(&error) => Ok(None),
+            Err(OpenError::Io(error)) if is_absence(&error) => Ok(self.host_service().await),
             Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
-            Err(OpenError::Answer(error)) => Err(error),
+            Err(OpenError::Lost(error) | OpenError::Answer(error)) => Err(error),
         }
     }
 
@@ -131,8 +154,8 @@ impl Locator {
     /// with the end of its log if it does not come up.
     pub async fn connect(&self) -> Result<Client, Error> {
         match self.find().await? {
-            Some(client) => Ok(client),
-            None => self.start().await,
+            Some(client) => Ok(client.found_by(self)),
+            None => Ok(self.start().await?.found_by(self)),
         }
     }
 
@@ -248,14 +271,6 @@ impl Pause {
     }
 }
 
-/// Whether this failure to connect means that nobody is there.
-fn is_absence(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotADirectory
-    )
-}
-
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
@@ -364,6 +379,7 @@ mod tests {
             runtime_path: None,
             executable_dir: None,
             search_path: Vec::new(),
+            host_socket: "/nonexistent/msbd.sock".into(),
             start_timeout: Duration::from_secs(5),
         }
     }

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::response::Json;
 use axum::routing::get;
 use msb_protocol::control::VersionInfo;
+use msb_protocol::error::ErrorCode;
 use msb_protocol::paths::{HomeLayout, Surroundings};
 use msb_sdk::Locator;
 
@@ -35,6 +36,84 @@ fn daemon_of_the_other_test() {
     });
 }
 
+/// A service that is killed in the middle of things: its first connection ends without a word, its second one after the welcome.
+/// Whoever reads is answered all the same; what could have been carried out is not asked again.
+#[tokio::test]
+async fn a_service_that_goes_away_under_a_reader_is_looked_for_once_more() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let surroundings = Surroundings {
+        msb_home: Some(dir.path().join("home")),
+        xdg_runtime_dir: Some(dir.path().join("run")),
+        uid: rustix::process::getuid().as_raw(),
+        ..Default::default()
+    };
+    let socket = surroundings.control_socket();
+    std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let version = VersionInfo {
+        version: "0".into(),
+        api_version: 1,
+        guest_generation: 1,
+        pid: std::process::id(),
+        started_at: jiff::Timestamp::now(),
+    };
+    let requests = tokio::spawn(async move {
+        let mut requests = Vec::new();
+        // How many requests each connection answers before it ends.
+        'connections: for answers in [0, 1, 2, 1] {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            for number in 0..=answers {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let Ok(byte) = stream.read_u8().await else { continue 'connections };
+                    head.push(byte);
+                }
+                let line = String::from_utf8_lossy(&head).lines().next().unwrap().to_owned();
+                if number == answers {
+                    requests.push(format!("{line} lost"));
+                    break;
+                }
+                let body = if line.contains("/v1/version") {
+                    serde_json::to_string(&version).unwrap()
+                } else {
+                    r#"{"sandboxes":[]}"#.to_owned()
+                };
+                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(head.as_bytes()).await.unwrap();
+                requests.push(line);
+            }
+        }
+        requests
+    });
+    let locator = Locator {
+        surroundings,
+        daemon: Some("/nonexistent/msbd".into()),
+        runtime_path: None,
+        executable_dir: None,
+        search_path: Vec::new(),
+        host_socket: "/nonexistent/msbd.sock".into(),
+        start_timeout: Duration::from_secs(20),
+    };
+    let reader = locator.connect().await.unwrap();
+    assert!(reader.list(&[]).await.unwrap().sandboxes.is_empty());
+    drop(reader);
+    let client = locator.connect().await.unwrap();
+    assert_eq!(client.touch(&"web".parse().unwrap()).await.unwrap_err().code(), ErrorCode::DaemonUnavailable);
+    assert_eq!(
+        requests.await.unwrap(),
+        [
+            "GET /v1/version HTTP/1.1 lost",
+            "GET /v1/version HTTP/1.1",
+            "GET /v1/sandboxes HTTP/1.1 lost",
+            "GET /v1/version HTTP/1.1",
+            "GET /v1/sandboxes HTTP/1.1",
+            "GET /v1/version HTTP/1.1",
+            "POST /v1/sandboxes/web/touch HTTP/1.1 lost",
+        ]
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_clients_at_once_start_one_daemon_in_a_session_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
@@ -60,6 +139,7 @@ async fn many_clients_at_once_start_one_daemon_in_a_session_of_its_own() {
         runtime_path: None,
         executable_dir: None,
         search_path: Vec::new(),
+        host_socket: "/nonexistent/msbd.sock".into(),
         start_timeout: Duration::from_secs(20),
     };
     let clients = (0..8).map(|_| {

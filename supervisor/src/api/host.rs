@@ -1,16 +1,18 @@
 //! Routes about the service itself.
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use msb_protocol::control::{ActorTree, HostInfo, MetricsSnapshot, VersionInfo};
+use msb_protocol::control::{ActorTree, HostInfo, MetricsSnapshot, ShutdownRequest, VersionInfo};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::labels::LabelTerm;
+use msb_protocol::selector::Selector;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
 
 use super::ApiState;
-use super::failure::{Failure, query};
+use super::failure::{Failure, body, query};
 use super::sandboxes::TERMS_MAX;
 
 fn version_info(state: &ApiState) -> VersionInfo {
@@ -48,10 +50,12 @@ pub(crate) async fn host(State(state): State<ApiState>) -> Result<Json<HostInfo>
     }))
 }
 
-#[utoipa::path(post, path = "/v1/shutdown", responses((status = 200, description = "the daemon ends, sandboxes go on")))]
-pub(crate) async fn shutdown(State(state): State<ApiState>) -> Json<serde_json::Value> {
+#[utoipa::path(post, path = "/v1/shutdown", request_body = ShutdownRequest, responses((status = 200, description = "the daemon ends, sandboxes go on unless they are to stop too"), (status = "4XX", body = ApiError)))]
+pub(crate) async fn shutdown(State(state): State<ApiState>, bytes: Bytes) -> Result<Json<serde_json::Value>, Failure> {
+    let request = body(&bytes, Some(ShutdownRequest::default()))?;
+    let stopped = if request.sandboxes { state.daemon.host_stop().await? } else { 0 };
     state.request_shutdown();
-    Json(serde_json::json!({}))
+    Ok(Json(serde_json::json!({ "stopped": stopped })))
 }
 
 #[utoipa::path(get, path = "/v1/debug/actors", responses((status = 200, body = ActorTree)))]
@@ -59,7 +63,7 @@ pub(crate) async fn debug_actors(State(state): State<ApiState>) -> Result<Json<A
     Ok(Json(state.daemon.actors().await?))
 }
 
-#[utoipa::path(get, path = "/v1/metrics", params(("name" = Option<Vec<String>>, Query), ("label" = Option<Vec<String>>, Query)), responses((status = 200, body = MetricsSnapshot), (status = "4XX", body = ApiError)))]
+#[utoipa::path(get, path = "/v1/metrics", params(("name" = Option<Vec<String>>, Query), ("label" = Option<Vec<String>>, Query), ("selector" = Option<Vec<String>>, Query)), responses((status = 200, body = MetricsSnapshot), (status = "4XX", body = ApiError)))]
 pub(crate) async fn metrics(
     State(state): State<ApiState>,
     pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
@@ -76,6 +80,7 @@ pub(crate) async fn metrics(
         match key.as_str() {
             "name" => names.push(SandboxName::parse(&value)?),
             "label" => terms.push(LabelTerm::parse(&value)?),
+            "selector" => terms.push(LabelTerm::Fits(Selector::parse(&value)?)),
             _ => {
                 let message = format!("unknown query parameter {key:?}");
                 return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, message)));

@@ -107,6 +107,7 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(sandboxes::stop))
         .routes(routes!(sandboxes::restart))
         .routes(routes!(sandboxes::detach))
+        .routes(routes!(sandboxes::label))
         .routes(routes!(sandboxes::touch))
         .routes(routes!(sandboxes::wait))
         .routes(routes!(streams::exec))

@@ -4,10 +4,11 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Path, Query, State};
-use msb_protocol::control::{CreateRequest, SandboxDetail, SandboxList, StartRequest, StopRequest};
+use msb_protocol::control::{CreateRequest, LabelRequest, SandboxDetail, SandboxList, StartRequest, StopRequest};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::labels::LabelTerm;
+use msb_protocol::selector::Selector;
 
 use super::ApiState;
 use super::failure::{Failure, body, query};
@@ -33,7 +34,7 @@ pub(crate) async fn create(
     Ok(Json(state.daemon.create(request, creator).await?))
 }
 
-#[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
+#[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit"), ("selector" = Option<Vec<String>>, Query, description = "an expression, as in team in (ml,web),!debug; all must fit")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
 pub(crate) async fn list(
     State(state): State<ApiState>,
     pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
@@ -47,10 +48,14 @@ pub(crate) async fn list(
     }
     let mut terms = Vec::new();
     for (key, value) in pairs {
-        if key != "label" {
-            return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, format!("unknown query parameter {key:?}"))));
-        }
-        terms.push(LabelTerm::parse(&value)?);
+        terms.push(match key.as_str() {
+            "label" => LabelTerm::parse(&value)?,
+            "selector" => LabelTerm::Fits(Selector::parse(&value)?),
+            _ => {
+                let message = format!("unknown query parameter {key:?}");
+                return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, message)));
+            }
+        });
     }
     Ok(Json(SandboxList { sandboxes: state.daemon.list(&terms).await? }))
 }
@@ -117,6 +122,16 @@ pub(crate) async fn restart(
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/detach", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
 pub(crate) async fn detach(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
     Ok(Json(state.daemon.detach(&name(&sandbox)?).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/labels", params(("name" = String, Path)), request_body = LabelRequest, responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn label(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    bytes: Bytes,
+) -> Answer<SandboxDetail> {
+    let request: LabelRequest = body(&bytes, None)?;
+    Ok(Json(state.daemon.label(&name(&sandbox)?, request).await?))
 }
 
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/touch", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]

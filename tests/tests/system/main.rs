@@ -4,11 +4,13 @@
 mod api;
 mod bad_input;
 mod boot_failure;
+mod care;
 mod crash;
 mod disk_full;
 mod documents;
 mod environment;
 mod exec;
+mod host;
 mod image;
 mod inside;
 mod machine;

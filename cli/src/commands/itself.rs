@@ -1,0 +1,271 @@
+//! `msb self`: the installation itself. `stop` ends the service; `uninstall` takes away what `cargo xtask install` or the tarball laid down,
+//! after the manifest that they left.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use msb_protocol::control::ShutdownRequest;
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_sdk::Client;
+use rustix::process::{Pid, PidfdFlags};
+use serde::Serialize;
+use tokio::io::unix::AsyncFd;
+
+use crate::context::Context;
+use crate::failure::{self, ExitStatus, Failure, invalid};
+use crate::terminal;
+
+/// The manifest below the prefix: one path a line, relative to the prefix.
+pub const MANIFEST: &str = "share/msb/installed.txt";
+/// Longest wait for the end of a service that has promised it.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+/// Units that may be active.
+const UNITS: [&str; 3] = ["msbd.socket", "msbd.service", "msb-flush.service"];
+
+/// What to do with the installation.
+#[derive(Debug, Subcommand)]
+pub enum SelfCommand {
+    /// Stop the service; sandboxes go on
+    Stop(StopArgs),
+    /// Stop everything and remove msb from this host
+    Uninstall(UninstallArgs),
+}
+
+/// Options of `self stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Stop the sandboxes first; those with --restart always or unless-stopped come back with the service
+    #[arg(long)]
+    pub sandboxes: bool,
+}
+
+/// Options of `self uninstall`.
+#[derive(Debug, Args)]
+pub struct UninstallArgs {
+    /// Also remove every sandbox, image, volume and setting of yours
+    #[arg(long)]
+    pub purge: bool,
+    /// Only print what would be removed
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask; needed where nobody can be asked
+    #[arg(short, long)]
+    pub yes: bool,
+}
+
+/// Carries it out.
+///
+/// # Errors
+/// Those of the service and of the file system.
+pub async fn run(command: SelfCommand, context: &Context) -> Result<ExitStatus, Failure> {
+    match command {
+        SelfCommand::Stop(args) => stop(args.sandboxes, context).await,
+        SelfCommand::Uninstall(args) => uninstall(&args, context).await,
+    }
+}
+
+async fn stop(sandboxes: bool, context: &Context) -> Result<ExitStatus, Failure> {
+    // Nothing is started to be stopped.
+    let Some(client) = context.locator.find().await? else {
+        context.printer.note("no service runs");
+        return Ok(ExitStatus::SUCCESS);
+    };
+    let progress = context.printer.spinner("stopping the service");
+    let process = process_of(&client);
+    client.shut_down(ShutdownRequest { sandboxes }).await?;
+    if let Some(process) = process {
+        // Nothing of it writes into its home or answers on its socket afterwards.
+        let _ = tokio::time::timeout(END_PATIENCE, process.readable()).await;
+    }
+    drop(progress);
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// The service's process, to see its end; none if it runs elsewhere or as somebody else's.
+fn process_of(client: &Client) -> Option<AsyncFd<OwnedFd>> {
+    let pid = Pid::from_raw(client.version().pid.try_into().ok()?)?;
+    AsyncFd::register(rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?).ok()
+}
+
+#[derive(Serialize)]
+struct Removed {
+    removed: Vec<PathBuf>,
+    kept: Vec<PathBuf>,
+}
+
+async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    let prefix = prefix()?;
+    let files = installed(&prefix)?;
+    let home = context.locator.surroundings.home_dir();
+    let sockets = context.locator.surroundings.runtime_dir();
+    let (mut removed, mut kept) = (files.clone(), Vec::new());
+    let own: Vec<PathBuf> = [home, sockets].into_iter().filter(|path| path.exists()).collect();
+    if args.purge {
+        removed.extend(own.clone());
+    } else {
+        kept.extend(own.clone());
+    }
+    if !args.dry_run {
+        if !args.yes && !agreed(args, &prefix)? {
+            context.printer.note("Nothing was removed.");
+            return Ok(ExitStatus::FAILURE);
+        }
+        // Sandboxes end with a flush whether or not they are kept: nothing of msb may run afterwards.
+        stop(true, context).await?;
+        disable_units(context);
+        for path in own.iter().filter(|_| args.purge) {
+            remove_own(path)?;
+        }
+        for path in &files {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failure::file(path, &error)),
+                _ => {}
+            }
+        }
+        remove_empty(&prefix, &files);
+    }
+    if context.printer.is_json() {
+        context.printer.json(&Removed { removed, kept })?;
+    } else if !context.printer.is_quiet() {
+        let lines: String = removed.iter().map(|path| format!("{}\n", path.display())).collect();
+        context.printer.text(&lines)?;
+        for path in kept {
+            context.printer.note(&format!("{} stays; --purge removes it too", path.display()));
+        }
+    }
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// The prefix of this very program: `P/bin/msb`.
+fn prefix() -> Result<PathBuf, Failure> {
+    let program = std::env::current_exe().map_err(|error| invalid(format!("msb does not find itself: {error}")))?;
+    match (program.parent(), program.parent().and_then(Path::parent)) {
+        (Some(folder), Some(prefix)) if folder.ends_with("bin") => Ok(prefix.to_owned()),
+        _ => Err(not_installed(&program)),
+    }
+}
+
+fn not_installed(place: &Path) -> Failure {
+    let message = format!("{} was not laid down by an installation that can be taken back", place.display());
+    let hint = "if it came as a package, use its manager: apt-get remove msb";
+    ApiError::new(ErrorCode::RuntimeNotFound, message).with_hint(hint).into()
+}
+
+/// The installed files, after the manifest.
+fn installed(prefix: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let text = std::fs::read_to_string(prefix.join(MANIFEST)).map_err(|_| not_installed(prefix))?;
+    listed(&text)
+        .map(|paths| paths.into_iter().map(|path| prefix.join(path)).collect())
+        .ok_or_else(|| not_installed(prefix))
+}
+
+/// The manifest's paths; `None` if one of them leads out of the prefix.
+fn listed(text: &str) -> Option<BTreeSet<PathBuf>> {
+    let mut paths = BTreeSet::from([PathBuf::from(MANIFEST)]);
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let path = PathBuf::from(line);
+        if !path.components().all(|part| matches!(part, Component::Normal(_))) {
+            return None;
+        }
+        paths.insert(path);
+    }
+    Some(paths)
+}
+
+fn agreed(args: &UninstallArgs, prefix: &Path) -> Result<bool, Failure> {
+    if !terminal::stdin_is_terminal() {
+        let error = ApiError::new(ErrorCode::InvalidConfig, "nobody can be asked here; use --yes to remove msb")
+            .with_hint("--dry-run shows what would go");
+        return Err(error.into());
+    }
+    let what = if args.purge { ", with every sandbox, image and volume of yours" } else { "" };
+    terminal::agreed(&format!("Remove msb from {}{what}?", prefix.display()))
+}
+
+/// Stops and disables what systemd may know of msb, for this user and, as root, for the host. Without systemd there is nothing to do.
+fn disable_units(context: &Context) {
+    let root = rustix::process::geteuid().is_root();
+    for scope in if root { &["--system", "--user"][..] } else { &["--user"] } {
+        let outcome = std::process::Command::new("systemctl")
+            .args([scope, "--quiet", "disable", "--now"])
+            .args(UNITS)
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status();
+        if outcome.is_ok_and(|status| status.success()) {
+            context.printer.note(&format!("systemd ({}) has stopped its units", scope.trim_start_matches('-')));
+        }
+    }
+}
+
+/// A folder of msb's own. It is looked at twice before it goes: a home that holds no daemon's lock is not one.
+fn remove_own(path: &Path) -> Result<(), Failure> {
+    let known = ["msbd.lock", "msbd.sock", "state", "vm", "images"].iter().any(|name| path.join(name).exists());
+    let empty = path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+    if !known && !empty {
+        return Err(invalid(format!(
+            "{} does not look like a folder of msb; nothing in it was removed",
+            path.display()
+        )));
+    }
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failure::file(path, &error)),
+        _ => Ok(()),
+    }
+}
+
+/// Folders that the removed files left empty, innermost first; the prefix itself stays.
+fn remove_empty(prefix: &Path, files: &[PathBuf]) {
+    let mut folders: Vec<&Path> = files
+        .iter()
+        .flat_map(|path| path.ancestors().skip(1))
+        .filter(|path| path.starts_with(prefix) && *path != prefix)
+        .collect();
+    folders.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+    folders.dedup();
+    for folder in folders {
+        // One that holds something of somebody else's stays.
+        let _ = std::fs::remove_dir(folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_never_leads_out_of_its_prefix() {
+        assert!(listed("bin/msb\nshare/msb/vmlinux\n").unwrap().contains(Path::new("bin/msb")));
+        for bad in ["/etc/passwd", "../x", "bin/../../x", "./bin"] {
+            assert!(listed(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_folders_of_msb_are_purged() {
+        let top = tempfile::tempdir().unwrap();
+        let (home, other) = (top.path().join("home"), top.path().join("other"));
+        std::fs::create_dir_all(home.join("state")).unwrap();
+        std::fs::create_dir_all(other.join("thesis")).unwrap();
+        remove_own(&home).unwrap();
+        assert!(!home.exists());
+        assert!(remove_own(&other).is_err() && other.join("thesis").exists());
+        // A second time nothing is there.
+        assert!(remove_own(&home).is_err());
+    }
+
+    #[test]
+    fn emptied_folders_go_and_others_stay() {
+        let top = tempfile::tempdir().unwrap();
+        let prefix = top.path().join("p");
+        std::fs::create_dir_all(prefix.join("bin")).unwrap();
+        std::fs::create_dir_all(prefix.join("share/msb")).unwrap();
+        std::fs::write(prefix.join("bin/other"), "").unwrap();
+        remove_empty(&prefix, &[prefix.join("bin/msb"), prefix.join("share/msb/vmlinux")]);
+        assert!(prefix.join("bin/other").exists() && !prefix.join("share").exists() && prefix.exists());
+    }
+}
