@@ -146,7 +146,7 @@ impl Driver {
             "remove" => client.remove(&args.name()?, args.force).await.map(|()| Value::Null),
             "image_load" => {
                 let loaded = Image::load(&args.path).await?;
-                Ok(loaded.iter().map(|image| json!(image.references)).collect())
+                Ok(loaded.iter().map(|image| json!(image.summary().references)).collect())
             }
             "image_list" => Ok(client.images().await?.images.iter().map(|image| json!(reference(image))).collect()),
             "image_inspect" => {
@@ -157,7 +157,7 @@ impl Driver {
                     "working_dir": image.config.working_dir, "used_by": image.used_by,
                 }))
             }
-            "image_remove" => client.remove_image(&args.reference, args.force).await.map(|()| Value::Null),
+            "image_remove" => client.remove_image(&args.reference, args.force).await.map(|_| Value::Null),
             "touch" => Ok(detail_value(&client.touch(&args.name()?).await?)),
             "detach" => Ok(detail_value(&client.detach(&args.name()?).await?)),
             "wait" => Ok(detail_value(&client.wait(&args.name()?).await?)),
