@@ -4,15 +4,14 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use msb_protocol::control::ShutdownRequest;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_sdk::Client;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use serde::Serialize;
-use tokio::io::unix::AsyncFd;
 
 use crate::context::Context;
 use crate::failure::{self, ExitStatus, Failure, invalid};
@@ -21,7 +20,7 @@ use crate::terminal;
 /// The manifest below the prefix: one path a line, relative to the prefix.
 pub const MANIFEST: &str = "share/msb/installed.txt";
 /// Longest wait for the end of a service that has promised it.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+const END_PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// Units that may be active.
 const UNITS: [&str; 3] = ["msbd.socket", "msbd.service", "msb-flush.service"];
 
@@ -78,16 +77,21 @@ async fn stop(sandboxes: bool, context: &Context) -> Result<ExitStatus, Failure>
     client.shut_down(ShutdownRequest { sandboxes }).await?;
     if let Some(process) = process {
         // Nothing of it writes into its home or answers on its socket afterwards.
-        let _ = tokio::time::timeout(END_PATIENCE, process.readable()).await;
+        let waited = tokio::task::spawn_blocking(move || {
+            rustix::event::poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&END_PATIENCE))
+        });
+        if !matches!(waited.await, Ok(Ok(1))) {
+            context.printer.warning("the service has not ended yet");
+        }
     }
     drop(progress);
     Ok(ExitStatus::SUCCESS)
 }
 
 /// The service's process, to see its end; none if it runs elsewhere or as somebody else's.
-fn process_of(client: &Client) -> Option<AsyncFd<OwnedFd>> {
+fn process_of(client: &Client) -> Option<OwnedFd> {
     let pid = Pid::from_raw(client.version().pid.try_into().ok()?)?;
-    AsyncFd::register(rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?).ok()
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
 }
 
 #[derive(Serialize)]

@@ -135,7 +135,7 @@ impl Locator {
         };
         match opened {
             Ok(client) => Ok(Some(client)),
-            Err(OpenError::Io(error)) if named => Err(match open_failed(&socket, &error) {
+            Err(OpenError::Io(error)) if named && is_absence(&error) => Err(match open_failed(&socket, &error) {
                 Error::Client(error) => Error::Client(
                     error.with_hint("MSB_HOST names this socket: start the service behind it, or unset MSB_HOST"),
                 ),

@@ -96,7 +96,8 @@ impl Host {
 
     #[track_caller]
     fn fails(&self, uid: u32, member: bool, words: &[&str], code: &str) {
-        let output = self.msb(uid, member, words);
+        let words: Vec<&str> = ["--format", "json"].iter().chain(words).copied().collect();
+        let output = self.msb(uid, member, &words);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains(code), "{words:?} of {uid}: {said}");
     }
