@@ -35,6 +35,7 @@ pub mod signals;
 pub mod table;
 pub mod terminal;
 pub mod time;
+pub mod top;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -16,3 +16,4 @@ pub mod peer;
 pub mod recovery;
 pub mod server;
 pub mod settings;
+pub mod traces;

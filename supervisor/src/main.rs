@@ -12,7 +12,7 @@ use msb_actors::daemon::Daemon;
 use msb_actors::images::ImageActor;
 use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
-use msb_actors::metrics::{MetricsActor, MetricsHandle};
+use msb_actors::metrics::MetricsHandle;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
@@ -20,6 +20,7 @@ use msb_protocol::error::ApiError;
 use msb_supervisor::api::{self, ApiState};
 use msb_supervisor::host::HostProbe;
 use msb_supervisor::settings::Settings;
+use msb_supervisor::traces::Traces;
 use msb_supervisor::{home, recovery, server};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -97,7 +98,10 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     for problem in &found.problems {
         tracing::warn!(problem, "the journal was repaired");
     }
-    let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone() });
+    let launcher = Arc::new(ProcessLauncher {
+        program: settings.vmm_program.clone(),
+        sample_interval_ms: settings.sample_interval_ms(),
+    });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?
@@ -114,7 +118,7 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         host: settings.host_settings(),
         launcher,
         images: ImageActor::new(Arc::new(store)).start(),
-        metrics: MetricsHandle(MetricsActor::default().start()),
+        metrics: MetricsHandle::start(&settings.home.home),
         journal,
         clock,
         heartbeats,
@@ -123,6 +127,7 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     // Clients that connect meanwhile wait on the socket, which is already there.
     daemon.recovered(RECOVERY).await;
     let probe = HostProbe::new(settings.vmm_program.clone(), settings.config.text("qemu").map(Into::into));
+    let traces = Traces::begin(daemon.surroundings().metrics.identity(), |name| std::env::var(name).ok());
     let state = ApiState::new(daemon.clone(), probe, settings.share_dir.clone());
     let router = api::router(state.clone());
     // On the workers: a request in flight never waits for an actor's turn on this thread.
@@ -144,5 +149,9 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
     tokio::time::sleep(FAREWELL).await;
     aborter.abort();
     daemon.let_go().await;
+    // The SDK waits for its own thread.
+    if let Err(error) = tokio::task::spawn_blocking(move || traces.end()).await {
+        tracing::debug!(%error, "the last spans were not sent");
+    }
     Ok(())
 }

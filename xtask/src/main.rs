@@ -24,6 +24,7 @@ mod initramfs;
 mod install;
 mod kernel;
 mod lab;
+mod observers;
 mod program;
 mod soak;
 mod test;

@@ -31,7 +31,7 @@ use crate::clock::Clock;
 use crate::daemon::Daemon;
 use crate::images::{ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
-use crate::metrics::{MetricsActor, MetricsHandle};
+use crate::metrics::MetricsHandle;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
 use crate::supervisor::Surroundings;
@@ -195,7 +195,7 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
         },
         launcher,
         images: ImageActor::new(Arc::new(FakeImages)).start(),
-        metrics: MetricsHandle(MetricsActor::default().start()),
+        metrics: MetricsHandle::start(directory),
         journal,
         clock,
         heartbeats: HeartbeatWriter::start().expect("a thread"),

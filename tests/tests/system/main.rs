@@ -12,6 +12,7 @@ mod exec;
 mod image;
 mod inside;
 mod machine;
+mod metrics;
 mod network;
 mod output;
 mod registry;
