@@ -18,8 +18,7 @@ use crate::point::{Collection, Host, Point, Reading, Value};
 pub(crate) const SCOPE: &str = "microsandbox-metrics-collector";
 /// Bytes at which a request is full. A single sandbox with the most and longest labels stays below it by itself.
 const REQUEST_BYTES: usize = 1 << 20;
-/// Points of one sandbox, and bytes of a point without its attributes: about.
-const READING_POINTS: usize = 36;
+/// Bytes of a point without its attributes: about.
 const POINT_BYTES: usize = 48;
 /// How long after the last point its series is marked stale, in nanoseconds.
 const STALE_AFTER_NS: u64 = 1_000_000;
@@ -28,7 +27,7 @@ const STALE_AFTER_NS: u64 = 1_000_000;
 fn readings_that_fit(readings: &[Reading]) -> usize {
     let mut bytes = 0;
     let fit = readings.iter().take_while(|reading| {
-        bytes += READING_POINTS * (POINT_BYTES + reading.attribute_bytes());
+        bytes += reading.points_len() * (POINT_BYTES + reading.attribute_bytes());
         bytes <= REQUEST_BYTES
     });
     fit.count().max(1).min(readings.len())

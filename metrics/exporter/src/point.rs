@@ -10,17 +10,21 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 use msb_metrics::{
-    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Kind, Metric,
+    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Family, Kind, Metric,
 };
 use msb_protocol::control::{GuestMetrics, MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::state::SandboxState;
-use msb_protocol::vmm::{Phase, Sample};
+use msb_protocol::vmm::{NetworkCount, Phase, Sample};
 
 /// Label keys whose values are remembered for the cap on cardinality; labels of further keys are left out when there is a cap.
 const KEYS_MAX: usize = 256;
 /// Bytes of labels that one sandbox may bring to each of its points; further labels are left out.
 const LABEL_BYTES_MAX: usize = 16 << 10;
+
+/// Counters of the network of one sandbox, and bytes of a word that tells them apart.
+const COUNTS_MAX: usize = 64;
+const COUNT_WORD_BYTES_MAX: usize = 32;
 
 /// A value of a metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +35,9 @@ pub(crate) enum Value {
     Float(f64),
 }
 
+/// Attributes that one point has beside those of its sandbox: two at most.
+pub(crate) type Extra<'a> = [Option<(&'a str, &'a str)>; 2];
+
 /// One value of one metric with its attributes and times.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Point<'a> {
@@ -40,8 +47,8 @@ pub(crate) struct Point<'a> {
     pub value: Value,
     /// Attributes of everything that the same sandbox says, by key.
     pub attributes: &'a [(String, String)],
-    /// One more that only this point has.
-    pub extra: Option<(&'a str, &'a str)>,
+    /// Those that only this point has.
+    pub extra: Extra<'a>,
     /// When a sum began at zero, nanoseconds since 1970; 0 for gauges.
     pub start_ns: u64,
     /// When it was measured, nanoseconds since 1970.
@@ -53,7 +60,10 @@ pub(crate) struct Point<'a> {
 impl<'a> Point<'a> {
     /// All its attributes.
     pub(crate) fn all_attributes(&self) -> impl Iterator<Item = (&'a str, &'a str)> + use<'a> {
-        self.attributes.iter().map(|(key, value)| (key.as_str(), value.as_str())).chain(self.extra)
+        self.attributes
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .chain(self.extra.into_iter().flatten())
     }
 }
 
@@ -69,11 +79,15 @@ pub(crate) struct Host {
 }
 
 /// What all points of one sandbox share.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
     attributes: Vec<(String, String)>,
     phases: Vec<Phase>,
+    counts: Vec<CountKey>,
 }
+
+/// Which counter of the network: its metric and its attributes.
+type CountKey = (Metric, Vec<(String, String)>);
 
 /// What was read of one sandbox at one moment.
 #[derive(Clone, Debug)]
@@ -84,7 +98,10 @@ pub(crate) struct Reading {
     restarts: u32,
     status: SandboxState,
     cpu_utilization: f64,
+    /// Without the counters of the network, which are the next field.
     sample: Sample,
+    /// One for each of [`Identity::counts`].
+    counts: Box<[u64]>,
     guest: Option<GuestMetrics>,
     /// The last one of its run.
     is_last: bool,
@@ -139,7 +156,7 @@ impl Collection {
                 metric: Metric::Sandboxes,
                 value: Value::Unsigned(*count),
                 attributes: &[],
-                extra: Some((ATTRIBUTE_STATE, state)),
+                extra: [Some((ATTRIBUTE_STATE, state)), None],
                 start_ns: 0,
                 time_ns: self.taken_ns,
                 is_last: false,
@@ -193,6 +210,8 @@ struct Known {
     restarts_since_ns: u64,
 }
 
+/// Points of a reading beside those of its phases and its network's counters, rounded up.
+const FIXED_POINTS: usize = 24;
 /// A reading is old after so many of the intervals at which its sandbox was sampled.
 const OLD_INTERVALS: u64 = 5;
 /// And not before this time, in nanoseconds.
@@ -230,10 +249,12 @@ impl Memory {
     }
 
     /// The reading of one sandbox; none of a run whose last one was told.
-    fn read(&mut self, sandbox: &SandboxMetrics, identity: Identity, taken_ns: u64) -> Option<Reading> {
+    fn read(&mut self, sandbox: &SandboxMetrics, attributes: Vec<(String, String)>, taken_ns: u64) -> Option<Reading> {
+        let (keys, counts): (Vec<_>, Vec<_>) = network_counts(&sandbox.sample).into_iter().unzip();
+        let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
         let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
         let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
-            identity: Arc::new(Identity { attributes: Vec::new(), phases: Vec::new() }),
+            identity: Arc::default(),
             boot_id: sandbox.boot_id,
             at_ns: 0,
             interval_ns: 0,
@@ -268,7 +289,8 @@ impl Memory {
             restarts: sandbox.restarts,
             status: sandbox.status,
             cpu_utilization: sandbox.cpu_utilization,
-            sample: sandbox.sample.clone(),
+            sample: Sample { network: Vec::new(), ..sandbox.sample.clone() },
+            counts: counts.into(),
             guest: sandbox.guest,
             is_last: sandbox.last,
             is_new,
@@ -292,10 +314,25 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
     memory.sandboxes.retain(|id, _| present.contains(id));
     for sandbox in &snapshot.sandboxes {
         let attributes = attributes(sandbox, choice, memory, &mut collection.attributes_dropped);
-        let identity = Identity { attributes, phases: sandbox.boot_phases.clone() };
-        collection.readings.extend(memory.read(sandbox, identity, taken_ns));
+        collection.readings.extend(memory.read(sandbox, attributes, taken_ns));
     }
     collection
+}
+
+/// The network's counters that the table declares, each once: they come from a VM's process, and backends refuse what is there twice.
+fn network_counts(sample: &Sample) -> BTreeMap<CountKey, u64> {
+    let declared = |count: &NetworkCount| {
+        let definition = Metric::from_name(&count.metric)?.definition();
+        let keys_fit = count.attributes.keys().eq(definition.attributes.iter().collect::<BTreeSet<_>>());
+        let has_field = matches!(definition.metric, Metric::NetworkIo | Metric::NetworkPackets);
+        let is_short = count.attributes.values().all(|value| value.len() <= COUNT_WORD_BYTES_MAX);
+        (definition.family == Family::Sandbox && keys_fit && is_short && !has_field).then_some(definition.metric)
+    };
+    let counts = sample.network.iter().take(COUNTS_MAX).filter_map(|count| {
+        let attributes = count.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        Some(((declared(count)?, attributes), count.value))
+    });
+    counts.collect()
 }
 
 fn nanoseconds(value: i128) -> u64 {
@@ -342,6 +379,11 @@ fn seconds(microseconds: u64) -> Value {
 }
 
 impl Reading {
+    /// How many points it makes, and a few more.
+    pub(crate) fn points_len(&self) -> usize {
+        FIXED_POINTS + self.who.phases.len() + self.counts.len()
+    }
+
     /// Bytes that the attributes of one of its points take.
     pub(crate) fn attribute_bytes(&self) -> usize {
         self.who.attributes.iter().map(|(key, value)| key.len() + value.len() + 8).sum()
@@ -351,7 +393,7 @@ impl Reading {
     pub(crate) fn points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
         use Value::{Float, Unsigned};
         let sample = &self.sample;
-        let mut push = |metric: Metric, value: Value, extra: Option<(&'a str, &'a str)>| {
+        let mut push_with = |metric: Metric, value: Value, extra: Extra<'a>| {
             let start_ns = match (metric, metric.definition().kind) {
                 (Metric::Restarts, _) => self.restarts_since_ns,
                 (_, Kind::Counter) => self.started_ns,
@@ -360,6 +402,12 @@ impl Reading {
             let (attributes, time_ns, is_last) = (self.who.attributes.as_slice(), sample.at_ns, self.is_last);
             each(Point { metric, value, attributes, extra, start_ns, time_ns, is_last });
         };
+        for ((metric, attributes), value) in self.who.counts.iter().zip(&self.counts) {
+            let mut attributes = attributes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+            push_with(*metric, Unsigned(*value), [attributes.next(), attributes.next()]);
+        }
+        let mut push =
+            |metric: Metric, value: Value, extra: Option<(&'a str, &'a str)>| push_with(metric, value, [extra, None]);
         push(Metric::CpuUtilization, Float(self.cpu_utilization), None);
         push(
             Metric::MemoryUsage,
@@ -491,6 +539,42 @@ pub(crate) mod tests {
         assert_eq!(read.attributes["sandbox.name"], "web");
         assert!(!read.attributes.contains_key("sandbox.pid") && !read.attributes.contains_key("sandbox.run_id"));
         assert_eq!(of(&collection, Metric::Sandboxes)[0].time_ns, 101_000_000_000);
+    }
+
+    #[test]
+    fn counters_of_the_network_are_told_as_the_table_declares_them_and_nothing_else_is() {
+        let count = |metric: &str, attributes: &[(&str, &str)], value| NetworkCount {
+            metric: metric.into(),
+            attributes: attributes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            value,
+        };
+        let (way, transport) = (("network.connection.direction", "outbound"), ("network.transport", "tcp"));
+        let mut busy = snapshot();
+        busy.sandboxes[0].sample.network = vec![
+            count("microsandbox.network.denied", &[way, transport], 4),
+            count("microsandbox.network.denied", &[way, transport], 5),
+            count("microsandbox.network.denied", &[way], 6),
+            count("microsandbox.network.denied", &[way, ("network.transport", &"x".repeat(33))], 7),
+            count("microsandbox.network.io", &[("network.io.direction", "receive")], 8),
+            count("microsandbox.sandboxes", &[("sandbox.state", "running")], 9),
+            count("made.up", &[], 10),
+            count("microsandbox.network.connections", &[transport], 2),
+            count("microsandbox.network.decisions.suppressed", &[], 1),
+        ];
+        let collection = collect(&busy, &AttributeChoice::default(), &mut Memory::default());
+        let denied = of(&collection, Metric::NetworkDenied);
+        assert_eq!((denied.len(), denied[0].value, denied[0].start_ns), (1, Value::Unsigned(5), 50_000_000_000));
+        for (key, value) in [way, transport, ("sandbox.name", "web")] {
+            assert_eq!(denied[0].attributes[key], value);
+        }
+        let open = of(&collection, Metric::NetworkConnections);
+        assert_eq!((open.len(), open[0].value, open[0].start_ns), (1, Value::Unsigned(2), 0));
+        assert_eq!(of(&collection, Metric::NetworkIo).len(), 2);
+        assert_eq!(of(&collection, Metric::DecisionLogSuppressed).len(), 1);
+        assert_eq!(of(&collection, Metric::Sandboxes)[0].value, Value::Unsigned(1));
+        let mut points = 0;
+        collection.readings[0].points(|_| points += 1);
+        assert!((points..points + 10).contains(&collection.readings[0].points_len()), "{points}");
     }
 
     #[test]

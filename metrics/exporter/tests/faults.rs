@@ -106,9 +106,29 @@ async fn a_slow_backend_delays_no_collection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_is_started_again_is_found_and_nothing_is_told_meanwhile() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = Daemon::start(&socket(&directory), 1);
+    let backend = Backend::default();
+    let url = format!("http://127.0.0.1:{}/v1/metrics", backend.listen(0).await);
+    let exporter = Exporter::start(directory.path(), &[("MSB_HOST", &socket(&directory))], &otel(&url, &[]));
+    until("points", || backend.values(READ).len() > 3).await;
+    drop(first);
+    until("it is missed", || exporter.log().contains("no msbd answers")).await;
+    // What was under way arrives.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = backend.values(READ).len();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(backend.values(READ).len(), before, "a value was frozen");
+    let _second = Daemon::start(&socket(&directory), 1);
+    until("points again", || backend.values(READ).len() > before + 3).await;
+    assert_eq!(exporter.end(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn refusals_say_what_to_do() {
     let directory = tempfile::tempdir().unwrap();
-    Daemon::start(&socket(&directory), 1);
+    let _daemon = Daemon::start(&socket(&directory), 1);
     let backend = Backend::always(Answer::Status(404, None));
     let url = format!("http://127.0.0.1:{}", backend.listen(0).await);
     let home = socket(&directory);

@@ -12,8 +12,48 @@ use serde_json::Value;
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What the guest writes.
-const WRITTEN: f64 = 64.0 * 1024.0 * 1024.0;
+/// Bytes of one MiB.
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// What the guest does, in MiB and seconds.
+struct Load {
+    written: u32,
+    received: u32,
+    busy: u32,
+}
+
+impl Load {
+    /// A short one; with `MSB_TEST_LOAD=full` the one that the figures of the documentation are of.
+    fn of_this_run() -> Self {
+        if std::env::var("MSB_TEST_LOAD").is_ok_and(|load| load == "full") {
+            Self { written: 1024, received: 64, busy: 30 }
+        } else {
+            Self { written: 64, received: 16, busy: 5 }
+        }
+    }
+
+    fn written_bytes(&self) -> f64 {
+        f64::from(self.written) * MIB
+    }
+}
+
+/// Sends so many MiB to everybody who connects; gives its port.
+fn generous_host(mib: u32) -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let port = listener.local_addr().expect("its address").port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let piece = vec![b'm'; 1 << 20];
+            for _ in 0..mib {
+                if std::io::Write::write_all(&mut stream, &piece).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    port
+}
 
 /// A program that ends with this value.
 struct Program(Child);
@@ -161,23 +201,43 @@ fn a_known_load_is_told_truly_to_everybody() {
     // Before there is anything to tell, and with nothing to start.
     let pipelines = ["grpc", "http"].map(|protocol| pipeline(&home, &observers, protocol));
     let prometheus = Prometheus::start(&home, &observers);
-    home.succeeds(&["create", "--name", "box", "-m", "256M", "--label", "team=ml", "busybox"]);
+    home.succeeds(&["create", "--name", "box", "-m", "256M", "--net", "host", "--label", "team=ml", "busybox"]);
 
-    let write = "dd if=/dev/zero of=/root/data bs=1048576 count=64 && sync";
+    let load = Load::of_this_run();
+    let shell = |line: &str| home.msb(["exec", "box", "--", "sh", "-c", line]).run();
     let before = home.json(&["metrics", "box"])[0].clone();
-    let _ = home.msb(["exec", "box", "--", "sh", "-c", write]).run().succeeds();
-    let busy = "end=$(($(date +%s)+6)); while [ $(date +%s) -lt $end ]; do :; done";
-    let _ = home.msb(["exec", "box", "--", "sh", "-c", busy]).run().succeeds();
+    shell(&format!("dd if=/dev/zero of=/root/data bs=1048576 count={} && sync", load.written)).succeeds();
+    let port = generous_host(load.received);
+    shell(&format!("nc 172.16.0.1 {port} </dev/null | wc -c")).succeeds().prints(&format!("{}\n", load.received << 20));
+    shell("nc -w 30 10.1.2.3 443 </dev/null").exits(1);
+    let busy = format!("end=$(($(date +%s)+{})); while [ $(date +%s) -lt $end ]; do :; done", load.busy);
+    shell(&busy).succeeds();
     let truth_ms = vcpu_ms(&home);
-    let counted = home.msb(["exec", "box", "--", "sh", "-c", "cat /sys/block/vdb/stat"]).run().succeeds().text();
-    let sectors: f64 = counted.split_whitespace().nth(6).expect("sectors written").parse().expect("a number");
+    let counted = |file: &str, at: usize| -> f64 {
+        let text = shell(&format!("cat {file}")).succeeds().text();
+        text.split_whitespace().nth(at).expect("a field").parse().expect("a number")
+    };
+    let sectors = counted("/sys/block/vdb/stat", 6);
+    // What `ip -s link` prints.
+    let card = |file: &str| counted(&format!("/sys/class/net/eth0/statistics/{file}"), 0);
+    let network = [
+        ("net_rx_bytes", "microsandbox.network.io", "receive", card("rx_bytes")),
+        ("net_tx_bytes", "microsandbox.network.io", "transmit", card("tx_bytes")),
+        ("net_rx_packets", "microsandbox.network.packets", "receive", card("rx_packets")),
+        ("net_tx_packets", "microsandbox.network.packets", "transmit", card("tx_packets")),
+    ];
     std::thread::sleep(Duration::from_secs(3));
 
     // The command line.
     let now = home.json(&["metrics", "box"])[0].clone();
     let number = |value: &Value, key: &str| value[key].as_f64().unwrap_or_else(|| panic!("{key} of {value}"));
     let grown = number(&now, "disk_write_bytes") - number(&before, "disk_write_bytes");
-    assert!((WRITTEN..WRITTEN * 1.1).contains(&grown), "the load was {WRITTEN}, {grown} were written");
+    let written = load.written_bytes();
+    assert!((written..written * 1.1).contains(&grown), "the load was {written}, {grown} were written");
+    for (key, _, _, truth) in network {
+        close(key, number(&now, key), truth, if key.ends_with("packets") { 8.0 } else { 2048.0 });
+    }
+    assert!(number(&now, "net_rx_bytes") > f64::from(load.received) * MIB, "{now}");
     close("disk against the guest's own count", number(&now, "disk_write_bytes"), sectors * 512.0, 512.0 * 1024.0);
     close("cpu against /proc", number(&now, "cpu_time_secs") * 1000.0, truth_ms, 300.0);
     assert_eq!(now["labels"]["team"], "ml");
@@ -187,16 +247,23 @@ fn a_known_load_is_told_truly_to_everybody() {
     home.fails(&["metrics", "nobody"], 1, "sandbox_not_found");
 
     // A real Prometheus and every query of the documentation.
-    prometheus.holds(&now);
+    prometheus.holds(&now, written);
 
     // The real collector, over both protocols.
     for Pipeline { points, .. } in &pipelines {
         let write = Some(("disk.io.direction", "write"));
         until("points at the collector", || {
-            points.newest("microsandbox.disk.io", write) >= number(&before, "disk_write_bytes") + WRITTEN
+            points.newest("microsandbox.disk.io", write) >= number(&before, "disk_write_bytes") + written
         });
         close("disk", points.newest("microsandbox.disk.io", write), sectors * 512.0, 512.0 * 1024.0);
         close("cpu", points.newest("microsandbox.cpu.time", None) * 1000.0, truth_ms, 300.0);
+        for (_, metric, direction, truth) in network {
+            let told = points.newest(metric, Some(("network.io.direction", direction)));
+            close(metric, told, truth, if metric.ends_with("packets") { 8.0 } else { 2048.0 });
+        }
+        assert!(points.newest("microsandbox.network.denied", Some(("network.transport", "tcp"))) >= 1.0);
+        let outbound = Some(("network.connection.direction", "outbound"));
+        assert!(points.newest("microsandbox.network.connections.opened", outbound) >= 1.0);
         let io = points.of("microsandbox.disk.io", write);
         assert!(io.iter().all(|point| point["monotonic"] == true && point["cumulative"] == true), "{:?}", io[0]);
         let starts: std::collections::BTreeSet<_> = io.iter().map(|point| point["start"].as_u64()).collect();
@@ -287,10 +354,10 @@ impl Prometheus {
     }
 
     /// It agrees with what the command line said, and every documented query has an answer.
-    fn holds(&self, now: &Value) {
-        let written = "microsandbox_disk_io_bytes_total{disk_io_direction=\"write\",sandbox_name=\"box\",team=\"ml\"}";
-        until("a scrape", || self.ask(written).first().is_some_and(|(_, value)| *value >= WRITTEN));
-        let told = self.ask(written)[0].1;
+    fn holds(&self, now: &Value, written: f64) {
+        let series = "microsandbox_disk_io_bytes_total{disk_io_direction=\"write\",sandbox_name=\"box\",team=\"ml\"}";
+        until("a scrape", || self.ask(series).first().is_some_and(|(_, value)| *value >= written));
+        let told = self.ask(series)[0].1;
         close("disk at Prometheus", told, now["disk_write_bytes"].as_f64().expect("a number"), 512.0 * 1024.0);
         let limit = self.ask("microsandbox_memory_limit_bytes");
         assert_eq!(limit, [("box".to_owned(), f64::from(256u32 << 20))]);
@@ -304,6 +371,14 @@ impl Prometheus {
         }
         let busy = self.ask("max_over_time(microsandbox_cpu_utilization_ratio[1m])")[0].1;
         assert!(busy > 0.1, "a busy vCPU shows: {busy}");
+        // The picture of the documentation, when somebody wants a new one.
+        if let Ok(picture) = std::env::var("MSB_TEST_DASHBOARD") {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("collector/dashboard.py");
+            let dashboard = documents().join("observability/dashboard.json");
+            let mut draw = Command::new("python3");
+            draw.arg(script).arg(dashboard).arg(format!("http://127.0.0.1:{}", self.port)).args(["90", &picture]);
+            assert!(draw.status().expect("python3").success(), "the picture of the dashboard");
+        }
     }
 }
 

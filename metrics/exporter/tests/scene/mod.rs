@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use axum::routing::get;
 use axum::{Json, Router};
+use msb_metrics::Metric;
 use msb_protocol::control::{MetricsSnapshot, SandboxMetrics, VersionInfo};
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::state::SandboxState;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
-use msb_protocol::vmm::Sample;
+use msb_protocol::vmm::{NetworkCount, Sample};
 use opentelemetry_proto::tonic::collector::metrics::v1::{
     ExportMetricsPartialSuccess, ExportMetricsServiceRequest, ExportMetricsServiceResponse,
 };
@@ -25,9 +26,19 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 /// Longest wait for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A daemon. Its n-th answer says that one sandbox had read n bytes from its disk, n seconds after 1,000,000.
+/// A daemon, until it is dropped. Its n-th answer says that one sandbox had read n bytes from its disk, n seconds after 1,000,000.
 pub(crate) struct Daemon {
     asked: Arc<AtomicU64>,
+    socket: PathBuf,
+    /// Its own, so that it ends with all its connections.
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.socket).unwrap();
+        self.runtime.take().unwrap().shutdown_background();
+    }
 }
 
 impl Daemon {
@@ -36,13 +47,15 @@ impl Daemon {
         let asked = Arc::new(AtomicU64::new(0));
         let number = Arc::clone(&asked);
         std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
-        let listener = UnixListener::bind(socket).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
         let router = Router::new().route("/v1/version", get(|| async { Json(version()) })).route(
             "/v1/metrics",
             get(move || async move { Json(snapshot(number.fetch_add(1, Ordering::SeqCst) + 1, count)) }),
         );
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        Self { asked }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.spawn(async move { axum::serve(UnixListener::from_std(listener).unwrap(), router).await });
+        Self { asked, socket: socket.to_owned(), runtime: Some(runtime) }
     }
 
     /// How often it was asked.
@@ -61,6 +74,30 @@ fn version() -> VersionInfo {
     }
 }
 
+/// What a sandbox with traffic has.
+fn network(number: u64) -> Vec<NetworkCount> {
+    let count = |metric: Metric, values: &[&str]| NetworkCount {
+        metric: metric.name().into(),
+        attributes: metric
+            .definition()
+            .attributes
+            .iter()
+            .zip(values)
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect(),
+        value: number,
+    };
+    vec![
+        count(Metric::NetworkConnections, &["tcp"]),
+        count(Metric::NetworkConnections, &["udp"]),
+        count(Metric::NetworkConnectionsOpened, &["outbound", "tcp"]),
+        count(Metric::NetworkConnectionsOpened, &["outbound", "udp"]),
+        count(Metric::NetworkDenied, &["outbound", "tcp"]),
+        count(Metric::DnsQueries, &["answered"]),
+        count(Metric::DecisionLogSuppressed, &[]),
+    ]
+}
+
 fn snapshot(number: u64, count: u128) -> MetricsSnapshot {
     let at = jiff::Timestamp::from_second(1_000_000 + i64::try_from(number).unwrap()).unwrap();
     let one = |place: u128| SandboxMetrics {
@@ -77,6 +114,7 @@ fn snapshot(number: u64, count: u128) -> MetricsSnapshot {
         sample: Sample {
             at_ns: u64::try_from(at.as_nanosecond()).unwrap(),
             disk_read_bytes: number,
+            network: network(number),
             ..Sample::default()
         },
         cpu_utilization: 0.5,
