@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use actix::MailboxError;
 use msb_protocol::control::{
-    ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, GuestMetrics, LabelRequest, MetricsSnapshot,
-    SandboxDetail, SandboxMetrics, SandboxSummary, SshHost,
+    ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, LabelRequest, MetricsHistory, MetricsSnapshot,
+    SandboxDetail, SandboxSummary, SshHost,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::OpenKind;
@@ -24,13 +24,12 @@ use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 
-use crate::host_identity::HostIdentity;
 use crate::identity::ProcessIdentity;
 use crate::images::MakeUpper;
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
-use crate::metrics::Latest;
+use crate::metrics;
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
 use crate::sandbox::actor::{Ask, Explain, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
@@ -213,52 +212,31 @@ impl Daemon {
     ///
     /// # Errors
     /// The daemon ends.
-    pub async fn metrics(&self, names: &[SandboxName], terms: &[LabelTerm]) -> Result<MetricsSnapshot, ApiError> {
-        let newest = self.surroundings.metrics.0.send(Latest).await.map_err(mailbox)?;
-        let newest: BTreeMap<_, _> = newest.into_iter().map(|newest| (newest.sample.id, newest)).collect();
-        let mut states: BTreeMap<String, u64> = BTreeMap::new();
-        let mut sandboxes = Vec::new();
-        for sandbox in self.supervisor.send(All).await.map_err(mailbox)? {
-            let view = sandbox.view.borrow().clone();
-            let summary = &view.detail.summary;
-            *states.entry(summary.status.as_str().to_owned()).or_default() += 1;
-            let wanted = (names.is_empty() || names.contains(&summary.name))
-                && terms.iter().all(|term| term.matches(&summary.labels));
-            let (true, Some(newest)) = (wanted, newest.get(&sandbox.id)) else { continue };
-            let sample = &newest.sample;
-            let live = view.detail.boot_id == Some(sample.boot_id);
-            sandboxes.push(SandboxMetrics {
-                name: summary.name.clone(),
-                id: sandbox.id,
-                boot_id: sample.boot_id,
-                vmm_pid: view.detail.vmm_pid.filter(|_| live).unwrap_or(0),
-                status: summary.status,
-                labels: summary.labels.clone(),
-                restarts: summary.restarts,
-                started_at: started_at(&sample.sample),
-                last: !live,
-                sample: sample.sample.clone(),
-                cpu_utilization: if live { newest.cpu_utilization } else { 0.0 },
-                guest: Some(GuestMetrics {
-                    memory_used_bytes: sample.beat.memory_used_bytes,
-                    memory_total_bytes: sample.beat.memory_total_bytes,
-                    root_used_bytes: sample.beat.root_used_bytes,
-                    root_free_bytes: sample.beat.root_free_bytes,
-                    processes: sample.beat.processes,
-                }),
-                boot_phases: view.detail.boot_phases.clone(),
-            });
-        }
-        sandboxes.sort_by(|a, b| a.name.cmp(&b.name));
-        let home = self.surroundings.home.home.clone();
-        let host = tokio::task::spawn_blocking(move || HostIdentity::read(&home)).await.map_err(ApiError::internal)?;
-        Ok(MetricsSnapshot {
-            host_id: host.host_id,
-            host_name: host.host_name,
-            instance_id: host.instance_id,
-            taken_at: self.surroundings.clock.wall(),
-            states,
-            sandboxes,
+    pub async fn metrics(&self, choice: &metrics::snapshot::Choice) -> Result<MetricsSnapshot, ApiError> {
+        let sandboxes = self.supervisor.send(All).await.map_err(mailbox)?;
+        let clock = &self.surroundings.clock;
+        let now = (clock.now_ms(), clock.wall());
+        metrics::snapshot::take(&self.surroundings.metrics, sandboxes, choice, now).await.map_err(mailbox)
+    }
+
+    /// The samples of one sandbox in the last `last_ms`, thinned to `points_max`.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`.
+    pub async fn metrics_history(
+        &self,
+        name: &SandboxName,
+        last_ms: u64,
+        points_max: usize,
+    ) -> Result<MetricsHistory, ApiError> {
+        let sandbox = self.find(name).await?;
+        let since_ms = self.surroundings.clock.now_ms().saturating_sub(last_ms);
+        let history = metrics::History { id: sandbox.id, since_ms };
+        let entries = self.surroundings.metrics.actor().send(history).await.map_err(mailbox)?;
+        Ok(MetricsHistory {
+            name: name.clone(),
+            id: sandbox.id,
+            points: metrics::snapshot::history(&entries, points_max),
         })
     }
 
@@ -645,7 +623,7 @@ impl Daemon {
             }
             actors.push(row);
         }
-        let (images, metrics) = (&self.surroundings.images, &self.surroundings.metrics.0);
+        let (images, metrics) = (&self.surroundings.images, self.surroundings.metrics.actor());
         let row = |name: &str, report: ActorReport, mailbox, restarts, last_cause| ActorRow {
             name: name.into(),
             parent: "supervisor".into(),
@@ -670,11 +648,6 @@ fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
 }
 
 /// When a run's counters were zero: its uptime before its sample.
-fn started_at(sample: &msb_protocol::vmm::Sample) -> jiff::Timestamp {
-    let ns = i128::from(sample.at_ns) - i128::from(sample.uptime_ms) * 1_000_000;
-    jiff::Timestamp::from_nanosecond(ns).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
-}
-
 /// An actor that died with the request is made again: the same request may succeed then.
 fn mailbox(error: MailboxError) -> ApiError {
     ApiError { retryable: true, ..ApiError::internal(format!("the service could not finish this request: {error}")) }

@@ -63,6 +63,7 @@ pub mod injected {
         "metrics/sample",
         "metrics/forget",
         "metrics/latest",
+        "metrics/history",
         "metrics/inspect",
     ];
 

@@ -1,4 +1,5 @@
 //! The sim tier: supervisor and actors over fake VMs and a turned clock. Every wait of the rules passes in an instant.
+#![expect(clippy::print_stdout, reason = "figures for the reader of the output")]
 
 #[path = "sim/care.rs"]
 mod care;
@@ -720,5 +721,57 @@ fn a_wall_clock_that_jumps_a_day_changes_nothing() {
             assert_eq!(world.state("web").await, Some(SandboxState::Running));
         }
         assert_eq!(world.launcher.launched(), 1);
+    });
+}
+
+#[test]
+fn samples_are_told_while_a_run_lives_and_its_last_ones_after_it() {
+    use msb_actors::metrics::snapshot::Choice;
+    simulate(|world| async move {
+        let spec = SandboxSpec { labels: [("team".to_owned(), "ml".to_owned())].into(), ..detached("web") };
+        world.create(spec).await;
+        world.turn(10_000).await;
+        let all = Choice::default();
+        let snapshot = world.daemon.metrics(&all).await.unwrap();
+        let row = &snapshot.sandboxes[0];
+        assert!((row.cpu_utilization - 0.5).abs() < 1e-6 && !row.last, "{row:?}");
+        assert_eq!(snapshot.states["running"], 1);
+        let history = world.daemon.metrics_history(&name("web"), u64::MAX, 1_000).await.unwrap();
+        assert!(history.points.len() >= 8, "{}", history.points.len());
+        assert!(history.points.iter().skip(1).all(|point| (point.cpu_utilization - 0.5).abs() < 1e-6));
+        let other = Choice { names: vec![name("other")], ..Choice::default() };
+        assert!(world.daemon.metrics(&other).await.unwrap().sandboxes.is_empty());
+
+        let stopping = world.daemon.clone();
+        let stop = tokio::task::spawn_local(async move { stopping.stop(&name("web"), None, true).await });
+        while !stop.is_finished() {
+            world.turn(250).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let row = world.daemon.metrics(&all).await.unwrap().sandboxes.remove(0);
+        assert!(row.last && row.vmm_pid == 0 && row.status == SandboxState::Stopped, "{row:?}");
+        world.daemon.remove(&name("web"), false).await.unwrap();
+        let row = world.daemon.metrics(&all).await.unwrap().sandboxes.remove(0);
+        assert!(row.last && row.labels["team"] == "ml", "{row:?}");
+        world.turn(121_000).await;
+        assert!(world.daemon.metrics(&all).await.unwrap().sandboxes.is_empty());
+    });
+}
+
+/// What a fleet costs. Prints; asserts only what no busy machine changes.
+#[test]
+fn a_thousand_sandboxes_are_told_in_one_request() {
+    use msb_actors::metrics::snapshot::Choice;
+    simulate(|world| async move {
+        let creating = (0..1_000).map(|number| world.create(detached(&format!("s{number}"))));
+        futures_util::future::join_all(creating).await;
+        world.turn(5_000).await;
+        let begin = std::time::Instant::now();
+        let snapshot = world.daemon.metrics(&Choice::default()).await.unwrap();
+        let (taken, begin) = (begin.elapsed(), std::time::Instant::now());
+        let text = serde_json::to_string(&snapshot).unwrap();
+        println!("1,000 sandboxes: snapshot {taken:?}, JSON {:?}, {} bytes", begin.elapsed(), text.len());
+        assert_eq!(snapshot.sandboxes.len(), 1_000);
+        assert!(text.len() < 2 << 20, "{} bytes", text.len());
     });
 }

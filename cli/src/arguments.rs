@@ -168,10 +168,10 @@ pub enum Command {
     Logs(logs::LogsArgs),
     /// Show what happened to sandboxes
     Events(events::EventsArgs),
-    /// Show what sandboxes use (not built yet)
-    Metrics(Unbuilt),
-    /// Watch what sandboxes use (not built yet)
-    Top(Unbuilt),
+    /// Show what sandboxes use
+    Metrics(crate::commands::metrics::MetricsArgs),
+    /// Watch what sandboxes use, full-screen
+    Top(crate::commands::top::TopArgs),
     /// Explain and log what the network allows
     Net {
         /// What to ask.

@@ -36,6 +36,7 @@ pub mod signals;
 pub mod table;
 pub mod terminal;
 pub mod time;
+pub mod top;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -102,6 +102,20 @@ impl Printer {
         self.text(&table.render())
     }
 
+    /// Writes a table in place of the one before: on a terminal from its top, elsewhere after an empty line.
+    ///
+    /// # Errors
+    /// As [`Printer::text`].
+    pub fn redraw(&self, table: &Table) -> Result<(), Failure> {
+        // Home, then each line with the rest of it erased, then the rest of the screen.
+        let text = if std::io::stdout().is_terminal() {
+            format!("\x1b[H{}\x1b[J", table.render().replace('\n', "\x1b[K\n"))
+        } else {
+            format!("{}\n", table.render())
+        };
+        self.bytes(text.as_bytes())
+    }
+
     /// Says something that is no data; silent when quiet and where programs read.
     pub fn note(&self, text: &str) {
         if !self.quiet && !self.is_json() {

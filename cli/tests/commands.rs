@@ -68,6 +68,28 @@ fn lists() {
 }
 
 #[test]
+fn metrics_as_a_table_as_lines_and_for_programs() {
+    insta::assert_snapshot!(session(&[
+        &["metrics"],
+        &["metrics", "--all", "--sort", "mem"],
+        &["metrics", "-q", "--sort", "cpu", "-a"],
+        &["metrics", "web", "--format", "json"],
+        &["metrics", "old"],
+        &["metrics", "nobody"],
+        &["metrics", "--label", "team=ml", "-q"],
+        &["metrics", "--label", "=x"],
+        &["metrics", "--watch", "web"],
+        &["metrics", "--follow", "web"],
+        &["metrics", "--follow", "web", "--format", "json"],
+        &["metrics", "--watch", "--follow"],
+        &["metrics", "--watch", "--interval", "5ms"],
+        &["metrics", "--sort", "disk"],
+        &["top"],
+        &["top", "--format", "json"],
+    ]));
+}
+
+#[test]
 fn inspecting() {
     insta::assert_snapshot!(session(&[
         &["inspect", "web"],
@@ -203,13 +225,11 @@ fn what_is_not_built_says_so() {
     for words in [
         &["cp", "a", "web:/b"][..],
         &["snapshot", "ls"],
-        &["metrics", "--watch"],
         &["self", "update"],
         &["label", "web", "a=b"],
         &["fork", "web"],
         &["pause", "web"],
         &["resume", "web"],
-        &["top"],
         &["template", "ls"],
         &["mcp"],
     ] {

@@ -134,6 +134,13 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "after a pull or load, remove the longest unused images until this much of the disk is free; unset: never",
     },
     Setting {
+        key: "metrics.sample_interval",
+        variable: "MSB_METRICS_SAMPLE_INTERVAL",
+        kind: SettingKind::Duration,
+        default: "1s",
+        meaning: "time between two samples of a virtual machine; less than 100ms counts as that, more than 10s as 10s",
+    },
+    Setting {
         key: "logs.size_max",
         variable: "MSB_LOG_SIZE_MAX",
         kind: SettingKind::Size,

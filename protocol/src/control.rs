@@ -34,6 +34,8 @@
 //! | `GET /v1/sandboxes/{name}/network/explain?target=` | [`NetworkExplainQuery`] | [`NetworkExplanation`](crate::vmm::NetworkExplanation) |
 //! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
 //! | `GET /v1/metrics?name=&label=&selector=` | | [`MetricsSnapshot`]: one request for the whole fleet |
+//! | `GET /v1/metrics/stream?name=&label=&selector=&interval_ms=` | | lines of [`MetricsSnapshot`] |
+//! | `GET /v1/sandboxes/{name}/metrics` | [`HistoryQuery`] | [`MetricsHistory`] |
 //! | `GET /v1/images` | | [`ImageList`] |
 //! | `GET /v1/image?reference=` | | [`ImageDetail`] |
 //! | `DELETE /v1/image?reference=&force=` | | [`ImageRemoval`](crate::images::ImageRemoval) |
@@ -654,6 +656,9 @@ pub struct SandboxMetrics {
     pub labels: BTreeMap<String, String>,
     /// Restarts since somebody last started it.
     pub restarts: u32,
+    /// When the sandbox was created.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: Timestamp,
     /// When this run's counters began at zero.
     #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
@@ -669,6 +674,72 @@ pub struct SandboxMetrics {
     pub guest: Option<GuestMetrics>,
     /// Durations of the boot's phases.
     pub boot_phases: Vec<Phase>,
+}
+
+/// How to read metrics.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MetricsQuery {
+    /// Only these sandboxes, if any is named.
+    pub names: Vec<String>,
+    /// Only those whose labels fit every term.
+    pub labels: Vec<String>,
+}
+
+/// How to read the history of one sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct HistoryQuery {
+    /// Only this long ago, in milliseconds; an hour is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_ms: Option<u64>,
+    /// At most so many points, evenly spread (600 if not given, 36,000 at most).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub points_max: Option<u32>,
+}
+
+/// The last hour of one sandbox.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MetricsHistory {
+    /// Its name.
+    pub name: SandboxName,
+    /// Its identity.
+    pub id: SandboxId,
+    /// Oldest first.
+    pub points: Vec<HistoryPoint>,
+}
+
+/// One moment of a sandbox. Counters are cumulative since the boot of their run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HistoryPoint {
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub at: Timestamp,
+    /// The run.
+    pub boot_id: BootId,
+    /// vCPU seconds per second since the point before.
+    pub cpu_utilization: f64,
+    /// Time the vCPUs ran, in microseconds.
+    pub cpu_time_us: u64,
+    /// Memory of the guest that the host holds, in bytes.
+    pub memory_resident_bytes: u64,
+    /// Memory the guest was given, in bytes.
+    pub memory_limit_bytes: u64,
+    /// Bytes read from all disks.
+    pub disk_read_bytes: u64,
+    /// Bytes written to all disks.
+    pub disk_written_bytes: u64,
+    /// Requests to all disks.
+    pub disk_operations: u64,
+    /// Bytes the guest received.
+    pub network_received_bytes: u64,
+    /// Bytes the guest sent.
+    pub network_sent_bytes: u64,
+    /// Packets in both directions.
+    pub network_packets: u64,
+    /// Bytes the host allocates for the writable disk.
+    pub root_allocated_bytes: u64,
+    /// What the guest said of itself; `memory_total_bytes` is not kept.
+    pub guest: GuestMetrics,
 }
 
 /// What a guest says of itself in its beat.

@@ -83,6 +83,11 @@ pub enum Request {
         /// A URL, `NAME:PORT`, `ADDRESS:PORT`, `udp://…` or `icmp://…`.
         target: String,
     },
+    /// From now on, a `Sample` event on this connection at each interval.
+    Subscribe {
+        /// Time between two samples in milliseconds; 0 ends them.
+        sample_interval_ms: u64,
+    },
 }
 
 /// msb-vmm → msbd.
@@ -257,6 +262,13 @@ pub enum Event {
         /// Whether it is full now.
         full: bool,
     },
+    /// The counters, to a connection that subscribed.
+    Sampled {
+        /// This run.
+        boot_id: BootId,
+        /// The counters.
+        sample: Box<Sample>,
+    },
     /// The VM ended; the process exits after this. Also in `end.json`.
     Ended {
         /// The record.
@@ -282,6 +294,9 @@ pub struct EndRecord {
     /// The evidence, if the boot failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_error: Option<BootError>,
+    /// The counters at the end, if a machine ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<Box<Sample>>,
 }
 
 /// The evidence of a boot that failed.
@@ -304,6 +319,9 @@ pub struct BootError {
 pub struct Sample {
     /// When, nanoseconds since 1970.
     pub at_ns: u64,
+    /// When the counters began at zero, nanoseconds since 1970: the same in every sample of a run. 0 if not told.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub started_at_ns: u64,
     /// Time since the VM started in milliseconds.
     pub uptime_ms: u64,
     /// Time the vCPU threads ran, in microseconds.
@@ -341,6 +359,7 @@ pub struct Sample {
     pub network: Vec<NetworkCount>,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }

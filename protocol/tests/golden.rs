@@ -396,6 +396,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
         message: "panic".into(),
         at_ns: 9,
         boot_error: None,
+        sample: None,
     };
     let status = VmStatus {
         generation: 1,
@@ -426,6 +427,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
             ("expect_end", json(&request(Request::ExpectEnd { cause: EndCause::Idle }))),
             ("console_tail", json(&request(Request::ConsoleTail { bytes_max: 10 }))),
             ("sample", json(&request(Request::Sample))),
+            ("subscribe", json(&request(Request::Subscribe { sample_interval_ms: 1000 }))),
             ("reply_done", json(&reply(Ok(Reply::Done)))),
             ("reply_status", json(&reply(Ok(Reply::Status(Box::new(status)))))),
             ("reply_sample", json(&reply(Ok(Reply::Sample(Box::<Sample>::default()))))),
@@ -435,6 +437,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
             ("main_started", json(&event(Event::MainStarted { boot_id, pid: 12 }))),
             ("main_exited", json(&event(Event::MainExited { boot_id, end: ProcessEnd::signalled(9) }))),
             ("host_disk_full", json(&event(Event::HostDiskFull { boot_id, full: true }))),
+            ("sampled", json(&event(Event::Sampled { boot_id, sample: Box::<Sample>::default() }))),
             ("ended", json(&event(Event::Ended { record: Box::new(record) }))),
         ],
     );

@@ -18,3 +18,4 @@ pub mod recovery;
 pub mod server;
 pub mod settings;
 pub mod systemd;
+pub mod traces;

@@ -22,6 +22,7 @@ use msb_supervisor::door::behind::{self, Arrival};
 use msb_supervisor::door::front::{self, Place};
 use msb_supervisor::host::HostProbe;
 use msb_supervisor::settings::Settings;
+use msb_supervisor::traces::Traces;
 use msb_supervisor::{home, recovery, server, systemd};
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -141,7 +142,11 @@ async fn serve(
     for problem in &found.problems {
         tracing::warn!(problem, "the journal was repaired");
     }
-    let launcher = Arc::new(ProcessLauncher { program: settings.vmm_program.clone(), scopes: systemd::scopes().await });
+    let launcher = Arc::new(ProcessLauncher {
+        program: settings.vmm_program.clone(),
+        sample_interval_ms: settings.sample_interval_ms(),
+        scopes: systemd::scopes().await,
+    });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
     let store = ContentStore::open(&settings.home.home, settings.upper_template())?
@@ -158,7 +163,7 @@ async fn serve(
         host: settings.host_settings(),
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),
-        metrics: MetricsHandle::start(clock.clone()),
+        metrics: MetricsHandle::start(&settings.home.home, clock.clone()),
         journal,
         clock,
         heartbeats,
@@ -167,6 +172,7 @@ async fn serve(
     // Clients that connect meanwhile wait on the socket, which is already there.
     daemon.recovered(RECOVERY).await;
     let probe = HostProbe::new(settings.vmm_program.clone(), settings.config.text("qemu").map(Into::into));
+    let traces = Traces::begin(daemon.surroundings().metrics.identity(), |name| std::env::var(name).ok());
     let state = ApiState::new(daemon.clone(), probe, settings.share_dir.clone());
     let router = api::router(state.clone());
     // On the workers: a request in flight never waits for an actor's turn on this thread.
@@ -200,6 +206,10 @@ async fn serve(
     tokio::time::sleep(FAREWELL).await;
     aborter.abort();
     daemon.let_go().await;
+    // The SDK waits for its own thread.
+    if let Err(error) = tokio::task::spawn_blocking(move || traces.end()).await {
+        tracing::debug!(%error, "the last spans were not sent");
+    }
     Ok(())
 }
 

@@ -12,6 +12,9 @@ use msb_protocol::spec::EngineChoice;
 const SYSTEM_CONFIG: &str = "/etc/msb/config.toml";
 /// Largest configuration file in bytes.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
+/// Least and longest time between two samples of a VM, in milliseconds.
+const SAMPLE_INTERVAL_MS_MIN: u64 = 100;
+const SAMPLE_INTERVAL_MS_MAX: u64 = 10_000;
 
 /// Everything the daemon takes from its environment and files.
 #[derive(Clone, Debug)]
@@ -66,6 +69,12 @@ impl Settings {
     #[must_use]
     pub fn kernel(&self) -> PathBuf {
         self.config.text("kernel").map_or_else(|| self.share_dir.join("vmlinux"), PathBuf::from)
+    }
+
+    /// Time between two samples of a VM. Seldom ones would also let a sandbox look idle that is visited through a published port.
+    #[must_use]
+    pub fn sample_interval_ms(&self) -> u64 {
+        self.config.duration_ms("metrics.sample_interval").clamp(SAMPLE_INTERVAL_MS_MIN, SAMPLE_INTERVAL_MS_MAX)
     }
 
     /// The packed template of writable disks.

@@ -40,6 +40,13 @@ pub fn python_image() -> Option<PathBuf> {
     std::env::var_os("MSB_TEST_PYTHON").map(PathBuf::from)
 }
 
+/// Programs that others wrote and that watch what we tell: `python/` with a collector and the protobuf definitions, `debian/` with
+/// Prometheus. Where they could be fetched.
+#[must_use]
+pub fn observers() -> Option<PathBuf> {
+    std::env::var_os("MSB_TEST_OBSERVERS").map(PathBuf::from)
+}
+
 /// The engine under test: `qemu` unless `MSB_TEST_ENGINE` says otherwise.
 #[must_use]
 pub fn engine() -> String {

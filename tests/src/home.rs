@@ -95,6 +95,14 @@ impl Home {
         Invocation::new(command)
     }
 
+    /// As [`Self::program`], to be started by the test itself.
+    pub fn command(&self, name: &str, words: &[&str]) -> Command {
+        let mut command = Command::new(artifacts::tree().join("bin").join(name));
+        command.args(words);
+        self.furnish(&mut command);
+        command
+    }
+
     /// A shell line with `msb` on its path, as a user would type it.
     pub fn shell(&self, line: &str) -> Invocation {
         let mut command = Command::new("sh");

@@ -14,7 +14,7 @@ mod home;
 mod invocation;
 mod program;
 
-pub use artifacts::{engine, image, python_image, tree};
+pub use artifacts::{engine, image, observers, python_image, tree};
 pub use census::Process;
 pub use home::Home;
 pub use invocation::{Finished, Invocation, Running};

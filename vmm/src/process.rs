@@ -75,7 +75,8 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     };
     let facts = run.facts();
     let verdict = end::decide(&end, &facts, run.console().panic_line().as_deref(), run.console().has_output());
-    let record = record(spec, &run, &verdict);
+    let mut record = record(spec, &run, &verdict);
+    record.sample = control.as_ref().map(|control| Box::new(control.sample()));
     tracing::info!(boot_id = %spec.boot_id, cause = verdict.cause.as_str(), message = verdict.message, "end");
     let phases: Vec<String> =
         run.phases().all().iter().map(|mark| format!("{} {:.1} ms", mark.name, mark.at_us as f64 / 1000.0)).collect();
@@ -159,7 +160,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
             let end = match close_jail(spec, &prepared.loops, &prepared.shares, &child_pids) {
                 Ok(report) => {
                     control.set_jail(report);
-                    control.set_machine_pids(child_pids);
+                    control.set_machine_pids(&child_pids);
                     engine.run()
                 }
                 Err(error) => {
@@ -277,6 +278,7 @@ fn record(spec: &VmSpec, run: &Run, verdict: &Verdict) -> EndRecord {
         message: verdict.message.clone(),
         at_ns,
         boot_error,
+        sample: None,
     }
 }
 

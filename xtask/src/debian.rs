@@ -84,8 +84,14 @@ pub(crate) const CLIENTS: &[Package] = &[
     package("curl", "curl", "speaks through a forwarded SOCKS port"),
 ];
 
+/// What the programs need that watch our metrics.
+pub(crate) const OBSERVE: &[Package] = &[
+    package("python3", "python3", "runs what decodes metrics with the official definitions"),
+    package("python3-venv", "/usr/share/python-wheels", "brings pip, which fetches a collector into the cache"),
+];
+
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS, SYSTEM, FUZZ];
+pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS, SYSTEM, FUZZ, OBSERVE];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

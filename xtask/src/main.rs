@@ -25,6 +25,7 @@ mod initramfs;
 mod install;
 mod kernel;
 mod lab;
+mod observers;
 mod program;
 mod sdk;
 mod soak;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, program, sdk};
+use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, observers, program, sdk};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -178,6 +178,10 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
         println!(
             "note: this user cannot become root, so the cases with the python image and those with a full disk are skipped"
         );
+    }
+    match observers::fetch() {
+        Ok(folder) => drop(tests.env("MSB_TEST_OBSERVERS", folder)),
+        Err(error) => println!("note: no collector, so the case that asks one is skipped: {error:#}"),
     }
     // A booting guest under software emulation keeps a processor busy; more of them at once than processors only makes each slower.
     let threads = std::thread::available_parallelism().map_or(2, usize::from);

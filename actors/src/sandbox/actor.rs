@@ -15,11 +15,10 @@ mod care;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use actix::prelude::*;
 use jiff::SignedDuration;
-use msb_protocol::control::RunEnd;
+use msb_protocol::control::{GuestMetrics, RunEnd};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::BootId;
 use msb_protocol::labels;
@@ -43,7 +42,7 @@ use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
-use crate::metrics::BeatSample;
+use crate::metrics::{Forget, LastWords, Measured};
 use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
@@ -163,13 +162,15 @@ pub struct SandboxActor {
     /// Waits for visitors while the sandbox sleeps.
     port_watch: Option<SpawnHandle>,
     /// Connections through published ports that were opened, as of the last sample.
-    visits: Arc<AtomicU64>,
+    visits: u64,
     beats: Option<BeatWatch>,
     /// Events of a run whose launch or adoption is under way.
     coming: Option<(BootId, mpsc::Receiver<VmEvent>)>,
     care: Option<care::Care>,
     timer: Option<SpawnHandle>,
     beat_timer: Option<SpawnHandle>,
+    /// What the agent of this run said last.
+    guest_metrics: Option<GuestMetrics>,
     /// Steps whose effects are not done yet, oldest first.
     steps: VecDeque<Step>,
     stepping: bool,
@@ -227,12 +228,13 @@ impl SandboxActor {
             image: None,
             ports: BoundPorts::default(),
             port_watch: None,
-            visits: Arc::default(),
+            visits: 0,
             beats: None,
             coming: None,
             care: None,
             timer: None,
             beat_timer: None,
+            guest_metrics: None,
             steps: VecDeque::new(),
             stepping: false,
             gone: None,
@@ -509,8 +511,22 @@ impl SandboxActor {
         }
     }
 
+    fn note_sample(&mut self, boot_id: BootId, sample: msb_protocol::vmm::Sample) {
+        let opened = sample.network_inbound_opened;
+        if sample.network_inbound_open > 0 || (opened > 0 && opened != self.visits) {
+            self.activity.touch(ActivityKind::Connection);
+        }
+        self.visits = opened;
+        let (id, name, at_ms) = (self.record.id, self.record.name.clone(), self.now_ms());
+        self.surroundings.metrics.sample(Measured { id, name, boot_id, at_ms, sample, guest: self.guest_metrics });
+    }
+
     fn note_end(&mut self, boot_id: BootId, cause: EndCause) {
-        let gone = self.gone.take();
+        let mut gone = self.gone.take();
+        if let Some(sample) = gone.as_mut().and_then(|gone| gone.sample.take()) {
+            self.note_sample(boot_id, *sample);
+        }
+        self.guest_metrics = None;
         let process: Option<ProcessEnd> = gone.as_ref().and_then(|gone| gone.main_end);
         let message = gone.as_ref().map(|gone| clean(&gone.message)).unwrap_or_default();
         if let Some(error) = gone.and_then(|gone| gone.boot_error) {
@@ -794,10 +810,15 @@ impl SandboxActor {
     }
 
     fn vanish(&mut self, ctx: &mut Context<Self>) {
-        self.surroundings.metrics.forget(self.record.id);
         if let Some(ssh) = self.ssh.take() {
             ssh.close();
         }
+        let last_words = LastWords {
+            labels: self.record.labels.clone(),
+            restarts: self.machine.restarts(),
+            created_at: self.record.created_at,
+        };
+        self.surroundings.metrics.forget(Forget { id: self.record.id, at_ms: self.now_ms(), last_words });
         self.guard.disarm();
         let mut view = View::clone(&self.view.borrow());
         view.gone = true;
@@ -930,6 +951,7 @@ impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
             VmEvent::MainStarted => {}
             VmEvent::MainExited(_) => self.tell(Event::MainExited, ctx),
             VmEvent::Beat(beat) => self.hear_beat(boot_id, beat, ctx),
+            VmEvent::Sampled(sample) => self.note_sample(boot_id, *sample),
             VmEvent::HostDiskFull(full) => {
                 let draft = EventDraft {
                     sandbox: self.record.name.clone(),
@@ -966,20 +988,12 @@ impl SandboxActor {
         }
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
-        // The VM process is asked beside the mailbox; a sample it does not answer is left out, the beat counted all the same.
-        let (reply, answer) = tokio::sync::oneshot::channel();
-        self.command(VmCommand::Sample(reply));
-        let metrics = self.surroundings.metrics.clone();
-        let (id, name) = (self.record.id, self.record.name.clone());
-        let (activity, visits) = (self.activity.clone(), self.visits.clone());
-        tokio::spawn(async move {
-            if let Ok(Ok(sample)) = answer.await {
-                let opened = sample.network_inbound_opened;
-                if sample.network_inbound_open > 0 || (visits.swap(opened, Ordering::Relaxed) != opened && opened > 0) {
-                    activity.touch(ActivityKind::Connection);
-                }
-                metrics.sample(BeatSample { id, name, boot_id, at_ms: now_ms, beat, sample });
-            }
+        self.guest_metrics = Some(GuestMetrics {
+            memory_used_bytes: beat.memory_used_bytes,
+            memory_total_bytes: beat.memory_total_bytes,
+            root_used_bytes: beat.root_used_bytes,
+            root_free_bytes: beat.root_free_bytes,
+            processes: beat.processes,
         });
         if self.beat_timer.is_none() {
             self.arm_beats(ctx);

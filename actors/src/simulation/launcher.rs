@@ -12,7 +12,7 @@ use msb_protocol::id::BootId;
 use msb_protocol::network::VmNetwork;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{NetworkExplanation, Phase, VmSpec, VmState, VmStatus};
+use msb_protocol::vmm::{NetworkExplanation, Phase, Sample, VmSpec, VmState, VmStatus};
 use tokio::sync::mpsc;
 
 use super::agent;
@@ -134,8 +134,13 @@ impl FakeLauncher {
     pub fn crash(&self, name: &str, cause: EndCause) {
         if let Some(vm) = self.named(name) {
             // A VM that is gone cannot die again.
-            let _ =
-                vm.inbox.send(Input::End(Gone { cause, main_end: None, message: "injected".into(), boot_error: None }));
+            let _ = vm.inbox.send(Input::End(Gone {
+                cause,
+                main_end: None,
+                message: "injected".into(),
+                boot_error: None,
+                sample: None,
+            }));
         }
     }
 
@@ -148,6 +153,7 @@ impl FakeLauncher {
                 main_end: Some(end),
                 message: String::new(),
                 boot_error: None,
+                sample: None,
             }));
         }
     }
@@ -214,6 +220,7 @@ impl Launcher for FakeLauncher {
             main_end: None,
             message: message.into(),
             boot_error: None,
+            sample: None,
         };
         let outcome = match self.vm(&request.run_dir).filter(|vm| vm.spec.boot_id == request.boot_id) {
             None => Adoption::Gone(gone("there is no such VM")),
@@ -249,6 +256,7 @@ impl Launcher for FakeLauncher {
                     main_end: Some(end),
                     message: String::new(),
                     boot_error: None,
+                    sample: None,
                 }));
             }));
             Ok(Box::new(ours) as Box<dyn AgentIo>)
@@ -278,6 +286,21 @@ fn status(vm: &FakeVm, state: VmState) -> VmStatus {
     }
 }
 
+/// Counters of a VM that is busy half of the time and writes a page each second.
+fn sample(seconds: u64) -> Sample {
+    Sample {
+        at_ns: (1_700_000_000 + seconds) * 1_000_000_000,
+        started_at_ns: 1_700_000_000_000_000_000,
+        uptime_ms: seconds * 1_000,
+        cpu_time_us: seconds * 500_000,
+        memory_limit_bytes: 512 << 20,
+        memory_resident_bytes: 64 << 20,
+        disk_written_bytes: seconds * 4096,
+        disk_write_operations: seconds,
+        ..Sample::default()
+    }
+}
+
 /// When the workload ends by itself, in milliseconds after ready, and how.
 fn fate(spec: &VmSpec) -> Option<(u64, ProcessEnd)> {
     let main = spec.guest.main.as_ref().filter(|main| main.autostart)?;
@@ -298,7 +321,7 @@ async fn live(
     mut commands: mpsc::Receiver<VmCommand>,
     mut inputs: mpsc::UnboundedReceiver<Input>,
 ) {
-    let end = |cause, main_end| Gone { cause, main_end, message: "simulated".into(), boot_error: None };
+    let end = |cause, main_end| Gone { cause, main_end, message: "simulated".into(), boot_error: None, sample: None };
     // Sends may fail: nobody listens between two daemons.
     let _ = events.send(VmEvent::Status(Box::new(status(&vm, VmState::Booting)))).await;
     let mut ready = false;
@@ -338,7 +361,6 @@ async fn live(
                 VmCommand::Shutdown { .. } => {}
                 VmCommand::Kill { .. } if stubborn > 0 => stubborn -= 1,
                 VmCommand::Kill { cause } => break end(cause, None),
-                VmCommand::Sample(reply) => drop(reply.send(Ok(Default::default()))),
                 VmCommand::ConsoleTail(reply) => drop(reply.send(Ok(String::new()))),
                 VmCommand::ExplainNetwork(_, reply) => drop(reply.send(Err(no_policy()))),
             },
@@ -364,6 +386,7 @@ async fn live(
                 } else if now >= next_ms {
                     sequence += 1;
                     let _ = events.send(VmEvent::Beat(Beat { sequence, uptime_ms: sequence * 1_000, ..Beat::default() })).await;
+                    let _ = events.send(VmEvent::Sampled(Box::new(sample(sequence)))).await;
                 }
                 next_ms = now + 1_000;
             }

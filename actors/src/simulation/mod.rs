@@ -194,7 +194,7 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
         },
         launcher,
         images: ImageActor::keep(Arc::new(FakeImages), clock.clone()),
-        metrics: MetricsHandle::start(clock.clone()),
+        metrics: MetricsHandle::start(directory, clock.clone()),
         journal,
         clock,
         heartbeats: HeartbeatWriter::start().expect("a thread"),

@@ -55,8 +55,6 @@ pub enum VmCommand {
         /// What to record.
         cause: EndCause,
     },
-    /// Counters.
-    Sample(oneshot::Sender<Result<Sample, ApiError>>),
     /// Which network rule would decide about a target.
     ExplainNetwork(String, oneshot::Sender<Result<NetworkExplanation, ApiError>>),
     /// The end of the console's output.
@@ -79,6 +77,8 @@ pub enum VmEvent {
     MainExited(ProcessEnd),
     /// A beat.
     Beat(Beat),
+    /// Counters.
+    Sampled(Box<Sample>),
     /// The host's disk is full, or has room again.
     HostDiskFull(bool),
     /// The VM process is gone; nothing follows.
@@ -96,6 +96,8 @@ pub struct Gone {
     pub message: String,
     /// The evidence, if the boot failed.
     pub boot_error: Option<BootError>,
+    /// The counters at the end, if the VM process left them.
+    pub sample: Option<Box<Sample>>,
 }
 
 /// A running VM: dropping this does not end it.

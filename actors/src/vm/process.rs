@@ -57,6 +57,8 @@ const PENDING_MAX: usize = 64;
 pub struct ProcessLauncher {
     /// The program.
     pub program: PathBuf,
+    /// Time between two samples of a VM in milliseconds; 0: none.
+    pub sample_interval_ms: u64,
     /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it.
     pub scopes: Option<Scopes>,
 }
@@ -166,7 +168,6 @@ struct Driver {
 
 enum Pending {
     Status,
-    Sample(oneshot::Sender<Result<msb_protocol::vmm::Sample, ApiError>>),
     ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
     Explanation(oneshot::Sender<Result<NetworkExplanation, ApiError>>),
 }
@@ -400,7 +401,7 @@ impl Driver {
         let boot_limit = tokio::time::sleep(boot_limit.unwrap_or(Duration::from_secs(u64::from(u32::MAX))));
         tokio::pin!(boot_limit);
         if self.ready {
-            self.reach_agent(&events);
+            self.reach_agent(&events).await;
         }
         let mut ended: Option<Box<EndRecord>> = None;
         let status = loop {
@@ -478,13 +479,6 @@ impl Driver {
                             None => return true,
                         }
                     }
-                    (Pending::Sample(reply), result) => {
-                        let _ = reply.send(result.and_then(|reply| match reply {
-                            Reply::Sample(sample) => Ok(*sample),
-                            _ => Err(ApiError::internal("the VM process answered with something else")),
-                        }));
-                        return true;
-                    }
                     (Pending::ConsoleTail(reply), result) => {
                         let _ = reply.send(result.and_then(|reply| match reply {
                             Reply::ConsoleTail { text } => Ok(text),
@@ -505,7 +499,7 @@ impl Driver {
             Message::Event { event } => match event {
                 Event::AgentReady { boot_id, phases } if boot_id == self.boot_id => {
                     self.ready = true;
-                    self.reach_agent(events);
+                    self.reach_agent(events).await;
                     // Only now does it know what confines it: its state goes up first, then that it is ready.
                     self.ready_phases = Some(phases);
                     if self.request(Request::Status, Some(Pending::Status)).await.is_ok() {
@@ -519,6 +513,7 @@ impl Driver {
                     VmEvent::MainExited(end)
                 }
                 Event::HostDiskFull { boot_id, full } if boot_id == self.boot_id => VmEvent::HostDiskFull(full),
+                Event::Sampled { boot_id, sample } if boot_id == self.boot_id => VmEvent::Sampled(sample),
                 Event::Ended { record } if record.boot_id == self.boot_id => {
                     // The process is about to exit; its end is told when it has.
                     *ended = Some(record);
@@ -531,7 +526,11 @@ impl Driver {
         events.send(event).await.is_ok()
     }
 
-    fn reach_agent(&mut self, events: &EventSink) {
+    async fn reach_agent(&mut self, events: &EventSink) {
+        let sample_interval_ms = self.launcher.sample_interval_ms;
+        if let Err(error) = self.request(Request::Subscribe { sample_interval_ms }, None).await {
+            tracing::debug!(boot_id = %self.boot_id, %error, "the VM process's control link is broken");
+        }
         let (shutdowns, queue) = mpsc::channel(2);
         self.agent = Some(shutdowns);
         let launcher: Arc<dyn Launcher> = Arc::new(self.launcher.clone());
@@ -558,7 +557,6 @@ impl Driver {
                 }
                 Ok(())
             }
-            VmCommand::Sample(reply) => self.request(Request::Sample, Some(Pending::Sample(reply))).await,
             VmCommand::ExplainNetwork(target, reply) => {
                 self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await
             }
@@ -590,12 +588,13 @@ fn read_end(
         Some(status) => (EndCause::VmmCrash, format!("the VM process ended without a record: {status}")),
         None => (EndCause::VmmCrash, "the VM process is gone and left no record".to_owned()),
     };
-    Gone { cause, main_end, message, boot_error: read_boot_error(log_dir, boot_id) }
+    Gone { cause, main_end, message, boot_error: read_boot_error(log_dir, boot_id), sample: None }
 }
 
 fn from_record(record: EndRecord, log_dir: &Path) -> Gone {
     let boot_error = record.boot_error.or_else(|| read_boot_error(log_dir, record.boot_id));
-    Gone { cause: record.cause, main_end: record.main_end, message: record.message, boot_error }
+    let EndRecord { cause, main_end, message, sample, .. } = record;
+    Gone { cause, main_end, message, boot_error, sample }
 }
 
 fn read_boot_error(log_dir: &Path, boot_id: BootId) -> Option<BootError> {

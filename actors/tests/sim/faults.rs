@@ -65,7 +65,9 @@ async fn drive(world: &World) {
         world.turn(500).await;
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    insist(world, "metrics", || daemon.metrics(&[], &[])).await;
+    let all = msb_actors::metrics::snapshot::Choice::default();
+    insist(world, "metrics", || daemon.metrics(&all)).await;
+    insist(world, "history", || daemon.metrics_history(&old, u64::MAX, 100)).await;
     insist(world, "stop", || daemon.stop(&new, None, false)).await;
     insist(world, "start", || daemon.start(&new, false)).await;
     gone(world, "new").await;

@@ -18,6 +18,7 @@ pub mod itself;
 pub mod label;
 pub mod list;
 pub mod logs;
+pub mod metrics;
 pub mod net;
 pub mod prune;
 pub mod pull;
@@ -31,6 +32,7 @@ pub mod ssh;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod top;
 pub mod uninstall;
 pub mod version;
 pub mod volume;
@@ -89,10 +91,10 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Snapshot(_) => unbuilt("msb snapshot"),
         Command::Template(_) => unbuilt("msb template"),
         Command::Df => df::run(context).await,
-        Command::Metrics(_) => unbuilt("msb metrics"),
-        Command::Top(_) => unbuilt("msb top"),
         Command::Install(args) => install::run(args, context).await,
         Command::Uninstall(args) => uninstall::run(args, context).await,
+        Command::Metrics(args) => metrics::run(args, context).await,
+        Command::Top(args) => top::run(args, context).await,
         Command::Mcp(_) => unbuilt("msb mcp"),
     }
 }

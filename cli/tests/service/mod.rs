@@ -2,6 +2,7 @@
 //! socket. It knows four sandboxes and one image, and runs "commands" that are instructions to itself. It boots nothing.
 
 mod images;
+mod metrics;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -79,6 +80,8 @@ fn router() -> Router {
         .route("/v1/sandboxes/{name}/main", get(move |upgrade: WebSocketUpgrade| async move { upgrade.on_upgrade(move |socket| run_main(main, socket)) }))
         .route("/v1/sandboxes/{name}/logs", get(logs))
         .route("/v1/events", get(events))
+        .route("/v1/metrics", get(metrics::snapshot))
+        .route("/v1/metrics/stream", get(metrics::stream))
         .route("/v1/images", get(|| async { Json(ImageList { images: vec![image()] }) }))
         .route("/v1/images/load", post(load))
         .route("/v1/images/pull", post(images::pull))

@@ -98,6 +98,12 @@ pub(crate) struct OtelArgs {
     /// Certificate authority of the backend, PEM, in place of the system's
     #[arg(long, value_name = "FILE")]
     pub ca_cert: Option<PathBuf>,
+    /// Certificate we show the backend, PEM
+    #[arg(long, value_name = "FILE", requires = "client_key")]
+    pub client_cert: Option<PathBuf>,
+    /// Key of that certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    pub client_key: Option<PathBuf>,
     /// Header or gRPC metadata (repeatable); over OTEL_EXPORTER_OTLP_HEADERS
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub header: Vec<(String, String)>,
@@ -107,15 +113,15 @@ pub(crate) struct OtelArgs {
     /// What is collected
     #[command(flatten)]
     pub collect: CollectArgs,
-    /// Time between two exports
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_interval)]
-    pub flush_interval: Duration,
+    /// Time between two exports (10s if neither this nor OTEL_METRIC_EXPORT_INTERVAL is given)
+    #[arg(long, value_name = "DURATION", value_parser = parse_interval)]
+    pub flush_interval: Option<Duration>,
     /// Collections kept while the backend is away; the oldest are dropped and counted
     #[arg(long, value_name = "N", default_value = "60", value_parser = parse_count)]
     pub max_buffered: usize,
-    /// Longest time for one export
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_interval)]
-    pub export_timeout: Duration,
+    /// Longest time for one export (30s if neither this nor OTEL_EXPORTER_OTLP_TIMEOUT is given)
+    #[arg(long, value_name = "DURATION", value_parser = parse_interval)]
+    pub export_timeout: Option<Duration>,
 }
 
 /// Where to answer scrapes.

@@ -1,19 +1,21 @@
-//! Collections that wait for a backend: bounded, oldest dropped first and counted. Pure.
+//! Collections that wait for a backend: bounded, oldest dropped first and counted. What is being sent stays at the front until the
+//! backend has taken it, so that neither a failure nor the end of the process loses it. Pure.
 
 use std::collections::VecDeque;
 
 /// A bounded queue that never refuses the newest.
 #[derive(Debug)]
 pub(crate) struct Buffer<T> {
-    waiting: VecDeque<T>,
+    waiting: VecDeque<(u64, T)>,
     max: usize,
     dropped: u64,
+    next_id: u64,
 }
 
-impl<T> Buffer<T> {
+impl<T: Clone> Buffer<T> {
     /// A buffer of at most `max` entries, at least one.
     pub(crate) fn new(max: usize) -> Self {
-        Self { waiting: VecDeque::new(), max: max.max(1), dropped: 0 }
+        Self { waiting: VecDeque::new(), max: max.max(1), dropped: 0, next_id: 0 }
     }
 
     /// Takes the newest; drops the oldest if there is no room.
@@ -22,20 +24,21 @@ impl<T> Buffer<T> {
             self.waiting.pop_front();
             self.dropped += 1;
         }
-        self.waiting.push_back(entry);
+        self.waiting.push_back((self.next_id, entry));
+        self.next_id += 1;
     }
 
-    /// The oldest, to be sent.
-    pub(crate) fn pop(&mut self) -> Option<T> {
-        self.waiting.pop_front()
+    /// The oldest, to be sent, and its number.
+    pub(crate) fn front(&self) -> Option<(u64, T)> {
+        self.waiting.front().cloned()
     }
 
-    /// Puts back what could not be sent; it is dropped if newer ones have taken its place.
-    pub(crate) fn put_back(&mut self, entry: T) {
-        if self.waiting.len() == self.max {
-            self.dropped += 1;
+    /// It was sent. One that was dropped meanwhile was not lost after all.
+    pub(crate) fn done(&mut self, id: u64) {
+        if self.waiting.front().is_some_and(|(front, _)| *front == id) {
+            self.waiting.pop_front();
         } else {
-            self.waiting.push_front(entry);
+            self.dropped = self.dropped.saturating_sub(1);
         }
     }
 
@@ -59,11 +62,19 @@ mod tests {
         let mut buffer = Buffer::new(2);
         (1..=3).for_each(|n| buffer.push(n));
         assert_eq!((buffer.len(), buffer.take_dropped(), buffer.take_dropped()), (2, 1, 0));
-        assert_eq!(buffer.pop(), Some(2));
-        buffer.push(4);
-        buffer.put_back(2);
-        assert_eq!((buffer.take_dropped(), buffer.pop()), (1, Some(3)));
-        buffer.put_back(3);
-        assert_eq!((buffer.pop(), buffer.pop(), buffer.pop()), (Some(3), Some(4), None));
+        let (id, two) = buffer.front().unwrap();
+        assert_eq!((two, buffer.front().unwrap().1), (2, 2), "it stays until it is done");
+        buffer.done(id);
+        assert_eq!(buffer.front().unwrap().1, 3);
+    }
+
+    #[test]
+    fn what_was_dropped_while_it_was_being_sent_is_not_lost() {
+        let mut buffer = Buffer::new(1);
+        buffer.push('a');
+        let (id, _) = buffer.front().unwrap();
+        buffer.push('b');
+        buffer.done(id);
+        assert_eq!((buffer.take_dropped(), buffer.front().unwrap().1), (0, 'b'));
     }
 }

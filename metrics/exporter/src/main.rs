@@ -21,20 +21,24 @@ mod prometheus;
 mod retry;
 mod self_metrics;
 mod sender;
+mod settings;
 mod stdout;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser as _;
-use msb_protocol::paths::Surroundings;
+use msb_protocol::paths::{HomeLayout, Surroundings};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{Cli, Command, Compression, LogFormat, OtelArgs};
-use crate::sender::{Sender, SenderOptions};
+use crate::args::{Cli, Command, LogFormat, OtelArgs};
+use crate::collector::Source;
+use crate::export::Exporter;
+use crate::point::Collection;
+use crate::sender::Sender;
+use crate::settings::OtelSettings;
 
 /// Longest time for a last export when asked to end.
 const LAST_EXPORT: Duration = Duration::from_secs(5);
@@ -65,7 +69,7 @@ fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
-    let socket = socket(cli.msb_home);
+    let source = source(cli.msb_home);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let ended = async move {
@@ -75,69 +79,60 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         }
     };
     match cli.command {
-        Command::Otel(args) => otel(socket, args, ended).await,
+        Command::Otel(args) => otel(source, args, ended).await,
         Command::Stdout(args) => {
             let (lines, failed) = stdout::writer();
             tokio::select! {
-                () = collector::run(socket, &args, |collection| lines.write(&collection)) => Ok(()),
+                () = collector::run(source, &args, |collection| lines.write(collection)) => Ok(()),
                 error = failed => stdout::outcome(error),
                 () = ended => Ok(()),
             }
         }
         Command::Prometheus(args) => {
             let newest = prometheus::Newest::default();
-            let take = |collection| {
-                if let Ok(mut newest) = newest.write() {
-                    *newest = Some(Arc::new(collection));
-                }
-            };
             tokio::select! {
-                () = collector::run(socket, &args.collect, take) => Ok(()),
-                outcome = prometheus::serve(args.listen, Arc::clone(&newest)) => outcome,
+                () = collector::run(source, &args.collect, |collection| newest.put(collection)) => Ok(()),
+                outcome = prometheus::serve(args.listen, newest.clone()) => outcome,
                 () = ended => Ok(()),
             }
         }
     }
 }
 
-async fn otel(socket: PathBuf, args: OtelArgs, ended: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let variable = |name: &str| std::env::var(name).ok();
-    let endpoint = endpoint::resolve(args.endpoint.as_deref(), args.protocol, variable)?;
-    let pairs = |name: &str| variable(name).map(|text| endpoint::parse_pairs(&text)).unwrap_or_default();
-    let mut headers = pairs("OTEL_EXPORTER_OTLP_HEADERS");
-    headers.extend(args.header);
-    let mut resource: BTreeMap<String, String> = pairs("OTEL_RESOURCE_ATTRIBUTES");
-    resource.extend(variable("OTEL_SERVICE_NAME").map(|name| ("service.name".to_owned(), name)));
-    resource.extend(args.resource);
-    let gzip = match args.compression {
-        Some(compression) => compression == Compression::Gzip,
-        None => variable("OTEL_EXPORTER_OTLP_COMPRESSION").is_some_and(|value| value == "gzip"),
-    };
-    let ca_cert = args.ca_cert.or_else(|| variable("OTEL_EXPORTER_OTLP_CERTIFICATE").map(PathBuf::from));
-    let options = SenderOptions { endpoint, headers, gzip, ca_cert, timeout: args.export_timeout };
-    tracing::info!(endpoint = options.endpoint.url, protocol = ?options.endpoint.protocol, "exporting");
-    let own = self_metrics::SelfMetrics::new(&options, args.flush_interval)?;
-    let mut sender = Sender::new(options)?;
+async fn otel(source: Source, args: OtelArgs, ended: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let OtelSettings { sender, resource, flush_interval } = settings::resolve(&args, |name| std::env::var(name).ok())?;
+    tracing::info!(endpoint = sender.endpoint.url, protocol = ?sender.endpoint.protocol, "exporting");
+    let own = self_metrics::SelfMetrics::new(sender.clone(), resource.clone(), flush_interval);
     let queue = export::Queue::new(args.max_buffered);
+    let sender = Sender::new(sender)?;
+    let mut exporter = Exporter { queue: queue.clone(), sender, resource, own, partly: None };
+    let take = |collection: Option<Collection>| {
+        if let Some(collection) = collection {
+            queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));
+        }
+    };
     tokio::select! {
-        () = collector::run(socket, &args.collect, |collection| queue.with(|buffer| buffer.push(collection))) => {}
-        () = export::run(&queue, &mut sender, &resource, &own, args.flush_interval) => {}
+        () = collector::run(source, &args.collect, take) => {}
+        () = exporter.run(flush_interval) => {}
         () = ended => {}
     }
-    let last = export::flush(&queue, &mut sender, &resource, &own);
-    if !matches!(tokio::time::timeout(LAST_EXPORT, last).await, Ok(Ok(()))) {
+    if !matches!(tokio::time::timeout(LAST_EXPORT, exporter.flush()).await, Ok(Ok(()))) {
         tracing::warn!(lost = queue.with(|buffer| buffer.len()), "ended before everything was exported");
     }
-    tokio::task::spawn_blocking(move || own.shutdown()).await?;
+    tokio::task::spawn_blocking(move || exporter.own.shutdown()).await?;
     Ok(())
 }
 
-/// The control socket of the service to read.
-fn socket(msb_home: Option<PathBuf>) -> PathBuf {
+/// The service to read.
+fn source(msb_home: Option<PathBuf>) -> Source {
     let mut surroundings = Surroundings::from_environment(rustix::process::getuid().as_raw());
     if msb_home.is_some() {
         surroundings.msb_home = msb_home;
         surroundings.msb_host = None;
     }
-    surroundings.control_socket()
+    Source {
+        socket: surroundings.control_socket(),
+        // Whoever names a socket has a service behind it in mind that is not this home's.
+        lock: surroundings.msb_host.is_none().then(|| HomeLayout::new(surroundings.home_dir()).lock()),
+    }
 }

@@ -1,13 +1,30 @@
-//! From a snapshot of the daemon to metric points: pure, no clock, no I/O. Called by `collector` once for each collection.
+//! From a snapshot of the daemon to readings, and from readings to metric points: pure, no clock, no I/O. Called by `collector` once
+//! for each collection, and by whoever sends or shows one.
 //!
-//! A point keeps the time at which the VM was sampled, however long it waits in the buffer before a backend takes it.
+//! A reading keeps the time at which its VM was sampled, however long it waits in the buffer before a backend takes it. It is small,
+//! because a thousand sandboxes times sixty collections wait while a backend is away: who it is of is shared between collections, and
+//! points are made only when they are sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::Arc;
 
 use msb_metrics::{
-    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Kind, Metric,
+    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Family, Kind, Metric,
 };
-use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
+use msb_protocol::control::{GuestMetrics, MetricsSnapshot, SandboxMetrics};
+use msb_protocol::id::{BootId, SandboxId};
+use msb_protocol::state::SandboxState;
+use msb_protocol::vmm::{NetworkCount, Phase, Sample};
+
+/// Label keys whose values are remembered for the cap on cardinality; labels of further keys are left out when there is a cap.
+const KEYS_MAX: usize = 256;
+/// Bytes of labels that one sandbox may bring to each of its points; further labels are left out.
+const LABEL_BYTES_MAX: usize = 16 << 10;
+
+/// Counters of the network of one sandbox, and bytes of a word that tells them apart.
+const COUNTS_MAX: usize = 64;
+const COUNT_WORD_BYTES_MAX: usize = 32;
 
 /// A value of a metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,34 +35,142 @@ pub(crate) enum Value {
     Float(f64),
 }
 
+/// Attributes that one point has beside those of its sandbox: two at most.
+pub(crate) type Extra<'a> = [Option<(&'a str, &'a str)>; 2];
+
 /// One value of one metric with its attributes and times.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Point {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Point<'a> {
     /// Which metric.
     pub metric: Metric,
     /// Its value.
     pub value: Value,
-    /// Attributes, by key.
-    pub attributes: BTreeMap<String, String>,
+    /// Attributes of everything that the same sandbox says, by key.
+    pub attributes: &'a [(String, String)],
+    /// Those that only this point has.
+    pub extra: Extra<'a>,
     /// When a sum began at zero, nanoseconds since 1970; 0 for gauges.
     pub start_ns: u64,
     /// When it was measured, nanoseconds since 1970.
     pub time_ns: u64,
+    /// Nothing will follow it: its run has ended.
+    pub is_last: bool,
 }
 
-/// All points of one moment, and who they are of.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Collection {
+impl<'a> Point<'a> {
+    /// All its attributes.
+    pub(crate) fn all_attributes(&self) -> impl Iterator<Item = (&'a str, &'a str)> + use<'a> {
+        self.attributes
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .chain(self.extra.into_iter().flatten())
+    }
+}
+
+/// Who the points are of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Host {
     /// `host.id`.
     pub host_id: String,
     /// `host.name`.
     pub host_name: String,
     /// `service.instance.id`.
     pub instance_id: String,
-    /// The points.
-    pub points: Vec<Point>,
-    /// Attributes that the cardinality cap left out.
+}
+
+/// What all points of one sandbox share.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Identity {
+    attributes: Vec<(String, String)>,
+    phases: Vec<Phase>,
+    counts: Vec<CountKey>,
+}
+
+/// Which counter of the network: its metric and its attributes.
+type CountKey = (Metric, Vec<(String, String)>);
+
+/// What was read of one sandbox at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Reading {
+    who: Arc<Identity>,
+    started_ns: u64,
+    restarts_since_ns: u64,
+    restarts: u32,
+    status: SandboxState,
+    cpu_utilization: f64,
+    /// Without the counters of the network, which are the next field.
+    sample: Sample,
+    /// One for each of [`Identity::counts`].
+    counts: Box<[u64]>,
+    guest: Option<GuestMetrics>,
+    /// The last one of its run.
+    is_last: bool,
+    /// Not seen before this collection.
+    is_new: bool,
+    /// Its VM process has said nothing for so long that the value is none of this time.
+    is_old: bool,
+}
+
+/// Everything of one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Collection {
+    /// Who it is of.
+    pub host: Arc<Host>,
+    /// When, nanoseconds since 1970.
+    pub taken_ns: u64,
+    /// Sandboxes by state.
+    pub states: Vec<(String, u64)>,
+    /// The readings.
+    pub readings: Vec<Reading>,
+    /// Attributes that the cap on cardinality left out.
     pub attributes_dropped: u64,
+}
+
+impl Collection {
+    /// Without what an earlier collection had already: each sample is exported once.
+    pub(crate) fn keep_new(mut self) -> Self {
+        self.readings.retain(|reading| reading.is_new);
+        self
+    }
+
+    /// Without values that are none of this time: for those who only show what is now.
+    pub(crate) fn keep_current(mut self) -> Self {
+        self.readings.retain(|reading| !reading.is_old && (reading.is_new || !reading.is_last));
+        self
+    }
+
+    /// Takes over the last readings of runs that ended, so that nobody who looks seldom misses them.
+    pub(crate) fn add_ended(&mut self, before: &Self) {
+        let known: BTreeSet<_> = self.readings.iter().map(|reading| reading.who.attributes.as_slice()).collect();
+        let ended = before.readings.iter().filter(|reading| reading.is_last);
+        // A new run of the same sandbox says more than the end of the one before, and no series may be there twice.
+        let missing: Vec<_> =
+            ended.filter(|reading| !known.contains(reading.who.attributes.as_slice())).cloned().collect();
+        self.readings.extend(missing);
+    }
+
+    /// The points about the daemon itself.
+    pub(crate) fn daemon_points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
+        for (state, count) in &self.states {
+            each(Point {
+                metric: Metric::Sandboxes,
+                value: Value::Unsigned(*count),
+                attributes: &[],
+                extra: [Some((ATTRIBUTE_STATE, state)), None],
+                start_ns: 0,
+                time_ns: self.taken_ns,
+                is_last: false,
+            });
+        }
+    }
+
+    /// All points.
+    pub(crate) fn points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
+        for reading in &self.readings {
+            reading.points(&mut each);
+        }
+        self.daemon_points(each);
+    }
 }
 
 /// Which attributes points carry.
@@ -65,12 +190,32 @@ pub(crate) struct AttributeChoice {
     pub values_per_key_max: usize,
 }
 
-/// Remembers what was sent, so that a cap on cardinality holds over time and a run that ended is sent once.
+/// Remembers what was seen, so that a cap on cardinality holds over time, a sample is exported once and a run that ended is told once.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    values: BTreeMap<String, std::collections::BTreeSet<String>>,
-    ended: BTreeMap<String, String>,
+    host: Option<Arc<Host>>,
+    /// Hashes of values by label key: bounded, whatever the values are.
+    values: BTreeMap<String, BTreeSet<u64>>,
+    sandboxes: BTreeMap<SandboxId, Known>,
 }
+
+#[derive(Debug)]
+struct Known {
+    identity: Arc<Identity>,
+    boot_id: BootId,
+    at_ns: u64,
+    interval_ns: u64,
+    last_told: bool,
+    restarts: u32,
+    restarts_since_ns: u64,
+}
+
+/// Points of a reading beside those of its phases and its network's counters, rounded up.
+const FIXED_POINTS: usize = 24;
+/// A reading is old after so many of the intervals at which its sandbox was sampled.
+const OLD_INTERVALS: u64 = 5;
+/// And not before this time, in nanoseconds.
+const OLD_MIN_NS: u64 = 10_000_000_000;
 
 impl Memory {
     /// Whether a label's value may be sent under the cap.
@@ -78,55 +223,116 @@ impl Memory {
         if max == 0 {
             return true;
         }
-        let known = self.values.entry(key.to_owned()).or_default();
-        known.contains(value) || (known.len() < max && known.insert(value.to_owned()))
-    }
-
-    /// Whether this sample is new: the last one of a run is sent once and then no more, never a frozen value.
-    fn is_new(&mut self, sandbox: &SandboxMetrics) -> bool {
-        let (id, run) = (sandbox.id.to_string(), sandbox.boot_id.to_string());
-        if !sandbox.last {
-            self.ended.remove(&id);
-            return true;
+        if !self.values.contains_key(key) {
+            if self.values.len() >= KEYS_MAX {
+                return false;
+            }
+            self.values.insert(key.to_owned(), BTreeSet::new());
         }
-        self.ended.insert(id, run.clone()) != Some(run)
+        let mut hasher = DefaultHasher::new();
+        value.hash(&mut hasher);
+        let hash = hasher.finish();
+        let Some(known) = self.values.get_mut(key) else { return false };
+        known.contains(&hash) || (known.len() < max && known.insert(hash))
     }
 
-    /// Forgets ended runs of sandboxes the daemon no longer reports, so that memory follows the fleet.
-    fn forget_absent(&mut self, snapshot: &MetricsSnapshot) {
-        let present: std::collections::BTreeSet<String> =
-            snapshot.sandboxes.iter().map(|sandbox| sandbox.id.to_string()).collect();
-        self.ended.retain(|id, _| present.contains(id));
+    fn host(&mut self, snapshot: &MetricsSnapshot) -> Arc<Host> {
+        let host = Host {
+            host_id: snapshot.host_id.clone(),
+            host_name: snapshot.host_name.clone(),
+            instance_id: snapshot.instance_id.clone(),
+        };
+        match &self.host {
+            Some(known) if **known == host => Arc::clone(known),
+            _ => Arc::clone(self.host.insert(Arc::new(host))),
+        }
+    }
+
+    /// The reading of one sandbox; none of a run whose last one was told.
+    fn read(&mut self, sandbox: &SandboxMetrics, attributes: Vec<(String, String)>, taken_ns: u64) -> Option<Reading> {
+        let (keys, counts): (Vec<_>, Vec<_>) = network_counts(&sandbox.sample).into_iter().unzip();
+        let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
+        let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
+        let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
+            identity: Arc::default(),
+            boot_id: sandbox.boot_id,
+            at_ns: 0,
+            interval_ns: 0,
+            last_told: false,
+            restarts: sandbox.restarts,
+            restarts_since_ns: nanoseconds(sandbox.created_at.as_nanosecond()),
+        });
+        if known.boot_id != sandbox.boot_id {
+            (known.boot_id, known.last_told, known.at_ns, known.interval_ns) = (sandbox.boot_id, false, 0, 0);
+        }
+        if sandbox.restarts < known.restarts {
+            // Somebody started it anew: the count began again with this run.
+            known.restarts_since_ns = started_ns;
+        }
+        known.restarts = sandbox.restarts;
+        if *known.identity != identity {
+            known.identity = Arc::new(identity);
+        }
+        if sandbox.last && std::mem::replace(&mut known.last_told, true) {
+            return None;
+        }
+        let is_new = known.at_ns != at_ns || sandbox.last;
+        if known.at_ns != 0 && at_ns > known.at_ns {
+            known.interval_ns = at_ns - known.at_ns;
+        }
+        known.at_ns = at_ns;
+        let old_after_ns = known.interval_ns.saturating_mul(OLD_INTERVALS).max(OLD_MIN_NS);
+        Some(Reading {
+            who: Arc::clone(&known.identity),
+            started_ns,
+            restarts_since_ns: known.restarts_since_ns,
+            restarts: sandbox.restarts,
+            status: sandbox.status,
+            cpu_utilization: sandbox.cpu_utilization,
+            sample: Sample { network: Vec::new(), ..sandbox.sample.clone() },
+            counts: counts.into(),
+            guest: sandbox.guest,
+            is_last: sandbox.last,
+            is_new,
+            is_old: taken_ns.saturating_sub(at_ns) > old_after_ns,
+        })
     }
 }
 
-/// The points of a snapshot.
+/// The readings of a snapshot.
 pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memory: &mut Memory) -> Collection {
+    let taken_ns = nanoseconds(snapshot.taken_at.as_nanosecond());
     let mut collection = Collection {
-        host_id: snapshot.host_id.clone(),
-        host_name: snapshot.host_name.clone(),
-        instance_id: snapshot.instance_id.clone(),
-        points: Vec::with_capacity(snapshot.sandboxes.len() * 24),
+        host: memory.host(snapshot),
+        taken_ns,
+        states: snapshot.states.iter().map(|(state, count)| (state.clone(), *count)).collect(),
+        readings: Vec::with_capacity(snapshot.sandboxes.len()),
         attributes_dropped: 0,
     };
-    memory.forget_absent(snapshot);
+    // Sandboxes the daemon no longer reports are forgotten, so that memory follows the fleet.
+    let present: BTreeSet<_> = snapshot.sandboxes.iter().map(|sandbox| sandbox.id).collect();
+    memory.sandboxes.retain(|id, _| present.contains(id));
     for sandbox in &snapshot.sandboxes {
-        if memory.is_new(sandbox) {
-            let base = attributes(sandbox, choice, memory, &mut collection.attributes_dropped);
-            sandbox_points(sandbox, &base, &mut collection.points);
-        }
-    }
-    let taken_ns = nanoseconds(snapshot.taken_at.as_nanosecond());
-    for (state, count) in &snapshot.states {
-        collection.points.push(Point {
-            metric: Metric::Sandboxes,
-            value: Value::Unsigned(*count),
-            attributes: BTreeMap::from([(ATTRIBUTE_STATE.to_owned(), state.clone())]),
-            start_ns: 0,
-            time_ns: taken_ns,
-        });
+        let attributes = attributes(sandbox, choice, memory, &mut collection.attributes_dropped);
+        collection.readings.extend(memory.read(sandbox, attributes, taken_ns));
     }
     collection
+}
+
+/// The network's counters that the table declares, each once: they come from a VM's process, and backends refuse what is there twice.
+fn network_counts(sample: &Sample) -> BTreeMap<CountKey, u64> {
+    let declared = |count: &NetworkCount| {
+        let definition = Metric::from_name(&count.metric)?.definition();
+        let keys_fit = count.attributes.keys().eq(definition.attributes.iter().collect::<BTreeSet<_>>());
+        let has_field = matches!(definition.metric, Metric::NetworkIo | Metric::NetworkPackets);
+        let is_short = count.attributes.values().all(|value| value.len() <= COUNT_WORD_BYTES_MAX);
+        (definition.family == Family::Sandbox && keys_fit && is_short && !has_field).then_some(definition.metric)
+    };
+    let counts = sample.network.iter().take(COUNTS_MAX).filter_map(|count| {
+        let attributes = count.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        Some(((declared(count)?, attributes), count.value))
+    });
+    counts.collect()
 }
 
 fn nanoseconds(value: i128) -> u64 {
@@ -138,15 +344,17 @@ fn attributes(
     choice: &AttributeChoice,
     memory: &mut Memory,
     dropped: &mut u64,
-) -> BTreeMap<String, String> {
+) -> Vec<(String, String)> {
     let mut attributes = BTreeMap::new();
+    let mut bytes = 0;
     if !choice.no_labels {
         for (key, value) in &sandbox.labels {
             let wanted = choice.include_keys.is_empty() || choice.include_keys.contains(key);
             if !wanted || choice.exclude_keys.contains(key) {
                 continue;
             }
-            if memory.admits(key, value, choice.values_per_key_max) {
+            bytes += key.len() + value.len();
+            if bytes <= LABEL_BYTES_MAX && memory.admits(key, value, choice.values_per_key_max) {
                 attributes.insert(key.clone(), value.clone());
             } else {
                 *dropped += 1;
@@ -162,7 +370,7 @@ fn attributes(
     if choice.pid && sandbox.vmm_pid != 0 {
         attributes.insert("sandbox.pid".into(), sandbox.vmm_pid.to_string());
     }
-    attributes
+    attributes.into_iter().collect()
 }
 
 #[allow(clippy::cast_precision_loss, reason = "durations in microseconds stay exact far beyond any uptime")]
@@ -170,61 +378,78 @@ fn seconds(microseconds: u64) -> Value {
     Value::Float(microseconds as f64 / 1e6)
 }
 
-fn sandbox_points(sandbox: &SandboxMetrics, base: &BTreeMap<String, String>, points: &mut Vec<Point>) {
-    let start_ns = nanoseconds(sandbox.started_at.as_nanosecond());
-    let sample = &sandbox.sample;
-    let mut push = |metric: Metric, value: Value, extra: Option<(&str, &str)>| {
-        let mut attributes = base.clone();
-        if let Some((key, value)) = extra {
-            attributes.insert(key.to_owned(), value.to_owned());
-        }
-        let start_ns = if metric.definition().kind == Kind::Counter { start_ns } else { 0 };
-        points.push(Point { metric, value, attributes, start_ns, time_ns: sample.at_ns });
-    };
-    use Value::{Float, Unsigned};
-    push(Metric::CpuUtilization, Float(sandbox.cpu_utilization), None);
-    push(
-        Metric::MemoryUsage,
-        Unsigned(sandbox.guest.map_or(sample.memory_resident_bytes, |g| g.memory_used_bytes)),
-        None,
-    );
-    push(Metric::MemoryLimit, Unsigned(sample.memory_limit_bytes), None);
-    push(Metric::DiskBytesRead, Unsigned(sample.disk_read_bytes), None);
-    push(Metric::DiskBytesWritten, Unsigned(sample.disk_written_bytes), None);
-    push(Metric::NetworkBytesReceived, Unsigned(sample.network_received_bytes), None);
-    push(Metric::NetworkBytesSent, Unsigned(sample.network_sent_bytes), None);
-    push(Metric::Uptime, seconds(sample.uptime_ms.saturating_mul(1000)), None);
-    push(Metric::CpuTime, seconds(sample.cpu_time_us), None);
-    push(Metric::MemoryResident, Unsigned(sample.memory_resident_bytes), None);
-    let read = Some((ATTRIBUTE_DISK_DIRECTION, "read"));
-    let write = Some((ATTRIBUTE_DISK_DIRECTION, "write"));
-    push(Metric::DiskIo, Unsigned(sample.disk_read_bytes), read);
-    push(Metric::DiskIo, Unsigned(sample.disk_written_bytes), write);
-    push(Metric::DiskOperations, Unsigned(sample.disk_read_operations), read);
-    push(Metric::DiskOperations, Unsigned(sample.disk_write_operations), write);
-    push(Metric::RootDiskAllocated, Unsigned(sample.root_allocated_bytes), None);
-    if let Some(guest) = &sandbox.guest {
-        push(Metric::RootDiskUsage, Unsigned(guest.root_used_bytes), None);
-        push(Metric::RootDiskFree, Unsigned(guest.root_free_bytes), None);
+impl Reading {
+    /// How many points it makes, and a few more.
+    pub(crate) fn points_len(&self) -> usize {
+        FIXED_POINTS + self.who.phases.len() + self.counts.len()
     }
-    let receive = Some((ATTRIBUTE_NETWORK_DIRECTION, "receive"));
-    let transmit = Some((ATTRIBUTE_NETWORK_DIRECTION, "transmit"));
-    push(Metric::NetworkIo, Unsigned(sample.network_received_bytes), receive);
-    push(Metric::NetworkIo, Unsigned(sample.network_sent_bytes), transmit);
-    push(Metric::NetworkPackets, Unsigned(sample.network_received_packets), receive);
-    push(Metric::NetworkPackets, Unsigned(sample.network_sent_packets), transmit);
-    push(Metric::Restarts, Unsigned(u64::from(sandbox.restarts)), None);
-    push(Metric::State, Unsigned(1), Some((ATTRIBUTE_STATE, sandbox.status.as_str())));
-    for phase in &sandbox.boot_phases {
-        push(Metric::BootDuration, seconds(phase.duration_us), Some((ATTRIBUTE_PHASE, &phase.name)));
+
+    /// Bytes that the attributes of one of its points take.
+    pub(crate) fn attribute_bytes(&self) -> usize {
+        self.who.attributes.iter().map(|(key, value)| key.len() + value.len() + 8).sum()
+    }
+
+    /// Its points.
+    pub(crate) fn points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
+        use Value::{Float, Unsigned};
+        let sample = &self.sample;
+        let mut push_with = |metric: Metric, value: Value, extra: Extra<'a>| {
+            let start_ns = match (metric, metric.definition().kind) {
+                (Metric::Restarts, _) => self.restarts_since_ns,
+                (_, Kind::Counter) => self.started_ns,
+                (_, Kind::Gauge) => 0,
+            };
+            let (attributes, time_ns, is_last) = (self.who.attributes.as_slice(), sample.at_ns, self.is_last);
+            each(Point { metric, value, attributes, extra, start_ns, time_ns, is_last });
+        };
+        for ((metric, attributes), value) in self.who.counts.iter().zip(&self.counts) {
+            let mut attributes = attributes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+            push_with(*metric, Unsigned(*value), [attributes.next(), attributes.next()]);
+        }
+        let mut push =
+            |metric: Metric, value: Value, extra: Option<(&'a str, &'a str)>| push_with(metric, value, [extra, None]);
+        push(Metric::CpuUtilization, Float(self.cpu_utilization), None);
+        push(
+            Metric::MemoryUsage,
+            Unsigned(self.guest.map_or(sample.memory_resident_bytes, |guest| guest.memory_used_bytes)),
+            None,
+        );
+        push(Metric::MemoryLimit, Unsigned(sample.memory_limit_bytes), None);
+        push(Metric::DiskBytesRead, Unsigned(sample.disk_read_bytes), None);
+        push(Metric::DiskBytesWritten, Unsigned(sample.disk_written_bytes), None);
+        push(Metric::NetworkBytesReceived, Unsigned(sample.network_received_bytes), None);
+        push(Metric::NetworkBytesSent, Unsigned(sample.network_sent_bytes), None);
+        push(Metric::Uptime, seconds(sample.uptime_ms.saturating_mul(1000)), None);
+        push(Metric::CpuTime, seconds(sample.cpu_time_us), None);
+        push(Metric::MemoryResident, Unsigned(sample.memory_resident_bytes), None);
+        let read = Some((ATTRIBUTE_DISK_DIRECTION, "read"));
+        let write = Some((ATTRIBUTE_DISK_DIRECTION, "write"));
+        push(Metric::DiskIo, Unsigned(sample.disk_read_bytes), read);
+        push(Metric::DiskIo, Unsigned(sample.disk_written_bytes), write);
+        push(Metric::DiskOperations, Unsigned(sample.disk_read_operations), read);
+        push(Metric::DiskOperations, Unsigned(sample.disk_write_operations), write);
+        push(Metric::RootDiskAllocated, Unsigned(sample.root_allocated_bytes), None);
+        if let Some(guest) = &self.guest {
+            push(Metric::RootDiskUsage, Unsigned(guest.root_used_bytes), None);
+            push(Metric::RootDiskFree, Unsigned(guest.root_free_bytes), None);
+        }
+        let receive = Some((ATTRIBUTE_NETWORK_DIRECTION, "receive"));
+        let transmit = Some((ATTRIBUTE_NETWORK_DIRECTION, "transmit"));
+        push(Metric::NetworkIo, Unsigned(sample.network_received_bytes), receive);
+        push(Metric::NetworkIo, Unsigned(sample.network_sent_bytes), transmit);
+        push(Metric::NetworkPackets, Unsigned(sample.network_received_packets), receive);
+        push(Metric::NetworkPackets, Unsigned(sample.network_sent_packets), transmit);
+        push(Metric::Restarts, Unsigned(u64::from(self.restarts)), None);
+        push(Metric::State, Unsigned(1), Some((ATTRIBUTE_STATE, self.status.as_str())));
+        for phase in &self.who.phases {
+            push(Metric::BootDuration, seconds(phase.duration_us), Some((ATTRIBUTE_PHASE, &phase.name)));
+        }
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use msb_protocol::id::{BootId, SandboxId, SandboxName};
-    use msb_protocol::state::SandboxState;
-    use msb_protocol::vmm::{Phase, Sample};
+    use msb_protocol::id::SandboxName;
 
     use super::*;
 
@@ -244,6 +469,7 @@ pub(crate) mod tests {
                 status: SandboxState::Running,
                 labels: BTreeMap::from([("team".into(), "ml".into()), ("job".into(), "17".into())]),
                 restarts: 3,
+                created_at: time(20),
                 started_at: time(50),
                 last: false,
                 sample: Sample {
@@ -260,16 +486,53 @@ pub(crate) mod tests {
         }
     }
 
-    fn of(collection: &Collection, metric: Metric) -> Vec<&Point> {
-        collection.points.iter().filter(|point| point.metric == metric).collect()
+    /// A fleet of so many sandboxes at this second.
+    pub(crate) fn fleet(count: u128, second: u64) -> MetricsSnapshot {
+        let mut snapshot = snapshot();
+        let template = snapshot.sandboxes.remove(0);
+        snapshot.sandboxes = (0..count)
+            .map(|number| {
+                let mut one = template.clone();
+                one.name = SandboxName::parse(&format!("sandbox-{number}")).unwrap();
+                one.id = SandboxId(uuid::Uuid::from_u128(number));
+                one.labels = BTreeMap::from([("team".into(), "ml".into()), ("job".into(), format!("job-{number}"))]);
+                one.sample.at_ns = second * 1_000_000_000 + u64::try_from(number).unwrap();
+                one.sample.disk_read_bytes = second;
+                one.guest = Some(GuestMetrics::default());
+                one.boot_phases = ["spawn", "kernel_load", "kernel", "init", "agent", "ready"]
+                    .map(|name| Phase { name: name.into(), duration_us: 1_000 })
+                    .to_vec();
+                one
+            })
+            .collect();
+        snapshot
+    }
+
+    #[derive(Debug)]
+    struct Seen {
+        value: Value,
+        attributes: BTreeMap<String, String>,
+        start_ns: u64,
+        time_ns: u64,
+    }
+
+    fn of(collection: &Collection, metric: Metric) -> Vec<Seen> {
+        let mut found = Vec::new();
+        collection.points(|point| {
+            if point.metric == metric {
+                let attributes = point.all_attributes().map(|(key, value)| (key.into(), value.into())).collect();
+                found.push(Seen { value: point.value, attributes, start_ns: point.start_ns, time_ns: point.time_ns });
+            }
+        });
+        found
     }
 
     #[test]
     fn points_keep_the_time_of_their_sample_and_sums_their_start() {
         let collection = collect(&snapshot(), &AttributeChoice::default(), &mut Memory::default());
-        let uptime = of(&collection, Metric::Uptime)[0];
+        let uptime = &of(&collection, Metric::Uptime)[0];
         assert_eq!((uptime.value, uptime.time_ns, uptime.start_ns), (Value::Float(50.5), 100_500_000_000, 0));
-        let read = of(&collection, Metric::DiskIo)[0];
+        let read = &of(&collection, Metric::DiskIo)[0];
         assert_eq!((read.value, read.start_ns), (Value::Unsigned(10), 50_000_000_000));
         assert_eq!(read.attributes["disk.io.direction"], "read");
         assert_eq!(read.attributes["team"], "ml");
@@ -279,7 +542,58 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn labels_are_chosen_by_key() {
+    fn counters_of_the_network_are_told_as_the_table_declares_them_and_nothing_else_is() {
+        let count = |metric: &str, attributes: &[(&str, &str)], value| NetworkCount {
+            metric: metric.into(),
+            attributes: attributes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+            value,
+        };
+        let (way, transport) = (("network.connection.direction", "outbound"), ("network.transport", "tcp"));
+        let mut busy = snapshot();
+        busy.sandboxes[0].sample.network = vec![
+            count("microsandbox.network.denied", &[way, transport], 4),
+            count("microsandbox.network.denied", &[way, transport], 5),
+            count("microsandbox.network.denied", &[way], 6),
+            count("microsandbox.network.denied", &[way, ("network.transport", &"x".repeat(33))], 7),
+            count("microsandbox.network.io", &[("network.io.direction", "receive")], 8),
+            count("microsandbox.sandboxes", &[("sandbox.state", "running")], 9),
+            count("made.up", &[], 10),
+            count("microsandbox.network.connections", &[transport], 2),
+            count("microsandbox.network.decisions.suppressed", &[], 1),
+        ];
+        let collection = collect(&busy, &AttributeChoice::default(), &mut Memory::default());
+        let denied = of(&collection, Metric::NetworkDenied);
+        assert_eq!((denied.len(), denied[0].value, denied[0].start_ns), (1, Value::Unsigned(5), 50_000_000_000));
+        for (key, value) in [way, transport, ("sandbox.name", "web")] {
+            assert_eq!(denied[0].attributes[key], value);
+        }
+        let open = of(&collection, Metric::NetworkConnections);
+        assert_eq!((open.len(), open[0].value, open[0].start_ns), (1, Value::Unsigned(2), 0));
+        assert_eq!(of(&collection, Metric::NetworkIo).len(), 2);
+        assert_eq!(of(&collection, Metric::DecisionLogSuppressed).len(), 1);
+        assert_eq!(of(&collection, Metric::Sandboxes)[0].value, Value::Unsigned(1));
+        let mut points = 0;
+        collection.readings[0].points(|_| points += 1);
+        assert!((points..points + 10).contains(&collection.readings[0].points_len()), "{points}");
+    }
+
+    #[test]
+    fn restarts_are_counted_from_the_creation_and_again_from_a_start_by_hand() {
+        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
+        let mut seen = |restarts: u32, boot: u128| {
+            let mut one = snapshot();
+            one.sandboxes[0].restarts = restarts;
+            one.sandboxes[0].boot_id = BootId(uuid::Uuid::from_u128(boot));
+            let point = of(&collect(&one, &choice, &mut memory), Metric::Restarts).remove(0);
+            (point.value, point.start_ns / 1_000_000_000)
+        };
+        assert_eq!(seen(3, 1), (Value::Unsigned(3), 20));
+        assert_eq!(seen(4, 2), (Value::Unsigned(4), 20), "one more restart is no reset");
+        assert_eq!(seen(0, 3), (Value::Unsigned(0), 50));
+    }
+
+    #[test]
+    fn labels_are_chosen_by_key_and_changes_are_seen_at_once() {
         let keys = |choice: AttributeChoice| {
             let collection = collect(&snapshot(), &choice, &mut Memory::default());
             let attributes = of(&collection, Metric::Uptime)[0].attributes.clone();
@@ -291,6 +605,12 @@ pub(crate) mod tests {
         let include =
             AttributeChoice { include_keys: vec!["job".into()], pid: true, run_id: true, ..Default::default() };
         assert_eq!(keys(include), [false, true, true, true]);
+        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
+        collect(&snapshot(), &choice, &mut memory);
+        let mut changed = snapshot();
+        changed.sandboxes[0].labels = BTreeMap::from([("team".into(), "web".into())]);
+        let seen = of(&collect(&changed, &choice, &mut memory), Metric::Uptime).remove(0).attributes;
+        assert_eq!((seen["team"].as_str(), seen.contains_key("job")), ("web", false));
     }
 
     #[test]
@@ -304,6 +624,14 @@ pub(crate) mod tests {
         assert_eq!(collection.attributes_dropped, 1);
         assert!(!of(&collection, Metric::Uptime)[0].attributes.contains_key("job"));
         assert_eq!(collect(&snapshot(), &choice, &mut memory).attributes_dropped, 0);
+        // Keys without end and labels without end are left out too, and counted.
+        for number in 0..2 * KEYS_MAX {
+            other.sandboxes[0].labels = BTreeMap::from([(format!("key{number}"), String::new())]);
+            collect(&other, &choice, &mut memory);
+        }
+        assert_eq!(memory.values.len(), KEYS_MAX);
+        other.sandboxes[0].labels = (0..8).map(|at| (format!("big{at}"), "x".repeat(4096))).collect();
+        assert!(collect(&other, &AttributeChoice::default(), &mut memory).attributes_dropped >= 4);
     }
 
     #[test]
@@ -312,12 +640,24 @@ pub(crate) mod tests {
         let mut ended = snapshot();
         ended.sandboxes[0].last = true;
         let sent = |snapshot: &MetricsSnapshot, memory: &mut Memory| {
-            !of(&collect(snapshot, &AttributeChoice::default(), memory), Metric::Uptime).is_empty()
+            let collection = collect(snapshot, &AttributeChoice::default(), memory).keep_new();
+            !of(&collection, Metric::Uptime).is_empty()
         };
         assert!(sent(&snapshot(), &mut memory));
         assert!(sent(&ended, &mut memory));
         assert!(!sent(&ended, &mut memory));
         ended.sandboxes[0].boot_id = BootId(uuid::Uuid::from_u128(3));
         assert!(sent(&ended, &mut memory));
+    }
+
+    #[test]
+    fn a_sample_is_exported_once_and_shown_until_it_is_old() {
+        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
+        assert_eq!(collect(&snapshot(), &choice, &mut memory).keep_new().readings.len(), 1);
+        let same = collect(&snapshot(), &choice, &mut memory);
+        assert_eq!((same.clone().keep_new().readings.len(), same.keep_current().readings.len()), (0, 1));
+        let mut silent = snapshot();
+        silent.taken_at = jiff::Timestamp::from_second(120).unwrap();
+        assert!(collect(&silent, &choice, &mut memory).keep_current().readings.is_empty());
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -17,7 +17,7 @@ use msb_metrics::{Kind, Metric};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::point::{Collection, Value};
+use crate::point::{Collection, Point, Value};
 
 /// Content type of the text format.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -29,10 +29,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// The text of one collection. Values have no timestamps: a scrape is now by definition, and stale series must go stale.
 pub(crate) fn render(collection: &Collection) -> String {
     let mut text = String::new();
-    let mut by_metric: BTreeMap<Metric, Vec<_>> = BTreeMap::new();
-    for point in &collection.points {
-        by_metric.entry(point.metric).or_default().push(point);
-    }
+    let mut by_metric: BTreeMap<Metric, Vec<Point<'_>>> = BTreeMap::new();
+    collection.points(|point| by_metric.entry(point.metric).or_default().push(point));
     for (metric, points) in by_metric {
         let definition = metric.definition();
         let name = metric.prometheus_name();
@@ -45,7 +43,7 @@ pub(crate) fn render(collection: &Collection) -> String {
             text.push('{');
             // Two keys may become the same label name; the first in order wins, because a name twice breaks a whole scrape.
             let mut labels: BTreeMap<String, &str> = BTreeMap::new();
-            for (key, value) in &point.attributes {
+            for (key, value) in point.all_attributes() {
                 labels.entry(label_name(key)).or_insert(value);
             }
             for (at, (key, value)) in labels.iter().enumerate() {
@@ -74,8 +72,39 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// The newest collection, shared with the server. The lock is held only to copy a pointer.
-pub(crate) type Newest = Arc<RwLock<Option<Arc<Collection>>>>;
+/// The newest collection, shared with the server. The lock is held only to move one.
+#[derive(Clone, Default)]
+pub(crate) struct Newest(Arc<Mutex<Shown>>);
+
+#[derive(Default)]
+struct Shown {
+    collection: Option<Arc<Collection>>,
+    /// A scrape has seen it, and with it the last values of runs that ended.
+    scraped: bool,
+}
+
+impl Newest {
+    /// A collection takes the place of the one before; none if the daemon does not answer: values are never frozen. The last values
+    /// of runs that ended stay until one scrape has seen them.
+    pub(crate) fn put(&self, collection: Option<Collection>) {
+        let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = shown.collection.take().filter(|_| !shown.scraped);
+        shown.collection = collection.map(|collection| {
+            let mut collection = collection.keep_current();
+            if let Some(before) = before {
+                collection.add_ended(&before);
+            }
+            Arc::new(collection)
+        });
+        shown.scraped = false;
+    }
+
+    fn scrape(&self) -> Option<Arc<Collection>> {
+        let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        shown.scraped = true;
+        shown.collection.clone()
+    }
+}
 
 /// Answers scrapes until the process ends.
 pub(crate) async fn serve(listen: SocketAddr, newest: Newest) -> anyhow::Result<()> {
@@ -92,7 +121,7 @@ pub(crate) async fn serve(listen: SocketAddr, newest: Newest) -> anyhow::Result<
                 continue;
             }
         };
-        let newest = Arc::clone(&newest);
+        let newest = newest.clone();
         tokio::spawn(async move {
             let service = hyper::service::service_fn(|request| {
                 let answer = answer(&request, &newest);
@@ -111,8 +140,7 @@ pub(crate) async fn serve(listen: SocketAddr, newest: Newest) -> anyhow::Result<
 fn answer(request: &Request<Incoming>, newest: &Newest) -> Response<Full<Bytes>> {
     let (status, content_type, body) = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/metrics") => {
-            let newest = newest.read().ok().and_then(|newest| newest.clone());
-            (StatusCode::OK, CONTENT_TYPE, newest.map(|collection| render(&collection)).unwrap_or_default())
+            (StatusCode::OK, CONTENT_TYPE, newest.scrape().map(|collection| render(&collection)).unwrap_or_default())
         }
         (&Method::GET, "/") => (StatusCode::OK, "text/plain", "msb-metrics: see /metrics\n".into()),
         _ => (StatusCode::NOT_FOUND, "text/plain", "not found; see /metrics\n".into()),
@@ -143,5 +171,23 @@ mod tests {
         assert_eq!(heads, unique);
         assert!(text.contains("# TYPE microsandbox_disk_io_bytes_total counter\n"));
         assert!(text.contains(r#"microsandbox_uptime_seconds{_9="",a_b="x\"y\\z\n",sandbox_id="00000000-0000-0000-0000-000000000001",sandbox_name="web"} 50.5"#), "{text}");
+    }
+
+    #[test]
+    fn the_last_value_of_a_run_is_scraped_once_and_nothing_is_frozen() {
+        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
+        let newest = Newest::default();
+        let mut ended = snapshot();
+        ended.sandboxes[0].last = true;
+        let shows = |newest: &Newest| newest.scrape().is_some_and(|seen| render(&seen).contains("uptime"));
+        newest.put(Some(collect(&snapshot(), &choice, &mut memory)));
+        assert!(shows(&newest) && shows(&newest));
+        newest.put(Some(collect(&ended, &choice, &mut memory)));
+        newest.put(Some(collect(&ended, &choice, &mut memory)));
+        assert!(shows(&newest), "nobody had seen it");
+        newest.put(Some(collect(&ended, &choice, &mut memory)));
+        assert!(!shows(&newest));
+        newest.put(None);
+        assert!(newest.scrape().is_none());
     }
 }

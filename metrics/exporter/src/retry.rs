@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use prost::Message as _;
+
 /// Longest pause between two attempts.
 pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(60);
 
@@ -29,11 +31,18 @@ pub(crate) enum Outcome {
     },
 }
 
-/// The outcome of an HTTP status that is no success.
-pub(crate) fn of_http_status(status: u16, retry_after: Option<&str>, path_is_bare: bool) -> Outcome {
+/// The outcome of an HTTP status that is no success; `now` is the wall clock, for dates in Retry-After.
+pub(crate) fn of_http_status(
+    status: u16,
+    retry_after: Option<&str>,
+    path_is_bare: bool,
+    now: jiff::Timestamp,
+) -> Outcome {
     let message = format!("backend answered {status}");
     match status {
-        429 | 502 | 503 | 504 => Outcome::Later { pause: retry_after.and_then(parse_retry_after), message },
+        429 | 502 | 503 | 504 => {
+            Outcome::Later { pause: retry_after.and_then(|text| parse_retry_after(text, now)), message }
+        }
         404 if path_is_bare => {
             Outcome::Refused { message: format!("{message}; the endpoint has no path, did you mean …/v1/metrics?") }
         }
@@ -41,10 +50,12 @@ pub(crate) fn of_http_status(status: u16, retry_after: Option<&str>, path_is_bar
     }
 }
 
-/// The outcome of a gRPC status code that is no success (OTLP, "Failures", the table of retryable codes).
-pub(crate) fn of_grpc_code(code: tonic::Code, message: &str) -> Outcome {
+/// The outcome of a gRPC status that is no success (OTLP, "Failures", the table of retryable codes). `details` is what came as
+/// `grpc-status-details-bin`, where a backend says when to come again.
+pub(crate) fn of_grpc_status(code: tonic::Code, message: &str, details: &[u8]) -> Outcome {
     use tonic::Code;
     let message = format!("backend answered {code:?}: {message}");
+    let pause = retry_delay(details);
     match code {
         Code::Cancelled
         | Code::DeadlineExceeded
@@ -52,14 +63,59 @@ pub(crate) fn of_grpc_code(code: tonic::Code, message: &str) -> Outcome {
         | Code::OutOfRange
         | Code::Unavailable
         | Code::DataLoss
-        | Code::ResourceExhausted => Outcome::Later { pause: None, message },
+        | Code::ResourceExhausted => Outcome::Later { pause, message },
         _ => Outcome::Refused { message },
     }
 }
 
-/// Seconds of a Retry-After header (RFC 9110, section 10.2.3). Its date form is not used by collectors and means the usual pause.
-fn parse_retry_after(text: &str) -> Option<Duration> {
-    text.trim().parse::<u64>().ok().map(|seconds| Duration::from_secs(seconds).min(PAUSE_MAX))
+/// A Retry-After header: seconds or a date (RFC 9110, section 10.2.3).
+fn parse_retry_after(text: &str, now: jiff::Timestamp) -> Option<Duration> {
+    let text = text.trim();
+    let pause = match text.parse::<u64>() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => {
+            let at = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
+            Duration::from_secs(u64::try_from(at.as_second() - now.as_second()).unwrap_or_default())
+        }
+    };
+    Some(pause.min(PAUSE_MAX))
+}
+
+/// The delay of the first `google.rpc.RetryInfo` among the details of a `google.rpc.Status`.
+fn retry_delay(details: &[u8]) -> Option<Duration> {
+    /// `google.rpc.Status`, the field that matters.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Status {
+        #[prost(message, repeated, tag = "3")]
+        details: Vec<Any>,
+    }
+    /// `google.protobuf.Any`.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Any {
+        #[prost(string, tag = "1")]
+        type_url: String,
+        #[prost(bytes = "vec", tag = "2")]
+        value: Vec<u8>,
+    }
+    /// `google.rpc.RetryInfo`.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct RetryInfo {
+        #[prost(message, optional, tag = "1")]
+        delay: Option<Delay>,
+    }
+    /// `google.protobuf.Duration`.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Delay {
+        #[prost(int64, tag = "1")]
+        seconds: i64,
+        #[prost(int32, tag = "2")]
+        nanos: i32,
+    }
+    let status = Status::decode(details).ok()?;
+    let info = status.details.iter().find(|detail| detail.type_url.ends_with("/google.rpc.RetryInfo"))?;
+    let delay = RetryInfo::decode(info.value.as_slice()).ok()?.delay?;
+    let (seconds, nanos) = (u64::try_from(delay.seconds).ok()?, u32::try_from(delay.nanos).ok()?);
+    Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into())).min(PAUSE_MAX))
 }
 
 /// The pause before the next attempt after `failures` in a row: the flush interval doubled each time, at most 2^5 of it.
@@ -72,25 +128,36 @@ pub(crate) fn pause(flush_interval: Duration, failures: u32, asked: Option<Durat
 mod tests {
     use super::*;
 
+    fn of_http(status: u16, retry_after: Option<&str>, path_is_bare: bool) -> Outcome {
+        of_http_status(status, retry_after, path_is_bare, jiff::Timestamp::from_second(784_111_770).unwrap())
+    }
+
     #[test]
     fn statuses_that_may_pass_are_tried_again() {
         for status in [429, 502, 503, 504] {
-            assert!(matches!(of_http_status(status, None, false), Outcome::Later { pause: None, .. }), "{status}");
+            assert!(matches!(of_http(status, None, false), Outcome::Later { pause: None, .. }), "{status}");
         }
         for status in [400, 401, 404, 413, 500, 501] {
-            assert!(matches!(of_http_status(status, None, false), Outcome::Refused { .. }), "{status}");
+            assert!(matches!(of_http(status, None, false), Outcome::Refused { .. }), "{status}");
         }
-        let asked = of_http_status(503, Some(" 7 "), false);
-        assert!(matches!(asked, Outcome::Later { pause: Some(pause), .. } if pause == Duration::from_secs(7)));
-        let absurd = of_http_status(503, Some("99999999"), false);
-        assert!(matches!(absurd, Outcome::Later { pause: Some(PAUSE_MAX), .. }));
+        for (text, seconds) in [
+            (" 7 ", Some(7)),
+            ("99999999", Some(60)),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", Some(7)),
+            ("Sat, 05 Nov 1994 08:49:37 GMT", Some(0)),
+            ("soon", None),
+            ("-1", None),
+        ] {
+            let Outcome::Later { pause, .. } = of_http(503, Some(text), false) else { panic!("{text}") };
+            assert_eq!(pause, seconds.map(Duration::from_secs), "{text}");
+        }
     }
 
     #[test]
     fn a_404_without_a_path_says_what_was_probably_meant() {
-        let Outcome::Refused { message } = of_http_status(404, None, true) else { panic!("refused") };
+        let Outcome::Refused { message } = of_http(404, None, true) else { panic!("refused") };
         assert!(message.contains("/v1/metrics"));
-        let Outcome::Refused { message } = of_http_status(404, None, false) else { panic!("refused") };
+        let Outcome::Refused { message } = of_http(404, None, false) else { panic!("refused") };
         assert!(!message.contains("/v1/metrics"));
     }
 
@@ -105,8 +172,27 @@ mod tests {
     }
 
     #[test]
-    fn grpc_codes_follow_the_table() {
-        assert!(matches!(of_grpc_code(tonic::Code::Unavailable, ""), Outcome::Later { .. }));
-        assert!(matches!(of_grpc_code(tonic::Code::InvalidArgument, ""), Outcome::Refused { .. }));
+    fn grpc_codes_follow_the_table_and_a_backend_may_name_the_pause() {
+        let later = of_grpc_status(tonic::Code::Unavailable, "", &[]);
+        assert!(matches!(later, Outcome::Later { pause: None, .. }));
+        assert!(matches!(of_grpc_status(tonic::Code::InvalidArgument, "", &[]), Outcome::Refused { .. }));
+        // google.rpc.Status { details: [Any { "type.googleapis.com/google.rpc.RetryInfo", RetryInfo { 3.5 s } }] }
+        let info = [0x0a, 8, 0x08, 3, 0x10, 0x80, 0xca, 0xb5, 0xee, 1];
+        let url = b"type.googleapis.com/google.rpc.RetryInfo";
+        let mut any = vec![0x0a, 40];
+        any.extend(url);
+        any.extend([0x12, 10]);
+        any.extend(info);
+        let mut details = vec![0x1a, any.len() as u8];
+        details.extend(any);
+        let told = of_grpc_status(tonic::Code::ResourceExhausted, "", &details);
+        assert!(
+            matches!(told, Outcome::Later { pause: Some(pause), .. } if pause == Duration::from_millis(3_500)),
+            "{told:?}"
+        );
+        assert!(matches!(
+            of_grpc_status(tonic::Code::Unavailable, "", &details[..9]),
+            Outcome::Later { pause: None, .. }
+        ));
     }
 }

@@ -1,12 +1,15 @@
 //! The exporter's own metrics, live, through the OpenTelemetry SDK and its OTLP exporter. Counted by `export`, sent by the
 //! SDK's own reader on its own thread, to the same backend.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use msb_metrics::Metric;
 use opentelemetry::KeyValue;
-use opentelemetry::metrics::{Counter, Gauge, MeterProvider as _};
+use opentelemetry::metrics::MeterProvider as _;
 use opentelemetry_otlp::{
     Compression, MetricExporter, WithExportConfig as _, WithHttpConfig as _, WithTonicConfig as _,
 };
@@ -14,87 +17,128 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 
 use crate::endpoint::Protocol;
-use crate::otlp::SCOPE;
-use crate::sender::SenderOptions;
+use crate::otlp::{SCOPE, resource_attributes};
+use crate::point::Host;
+use crate::sender::{SenderOptions, grpc_tls};
 
-/// The instruments.
+/// What is counted, from the beginning of the process on.
+#[derive(Debug, Default)]
+struct Counts {
+    success: AtomicU64,
+    failure: AtomicU64,
+    dropped: AtomicU64,
+    rejected: AtomicU64,
+    attributes_dropped: AtomicU64,
+    /// Milliseconds since 1970; 0 before the first.
+    last_success_ms: AtomicU64,
+}
+
+/// One of the counts.
+type Of = fn(&Counts) -> &AtomicU64;
+
+/// The exporter's own metrics. They are sent once it is known of which host they are, so that two hosts never collide.
 #[derive(Debug)]
 pub(crate) struct SelfMetrics {
-    provider: SdkMeterProvider,
-    success: Counter<u64>,
-    failure: Counter<u64>,
-    dropped: Counter<u64>,
-    rejected: Counter<u64>,
-    attributes_dropped: Counter<u64>,
-    last_success: Gauge<f64>,
+    options: SenderOptions,
+    resource: BTreeMap<String, String>,
+    interval: Duration,
+    counts: Arc<Counts>,
+    provider: Option<SdkMeterProvider>,
+    begun: bool,
 }
 
 impl SelfMetrics {
-    /// Sets up the instruments. Must be called inside the tokio runtime that the gRPC channel will use.
-    pub(crate) fn new(options: &SenderOptions, interval: Duration) -> anyhow::Result<Self> {
-        let exporter = match options.endpoint.protocol {
-            Protocol::Grpc => grpc_exporter(options)?,
-            Protocol::Http => http_exporter(options)?,
+    /// Counts from now on.
+    pub(crate) fn new(options: SenderOptions, resource: BTreeMap<String, String>, interval: Duration) -> Self {
+        Self { options, resource, interval, counts: Arc::default(), provider: None, begun: false }
+    }
+
+    /// Begins to send, as the exporter of this host. Only the first call does anything. Must be called inside the tokio runtime that
+    /// the gRPC channel will use.
+    pub(crate) fn begin(&mut self, host: &Host) {
+        if std::mem::replace(&mut self.begun, true) {
+            return;
+        }
+        match self.provider(host) {
+            Ok(provider) => self.provider = Some(provider),
+            Err(error) => tracing::warn!("the exporter's own metrics are not sent: {error:#}"),
+        }
+    }
+
+    fn provider(&self, host: &Host) -> anyhow::Result<SdkMeterProvider> {
+        let exporter = match self.options.endpoint.protocol {
+            Protocol::Grpc => grpc_exporter(&self.options)?,
+            Protocol::Http => http_exporter(&self.options)?,
         };
-        let reader = PeriodicReader::builder(exporter).with_interval(interval).build();
-        let resource = Resource::builder()
-            .with_attributes([
-                KeyValue::new("service.name", "msb-metrics"),
-                KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
-            ])
-            .build();
+        let reader = PeriodicReader::builder(exporter).with_interval(self.interval).build();
+        let mut attributes = resource_attributes("msb-metrics", host, &self.resource);
+        // A name the user gives to the sandboxes' metrics is not this program's.
+        attributes.insert("service.name".into(), "msb-metrics".into());
+        attributes.insert("service.version".into(), env!("CARGO_PKG_VERSION").into());
+        let attributes = attributes.into_iter().map(|(key, value)| KeyValue::new(key, value));
+        let resource = Resource::builder_empty().with_attributes(attributes).build();
         let provider = SdkMeterProvider::builder().with_reader(reader).with_resource(resource).build();
         let meter = provider.meter(SCOPE);
-        let counter = |metric: Metric| {
-            let definition = metric.definition();
-            meter
-                .u64_counter(definition.name)
+        let counters: [(Metric, Of); 5] = [
+            (Metric::ExportsSuccess, |counts| &counts.success),
+            (Metric::ExportsFailure, |counts| &counts.failure),
+            (Metric::CollectionsDropped, |counts| &counts.dropped),
+            (Metric::PointsRejected, |counts| &counts.rejected),
+            (Metric::AttributesDropped, |counts| &counts.attributes_dropped),
+        ];
+        for (metric, of) in counters {
+            let (definition, counts) = (metric.definition(), Arc::clone(&self.counts));
+            // The provider holds the callback; the instrument itself need not be kept.
+            let _ = meter
+                .u64_observable_counter(definition.name)
                 .with_unit(definition.unit.as_str())
                 .with_description(definition.meaning)
-                .build()
-        };
-        let last = Metric::LastSuccess.definition();
-        Ok(Self {
-            success: counter(Metric::ExportsSuccess),
-            failure: counter(Metric::ExportsFailure),
-            dropped: counter(Metric::CollectionsDropped),
-            rejected: counter(Metric::PointsRejected),
-            attributes_dropped: counter(Metric::AttributesDropped),
-            last_success: meter
-                .f64_gauge(last.name)
-                .with_unit(last.unit.as_str())
-                .with_description(last.meaning)
-                .build(),
-            provider,
-        })
+                .with_callback(move |observer| observer.observe(of(&counts).load(Ordering::Relaxed), &[]))
+                .build();
+        }
+        let (definition, counts) = (Metric::LastSuccess.definition(), Arc::clone(&self.counts));
+        let _ = meter
+            .f64_observable_gauge(definition.name)
+            .with_unit(definition.unit.as_str())
+            .with_description(definition.meaning)
+            .with_callback(move |observer| {
+                let last_ms = counts.last_success_ms.load(Ordering::Relaxed);
+                if last_ms > 0 {
+                    observer.observe(Duration::from_millis(last_ms).as_secs_f64(), &[]);
+                }
+            })
+            .build();
+        Ok(provider)
     }
 
     /// A batch was taken, less so many points.
     pub(crate) fn taken(&self, rejected: u64) {
-        self.success.add(1, &[]);
-        self.rejected.add(rejected, &[]);
+        self.counts.success.fetch_add(1, Ordering::Relaxed);
+        self.counts.rejected.fetch_add(rejected, Ordering::Relaxed);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last_success.record(now.as_secs_f64(), &[]);
+        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        self.counts.last_success_ms.store(now_ms, Ordering::Relaxed);
     }
 
     /// A batch was refused or not answered.
     pub(crate) fn failed(&self) {
-        self.failure.add(1, &[]);
+        self.counts.failure.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The buffer was full.
     pub(crate) fn collections_dropped(&self, count: u64) {
-        self.dropped.add(count, &[]);
+        self.counts.dropped.fetch_add(count, Ordering::Relaxed);
     }
 
     /// The cap on cardinality left attributes out.
     pub(crate) fn attributes_dropped(&self, count: u64) {
-        self.attributes_dropped.add(count, &[]);
+        self.counts.attributes_dropped.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Sends what is left. Blocks: the SDK waits for its own thread.
     pub(crate) fn shutdown(&self) {
-        if let Err(error) = self.provider.shutdown_with_timeout(Duration::from_secs(2)) {
+        let Some(provider) = &self.provider else { return };
+        if let Err(error) = provider.shutdown_with_timeout(Duration::from_secs(2)) {
             tracing::debug!(%error, "the exporter's own metrics were not sent at the end");
         }
     }
@@ -111,15 +155,8 @@ fn grpc_exporter(options: &SenderOptions) -> anyhow::Result<MetricExporter> {
         .with_endpoint(&options.endpoint.url)
         .with_timeout(options.timeout)
         .with_metadata(metadata);
-    if options.endpoint.url.starts_with("https://") {
-        let tls = match &options.ca_cert {
-            Some(path) => {
-                let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-                tonic::transport::ClientTlsConfig::new().ca_certificate(tonic::transport::Certificate::from_pem(pem))
-            }
-            None => tonic::transport::ClientTlsConfig::new().with_native_roots(),
-        };
-        builder = builder.with_tls_config(tls);
+    if options.is_tls() {
+        builder = builder.with_tls_config(grpc_tls(&options.read_pems()?));
     }
     if options.gzip {
         builder = builder.with_compression(Compression::Gzip);
@@ -128,16 +165,17 @@ fn grpc_exporter(options: &SenderOptions) -> anyhow::Result<MetricExporter> {
 }
 
 fn http_exporter(options: &SenderOptions) -> anyhow::Result<MetricExporter> {
-    let ca = match &options.ca_cert {
-        Some(path) => Some(std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?),
-        None => None,
-    };
+    let pems = options.read_pems()?;
     let timeout = options.timeout;
     // The SDK exports from a plain thread, which needs the blocking client; that one must be made outside the runtime.
     let client = std::thread::spawn(move || {
         let mut builder = reqwest::blocking::Client::builder().timeout(timeout);
-        if let Some(pem) = ca {
+        if let Some(pem) = pems.ca {
             builder = builder.tls_certs_only(reqwest::Certificate::from_pem_bundle(&pem)?);
+        }
+        if let Some((mut certificate, key)) = pems.client {
+            certificate.extend(key);
+            builder = builder.identity(reqwest::Identity::from_pem(&certificate)?);
         }
         builder.build()
     })

@@ -11,7 +11,7 @@ use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceReq
 use prost::Message as _;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
 use crate::endpoint::{Endpoint, Protocol};
 use crate::retry::{self, Outcome};
@@ -30,6 +30,8 @@ pub(crate) struct SenderOptions {
     pub gzip: bool,
     /// A certificate authority (PEM) in place of the system's.
     pub ca_cert: Option<PathBuf>,
+    /// Certificate and key (PEM) that we show the backend.
+    pub client_cert: Option<(PathBuf, PathBuf)>,
     /// Longest time for one attempt.
     pub timeout: Duration,
 }
@@ -59,30 +61,63 @@ pub(crate) enum Sender {
     },
 }
 
+/// Certificates and keys, read.
+#[derive(Default)]
+pub(crate) struct Pems {
+    /// The authority's.
+    pub ca: Option<Vec<u8>>,
+    /// Ours: certificate and key.
+    pub client: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl SenderOptions {
+    /// Reads what the options name.
+    pub(crate) fn read_pems(&self) -> anyhow::Result<Pems> {
+        let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        Ok(Pems {
+            ca: self.ca_cert.as_ref().map(read).transpose()?,
+            client: match &self.client_cert {
+                Some((certificate, key)) => Some((read(certificate)?, read(key)?)),
+                None => None,
+            },
+        })
+    }
+
+    /// Whether the backend is spoken to over TLS.
+    pub(crate) fn is_tls(&self) -> bool {
+        self.endpoint.url.starts_with("https://")
+    }
+}
+
+/// TLS of gRPC.
+pub(crate) fn grpc_tls(pems: &Pems) -> ClientTlsConfig {
+    let tls = match &pems.ca {
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    match &pems.client {
+        Some((certificate, key)) => tls.identity(Identity::from_pem(certificate, key)),
+        None => tls,
+    }
+}
+
 impl Sender {
     /// Makes the client. Connects lazily: a backend that is down now may be up later.
     pub(crate) fn new(options: SenderOptions) -> anyhow::Result<Self> {
-        let ca = match &options.ca_cert {
-            Some(path) => Some(std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?),
-            None => None,
-        };
+        let pems = options.read_pems()?;
         match options.endpoint.protocol {
-            Protocol::Grpc => Self::grpc(options, ca),
-            Protocol::Http => Self::http(options, ca),
+            Protocol::Grpc => Self::grpc(options, &pems),
+            Protocol::Http => Self::http(options, pems),
         }
     }
 
-    fn grpc(options: SenderOptions, ca: Option<Vec<u8>>) -> anyhow::Result<Self> {
+    fn grpc(options: SenderOptions, pems: &Pems) -> anyhow::Result<Self> {
         let mut endpoint = Channel::from_shared(options.endpoint.url.clone())?
             .timeout(options.timeout)
             .connect_timeout(options.timeout)
             .user_agent(concat!("msb-metrics/", env!("CARGO_PKG_VERSION")))?;
-        if options.endpoint.url.starts_with("https://") {
-            let tls = match ca {
-                Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
-                None => ClientTlsConfig::new().with_native_roots(),
-            };
-            endpoint = endpoint.tls_config(tls).context("cannot set up TLS")?;
+        if options.is_tls() {
+            endpoint = endpoint.tls_config(grpc_tls(pems)).context("cannot set up TLS")?;
         }
         let mut client = MetricsServiceClient::new(endpoint.connect_lazy());
         if options.gzip {
@@ -99,7 +134,7 @@ impl Sender {
         Ok(Self::Grpc { client, metadata, timeout: options.timeout })
     }
 
-    fn http(options: SenderOptions, ca: Option<Vec<u8>>) -> anyhow::Result<Self> {
+    fn http(options: SenderOptions, pems: Pems) -> anyhow::Result<Self> {
         let mut headers = reqwest::header::HeaderMap::new();
         for (key, value) in &options.headers {
             let name = reqwest::header::HeaderName::from_bytes(key.as_bytes())
@@ -114,30 +149,36 @@ impl Sender {
             .user_agent(concat!("msb-metrics/", env!("CARGO_PKG_VERSION")))
             // A redirected POST would lose its body or its credentials; the endpoint is used exactly as given.
             .redirect(reqwest::redirect::Policy::none());
-        if let Some(pem) = ca {
+        if let Some(pem) = pems.ca {
             let certificates = reqwest::Certificate::from_pem_bundle(&pem).context("--ca-cert is not PEM")?;
             builder = builder.tls_certs_only(certificates);
+        }
+        if let Some((mut certificate, key)) = pems.client {
+            certificate.extend(key);
+            let identity = reqwest::Identity::from_pem(&certificate).context("--client-cert and --client-key")?;
+            builder = builder.identity(identity);
         }
         let client = builder.build().context("cannot set up the HTTP client")?;
         Ok(Self::Http { client, endpoint: options.endpoint, headers, gzip: options.gzip })
     }
 
     /// One attempt.
-    pub(crate) async fn send(&mut self, request: &ExportMetricsServiceRequest) -> Outcome {
+    pub(crate) async fn send(&mut self, request: ExportMetricsServiceRequest) -> Outcome {
         match self {
             Self::Grpc { client, metadata, timeout } => {
-                let mut message = tonic::Request::new(request.clone());
+                let mut message = tonic::Request::new(request);
                 message.set_timeout(*timeout);
                 for (key, value) in metadata.iter() {
                     message.metadata_mut().insert(key.clone(), value.clone());
                 }
                 match client.export(message).await {
                     Ok(answer) => taken(answer.into_inner()),
-                    Err(status) => retry::of_grpc_code(status.code(), status.message()),
+                    Err(status) => retry::of_grpc_status(status.code(), status.message(), status.details()),
                 }
             }
             Self::Http { client, endpoint, headers, gzip } => {
                 let mut body = request.encode_to_vec();
+                drop(request);
                 let mut post = client.post(&endpoint.url).headers(headers.clone());
                 post = post.header("content-type", "application/x-protobuf");
                 if *gzip {
@@ -153,7 +194,8 @@ impl Sender {
                     Ok(answer) if answer.status().is_success() => taken(read_answer(answer).await),
                     Ok(answer) => {
                         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
-                        retry::of_http_status(answer.status().as_u16(), retry_after, endpoint.path_is_bare())
+                        let now = jiff::Timestamp::now();
+                        retry::of_http_status(answer.status().as_u16(), retry_after, endpoint.path_is_bare(), now)
                     }
                     Err(error) => Outcome::Later { pause: None, message: error.without_url().to_string() },
                 }

@@ -16,8 +16,10 @@ pub(crate) struct Lines(mpsc::SyncSender<String>);
 
 impl Lines {
     /// Queues a collection.
-    pub(crate) fn write(&self, collection: &Collection) {
-        let text: String = collection.points.iter().map(line).collect();
+    pub(crate) fn write(&self, collection: Option<Collection>) {
+        let Some(collection) = collection.map(Collection::keep_new) else { return };
+        let mut text = String::new();
+        collection.points(|point| text.push_str(&line(&point)));
         if self.0.try_send(text).is_err() {
             tracing::debug!("the reader of standard output is slow, a collection is left out");
         }
@@ -50,7 +52,7 @@ pub(crate) fn outcome(error: Result<std::io::Error, oneshot::error::RecvError>) 
     }
 }
 
-fn line(point: &Point) -> String {
+fn line(point: &Point<'_>) -> String {
     let definition = point.metric.definition();
     let value = match point.value {
         Value::Unsigned(value) => json!(value),
@@ -63,7 +65,7 @@ fn line(point: &Point) -> String {
         "value": value,
         "time_unix_nano": point.time_ns,
         "start_time_unix_nano": point.start_ns,
-        "attributes": point.attributes,
+        "attributes": point.all_attributes().collect::<std::collections::BTreeMap<_, _>>(),
     });
     format!("{line}\n")
 }
@@ -76,11 +78,15 @@ mod tests {
     #[test]
     fn each_point_is_one_line_of_json() {
         let collection = collect(&snapshot(), &AttributeChoice::default(), &mut Memory::default());
-        for point in &collection.points {
-            let text = line(point);
+        let mut lines = 0;
+        collection.points(|point| {
+            let text = line(&point);
             assert_eq!(text.matches('\n').count(), 1);
             let value: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert_eq!(value["name"], point.metric.name());
-        }
+            assert_eq!(value["attributes"]["sandbox.name"] == "web", point.metric != msb_metrics::Metric::Sandboxes);
+            lines += 1;
+        });
+        assert!(lines > 20);
     }
 }

@@ -16,9 +16,10 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
-    ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HostInfo, ImageDetail, ImageList,
-    ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsSnapshot, NetworkDecision, NetworkLogQuery,
-    SandboxDetail, SandboxList, ShutdownRequest, StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HistoryQuery, HostInfo, ImageDetail,
+    ImageList, ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
+    MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList, ShutdownRequest, StartRequest,
+    StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
@@ -157,7 +158,40 @@ impl Client {
     /// # Errors
     /// Those of the service.
     pub async fn metrics(&self) -> Result<MetricsSnapshot, Error> {
-        self.get("/v1/metrics").await
+        self.metrics_of(&MetricsQuery::default()).await
+    }
+
+    /// The newest sample of every sandbox that is asked for, in one request.
+    ///
+    /// # Errors
+    /// `invalid_name`, `invalid_label`, `limit_exceeded`.
+    pub async fn metrics_of(&self, query: &MetricsQuery) -> Result<MetricsSnapshot, Error> {
+        self.get(&with_query("/v1/metrics", &metrics_pairs(query))).await
+    }
+
+    /// As [`Self::metrics_of`], at each interval (100 ms to an hour), the first at once. A reader that is slow misses some.
+    ///
+    /// # Errors
+    /// As there, and `invalid_request` for the interval.
+    pub async fn metrics_stream(
+        &self,
+        query: &MetricsQuery,
+        interval: Duration,
+    ) -> Result<JsonLines<MetricsSnapshot>, Error> {
+        let mut pairs = metrics_pairs(query);
+        pairs.push(("interval_ms", interval.as_millis().to_string()));
+        self.lines(&with_query("/v1/metrics/stream", &pairs)).await
+    }
+
+    /// The last hour of one sandbox, or a part of it.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `invalid_request`.
+    pub async fn metrics_history(&self, name: &SandboxName, query: &HistoryQuery) -> Result<MetricsHistory, Error> {
+        let mut pairs = Vec::new();
+        pairs.extend(query.last_ms.map(|ms| ("last_ms", ms.to_string())));
+        pairs.extend(query.points_max.map(|points| ("points_max", points.to_string())));
+        self.get(&with_query(&sandbox(name, "/metrics"), &pairs)).await
     }
 
     /// Ends the daemon; its sandboxes go on.
@@ -777,6 +811,11 @@ pub(crate) fn sandbox(name: &SandboxName, rest: &str) -> String {
 
 fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
     if on { vec![(name, "true".to_owned())] } else { Vec::new() }
+}
+
+fn metrics_pairs(query: &MetricsQuery) -> Vec<(&'static str, String)> {
+    let names = query.names.iter().map(|name| ("name", name.clone()));
+    names.chain(query.labels.iter().map(|label| ("label", label.clone()))).collect()
 }
 
 pub(crate) fn with_query(path: &str, pairs: &[(&str, String)]) -> String {

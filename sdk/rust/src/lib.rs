@@ -46,6 +46,6 @@ pub use fs::Fs;
 pub use image::Image;
 pub use locate::Locator;
 pub use msb_protocol as protocol;
-pub use sandbox::Sandbox;
+pub use sandbox::{MetricsStream, Sandbox};
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
 pub use ssh::SshStream;

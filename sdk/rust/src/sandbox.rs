@@ -1,7 +1,10 @@
 //! A sandbox as a value: what [`crate::Client`] does by name, as methods.
 
+use std::time::Duration;
+
 use msb_protocol::control::{
-    CreateRequest, LogQuery, LogRecord, SandboxDetail, SandboxSummary, StartRequest, StopRequest,
+    CreateRequest, HistoryQuery, LogQuery, LogRecord, MetricsHistory, MetricsQuery, MetricsSnapshot, SandboxDetail,
+    SandboxMetrics, SandboxSummary, StartRequest, StopRequest,
 };
 use msb_protocol::id::SandboxName;
 use msb_protocol::state::SandboxState;
@@ -244,6 +247,56 @@ impl Sandbox {
     /// Those of the service.
     pub async fn logs(&self, query: &LogQuery) -> Result<JsonLines<LogRecord>, Error> {
         self.client.logs(&self.name, query).await
+    }
+
+    /// Its newest sample; none before its first one.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn metrics(&self) -> Result<Option<SandboxMetrics>, Error> {
+        Ok(self.client.metrics_of(&self.metrics_query()).await?.sandboxes.into_iter().next())
+    }
+
+    /// Its samples from now on, one at each interval (100 ms to an hour), the first at once.
+    ///
+    /// # Errors
+    /// `invalid_request` for the interval.
+    pub async fn metrics_stream(&self, interval: Duration) -> Result<MetricsStream, Error> {
+        let snapshots = self.client.metrics_stream(&self.metrics_query(), interval).await?;
+        Ok(MetricsStream { snapshots })
+    }
+
+    /// Its last hour, or a part of it.
+    ///
+    /// # Errors
+    /// `invalid_request`.
+    pub async fn metrics_history(&self, query: &HistoryQuery) -> Result<MetricsHistory, Error> {
+        self.client.metrics_history(&self.name, query).await
+    }
+
+    fn metrics_query(&self) -> MetricsQuery {
+        MetricsQuery { names: vec![self.name.to_string()], labels: Vec::new() }
+    }
+}
+
+/// The samples of one sandbox.
+pub struct MetricsStream {
+    snapshots: JsonLines<MetricsSnapshot>,
+}
+
+impl MetricsStream {
+    /// The next sample. None when the service ends. A run that ended is seen by `last`.
+    ///
+    /// # Errors
+    /// The stream broke.
+    pub async fn next(&mut self) -> Result<Option<SandboxMetrics>, Error> {
+        while let Some(snapshot) = self.snapshots.next().await? {
+            // Before the first sample of a boot there is none.
+            if let Some(sample) = snapshot.sandboxes.into_iter().next() {
+                return Ok(Some(sample));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -2,18 +2,13 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
-use msb_protocol::control::{ActorTree, HostInfo, MetricsSnapshot, ShutdownRequest, VersionInfo};
-use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::id::SandboxName;
-use msb_protocol::labels::LabelTerm;
-use msb_protocol::selector::Selector;
+use axum::extract::State;
+use msb_protocol::control::{ActorTree, HostInfo, ShutdownRequest, VersionInfo};
+use msb_protocol::error::ApiError;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
 
 use super::ApiState;
-use super::failure::{Failure, body, query};
-use super::sandboxes::TERMS_MAX;
+use super::failure::{Failure, body};
 
 fn version_info(state: &ApiState) -> VersionInfo {
     VersionInfo {
@@ -61,31 +56,4 @@ pub(crate) async fn shutdown(State(state): State<ApiState>, bytes: Bytes) -> Res
 #[utoipa::path(get, path = "/v1/debug/actors", responses((status = 200, body = ActorTree)))]
 pub(crate) async fn debug_actors(State(state): State<ApiState>) -> Result<Json<ActorTree>, Failure> {
     Ok(Json(state.daemon.actors().await?))
-}
-
-#[utoipa::path(get, path = "/v1/metrics", params(("name" = Option<Vec<String>>, Query), ("label" = Option<Vec<String>>, Query), ("selector" = Option<Vec<String>>, Query)), responses((status = 200, body = MetricsSnapshot), (status = "4XX", body = ApiError)))]
-pub(crate) async fn metrics(
-    State(state): State<ApiState>,
-    pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
-) -> Result<Json<MetricsSnapshot>, Failure> {
-    let (mut names, mut terms) = (Vec::new(), Vec::new());
-    let pairs = query(pairs)?;
-    if pairs.len() > TERMS_MAX {
-        return Err(Failure(ApiError::new(
-            ErrorCode::LimitExceeded,
-            format!("a filter has at most {TERMS_MAX} terms"),
-        )));
-    }
-    for (key, value) in pairs {
-        match key.as_str() {
-            "name" => names.push(SandboxName::parse(&value)?),
-            "label" => terms.push(LabelTerm::parse(&value)?),
-            "selector" => terms.push(LabelTerm::Fits(Selector::parse(&value)?)),
-            _ => {
-                let message = format!("unknown query parameter {key:?}");
-                return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, message)));
-            }
-        }
-    }
-    Ok(Json(state.daemon.metrics(&names, &terms).await?))
 }

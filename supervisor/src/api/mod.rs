@@ -10,6 +10,7 @@ mod host;
 mod images;
 mod log_files;
 mod logs;
+mod metrics;
 mod network;
 mod registries;
 mod sandboxes;
@@ -100,7 +101,9 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(host::host))
         .routes(routes!(host::shutdown))
         .routes(routes!(host::debug_actors))
-        .routes(routes!(host::metrics))
+        .routes(routes!(metrics::snapshot))
+        .routes(routes!(metrics::stream))
+        .routes(routes!(metrics::history))
         .routes(routes!(sandboxes::create, sandboxes::list))
         .routes(routes!(sandboxes::inspect, sandboxes::remove))
         .routes(routes!(sandboxes::start))
@@ -177,6 +180,7 @@ pub fn router(state: ApiState) -> Router {
             ))
         })
         .layer(middleware::from_fn(only_our_user))
+        .layer(middleware::from_fn(crate::traces::span))
         .with_state(state)
 }
 

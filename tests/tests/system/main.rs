@@ -14,6 +14,7 @@ mod host;
 mod image;
 mod inside;
 mod machine;
+mod metrics;
 mod network;
 mod output;
 mod registry;

@@ -32,6 +32,8 @@ pub struct Connection {
     descriptors: Vec<OwnedFd>,
     /// Whether events go here too; newer ones take over.
     pub(super) wants_events: bool,
+    /// Time between two samples and when the next is due, if this connection asked for them.
+    samples: Option<(Duration, Instant)>,
 }
 
 impl Connection {
@@ -45,6 +47,7 @@ impl Connection {
             outgoing_descriptors: Vec::new(),
             descriptors: Vec::new(),
             wants_events: false,
+            samples: None,
         })
     }
 
@@ -75,6 +78,24 @@ impl Connection {
             }
         }
         Ok(received.bytes)
+    }
+
+    /// Begins samples at this interval, the first at once, or ends them.
+    pub(super) fn subscribe(&mut self, interval: Option<Duration>, now: Instant) {
+        self.samples = interval.map(|interval| (interval, now));
+    }
+
+    /// When the next sample is due.
+    pub(super) fn next_sample(&self) -> Option<Instant> {
+        self.samples.map(|(_, at)| at)
+    }
+
+    /// Whether a sample is due by now; if so, the next one is an interval later.
+    pub(super) fn take_due_sample(&mut self, now: Instant) -> bool {
+        let Some((interval, at)) = self.samples.as_mut().filter(|(_, at)| *at <= now) else { return false };
+        // A process that was stopped meanwhile does not catch up.
+        *at = (*at + *interval).max(now);
+        true
     }
 
     /// Reads what has arrived; false once the peer is gone.
@@ -189,5 +210,26 @@ pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Res
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_due_at_their_interval_and_never_caught_up() {
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let mut connection = Connection::new(ours).expect("a connection");
+        let (begin, second) = (Instant::now(), Duration::from_secs(1));
+        assert!(!connection.take_due_sample(begin) && connection.next_sample().is_none());
+        connection.subscribe(Some(second), begin);
+        assert!(connection.take_due_sample(begin), "the first at once");
+        assert!(!connection.take_due_sample(begin + second / 2));
+        assert_eq!(connection.next_sample(), Some(begin + second));
+        assert!(connection.take_due_sample(begin + 10 * second), "late");
+        assert_eq!(connection.next_sample(), Some(begin + 10 * second));
+        connection.subscribe(None, begin);
+        assert!(!connection.take_due_sample(begin + 60 * second));
     }
 }

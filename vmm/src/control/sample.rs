@@ -1,87 +1,191 @@
-//! Counters for `Sample`: the devices' own and what the kernel says about the processes of the machine.
+//! Counters for samples: the devices' own and what the kernel says about the machine's threads and memory. Called by the control
+//! thread, and once more by `process` when the machine has ended.
 //!
-//! Reads /proc of this process and of QEMU; a value that cannot be read is 0, a sample never fails.
+//! Reads /proc of this process and of QEMU; a value that cannot be read keeps what it was, a sample never fails. It is taken each
+//! second in every VM: files of threads stay open, and nothing is read that costs the kernel much.
 
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
 
+use msb_metrics::{Kind, Metric};
 use msb_network::stack::{Counters, Way};
 use msb_protocol::vmm::{NetworkCount, Sample};
 
+use crate::devices::virtio::block::BlockCounters;
 use crate::launch::machine::Meters;
 use crate::run::{Run, realtime_ns};
 
 /// Clock ticks per second of /proc/PID/stat: USER_HZ, which is 100 on every Linux of this architecture.
 const TICKS_PER_SECOND: u64 = 100;
+/// Size of a page in /proc/PID/statm, in bytes.
+const PAGE_BYTES: u64 = 4096;
+/// Threads looked at when the vCPUs are searched for: QEMU has a dozen beside them.
+const THREADS_MAX: usize = 1024;
+/// How the vCPU threads are called: ours, and QEMU's with debug-threads.
+const VCPU_NAMES: [&str; 2] = ["vcpu-", "CPU "];
 
-/// Takes a sample. `machine_pids` are processes other than this one that belong to the machine.
-pub(super) fn take(run: &Run, meters: &Meters, machine_pids: &[u32]) -> Sample {
-    let disks = |count: fn(&crate::devices::virtio::block::BlockCounters) -> u64| -> u64 {
-        meters.disks.iter().map(|disk| count(disk)).sum()
-    };
-    let own = [std::process::id()];
-    let (network, inbound_open) = meters.network.as_ref().map(|(network, _)| network.counters()).unwrap_or_default();
-    let pids = if machine_pids.is_empty() { &own[..] } else { machine_pids };
-    Sample {
-        at_ns: realtime_ns(),
-        uptime_ms: u64::try_from(run.started().elapsed().as_millis()).unwrap_or(u64::MAX),
-        cpu_time_us: pids.iter().map(|pid| cpu_time_us(*pid)).sum(),
-        memory_limit_bytes: meters.memory_limit_bytes,
-        memory_resident_bytes: pids.iter().map(|pid| resident_bytes(*pid)).sum::<u64>().min(meters.memory_limit_bytes),
-        disk_read_bytes: disks(|disk| disk.read_bytes.get()),
-        disk_written_bytes: disks(|disk| disk.written_bytes.get()),
-        disk_read_operations: disks(|disk| disk.read_operations.get()),
-        disk_write_operations: disks(|disk| disk.write_operations.get()),
-        root_allocated_bytes: meters.upper.metadata().map_or(0, |metadata| metadata.blocks() * 512),
-        network_received_bytes: network.bytes_received,
-        network_sent_bytes: network.bytes_sent,
-        network_received_packets: network.frames_received,
-        network_sent_packets: network.frames_sent,
-        network_inbound_opened: network
-            .opened
-            .iter()
-            .filter(|((way, _), _)| *way == Way::Inbound)
-            .map(|(_, count)| count)
-            .sum(),
-        network_inbound_open: inbound_open,
-        network: if meters.network.is_some() { counts(&network) } else { Vec::new() },
+/// Takes samples of one machine.
+pub(super) struct Sampler {
+    run: Run,
+    meters: Meters,
+    started_at_ns: u64,
+    /// A process other than this one that is the machine: QEMU.
+    machine_pid: Option<u32>,
+    vcpus: Vec<VcpuClock>,
+    resident_bytes: u64,
+}
+
+impl Sampler {
+    /// For the machine with these counters.
+    pub(super) fn new(run: Run, meters: Meters) -> Self {
+        let elapsed_ns = u64::try_from(run.started().elapsed().as_nanos()).unwrap_or_default();
+        let started_at_ns = realtime_ns().saturating_sub(elapsed_ns);
+        Self { run, meters, started_at_ns, machine_pid: None, vcpus: Vec::new(), resident_bytes: 0 }
+    }
+
+    /// Tells which other processes belong to the machine.
+    pub(super) fn set_machine_pids(&mut self, pids: &[u32]) {
+        self.machine_pid = pids.first().copied();
+        self.vcpus.clear();
+    }
+
+    /// The counters now. What the machine's threads said last stays true after they have ended.
+    pub(super) fn take(&mut self) -> Sample {
+        if self.vcpus.is_empty() {
+            self.vcpus = find_vcpus(self.machine_pid);
+        }
+        self.vcpus.iter_mut().for_each(VcpuClock::read);
+        if let Some(bytes) = resident_bytes(self.machine_pid) {
+            self.resident_bytes = bytes.min(self.meters.memory_limit_bytes);
+        }
+        let meters = &self.meters;
+        let (network, inbound_open) =
+            meters.network.as_ref().map(|(network, _)| network.counters()).unwrap_or_default();
+        let disks = |count: fn(&BlockCounters) -> u64| -> u64 { meters.disks.iter().map(|disk| count(disk)).sum() };
+        Sample {
+            at_ns: realtime_ns(),
+            started_at_ns: self.started_at_ns,
+            uptime_ms: u64::try_from(self.run.started().elapsed().as_millis()).unwrap_or(u64::MAX),
+            cpu_time_us: self.vcpus.iter().map(|vcpu| vcpu.ran_us).sum(),
+            memory_limit_bytes: meters.memory_limit_bytes,
+            memory_resident_bytes: self.resident_bytes,
+            disk_read_bytes: disks(|disk| disk.read_bytes.get()),
+            disk_written_bytes: disks(|disk| disk.written_bytes.get()),
+            disk_read_operations: disks(|disk| disk.read_operations.get()),
+            disk_write_operations: disks(|disk| disk.write_operations.get()),
+            root_allocated_bytes: meters.upper.metadata().map_or(0, |metadata| metadata.blocks() * 512),
+            network_received_bytes: network.bytes_received,
+            network_sent_bytes: network.bytes_sent,
+            network_received_packets: network.frames_received,
+            network_sent_packets: network.frames_sent,
+            network_inbound_opened: inbound_opened(&network),
+            network_inbound_open: inbound_open,
+            network: if meters.network.is_some() { counts(&network) } else { Vec::new() },
+        }
     }
 }
 
-/// The network's counters under the names of their metrics.
+fn inbound_opened(counters: &Counters) -> u64 {
+    counters.opened.iter().filter(|((way, _), _)| *way == Way::Inbound).map(|(_, count)| count).sum()
+}
+
+/// The network's other counters under the names of their metrics. Sums that are still zero are left out.
 fn counts(counters: &Counters) -> Vec<NetworkCount> {
     let mut counts = Vec::new();
     counters.each(|metric, attributes, value| {
+        // These have fields of their own.
+        if matches!(metric, Metric::NetworkIo | Metric::NetworkPackets)
+            || (value == 0 && metric.definition().kind == Kind::Counter)
+        {
+            return;
+        }
         let attributes = attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         counts.push(NetworkCount { metric: metric.name().into(), attributes, value });
     });
     counts
 }
 
-fn read_proc(pid: u32, file: &str) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
+/// The processor time of one vCPU thread.
+struct VcpuClock {
+    figures: File,
+    /// Nanoseconds (schedstat) or clock ticks (stat, on kernels without the other).
+    read: fn(&str) -> Option<u64>,
+    ran_us: u64,
 }
 
-fn cpu_time_us(pid: u32) -> u64 {
-    cpu_ticks(&read_proc(pid, "stat")) * (1_000_000 / TICKS_PER_SECOND)
+impl VcpuClock {
+    fn open(task: &std::path::Path) -> Option<Self> {
+        let (figures, read): (_, fn(&str) -> Option<u64>) = match File::open(task.join("schedstat")) {
+            Ok(figures) => (figures, schedstat_us),
+            Err(_) => (File::open(task.join("stat")).ok()?, stat_us),
+        };
+        Some(Self { figures, read, ran_us: 0 })
+    }
+
+    fn read(&mut self) {
+        let mut text = [0u8; 512];
+        let Ok(length) = self.figures.read_at(&mut text, 0) else { return };
+        if let Some(ran_us) = std::str::from_utf8(&text[..length]).ok().and_then(self.read) {
+            self.ran_us = self.ran_us.max(ran_us);
+        }
+    }
 }
 
-/// utime + stime of /proc/PID/stat (proc(5)); the name in parentheses may hold anything.
-fn cpu_ticks(stat: &str) -> u64 {
-    let Some((_, fields)) = stat.rsplit_once(')') else { return 0 };
-    fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
+fn process_directory(pid: Option<u32>) -> PathBuf {
+    pid.map_or_else(|| PathBuf::from("/proc/self"), |pid| PathBuf::from(format!("/proc/{pid}")))
 }
 
-fn resident_bytes(pid: u32) -> u64 {
-    guest_resident_kib(&read_proc(pid, "status")) * 1024
+fn find_vcpus(pid: Option<u32>) -> Vec<VcpuClock> {
+    let Ok(tasks) = std::fs::read_dir(process_directory(pid).join("task")) else { return Vec::new() };
+    tasks
+        .flatten()
+        .take(THREADS_MAX)
+        .filter(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            VCPU_NAMES.iter().any(|prefix| name.starts_with(prefix))
+        })
+        .filter_map(|task| VcpuClock::open(&task.path()))
+        .collect()
 }
 
-/// Anonymous and shared memory held: guest memory is one of them on each engine. Mapped files are not the guest's.
-fn guest_resident_kib(status: &str) -> u64 {
-    status
+/// Time on a processor, the first figure of /proc/PID/task/TID/schedstat, in nanoseconds there.
+fn schedstat_us(text: &str) -> Option<u64> {
+    text.split_whitespace().next()?.parse::<u64>().ok().map(|ns| ns / 1_000)
+}
+
+/// utime + stime of a stat file (proc(5)); the name in parentheses may hold anything.
+fn stat_us(text: &str) -> Option<u64> {
+    let (_, fields) = text.rsplit_once(')')?;
+    let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    Some(ticks * (1_000_000 / TICKS_PER_SECOND))
+}
+
+/// Guest memory that the host holds. In this process it is anonymous memory, which statm tells cheaply; in QEMU it is a memfd, which
+/// only status tells apart from mapped files.
+fn resident_bytes(pid: Option<u32>) -> Option<u64> {
+    let directory = process_directory(pid);
+    match pid {
+        None => anonymous_bytes(&std::fs::read_to_string(directory.join("statm")).ok()?),
+        Some(_) => Some(guest_resident_kib(&std::fs::read_to_string(directory.join("status")).ok()?)? * 1024),
+    }
+}
+
+/// resident - shared of /proc/PID/statm.
+fn anonymous_bytes(statm: &str) -> Option<u64> {
+    let mut pages = statm.split_whitespace().skip(1).map(str::parse::<u64>);
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    Some(resident.saturating_sub(shared) * PAGE_BYTES)
+}
+
+/// Anonymous and shared memory held. Mapped files are not the guest's.
+fn guest_resident_kib(status: &str) -> Option<u64> {
+    let figures: Vec<u64> = status
         .lines()
         .filter(|line| line.starts_with("RssAnon:") || line.starts_with("RssShmem:"))
         .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
-        .sum()
+        .collect();
+    (!figures.is_empty()).then(|| figures.iter().sum())
 }
 
 #[cfg(test)]
@@ -91,10 +195,40 @@ mod tests {
     #[test]
     fn proc_files_are_read_whatever_the_name_of_the_process() {
         let stat = "42 (evil) S 1 2) S 1 42 42 0 -1 4194304 100 0 0 0 7 5 0 0 20 0 1 0 100 1 1";
-        assert_eq!(cpu_ticks(stat), 12);
-        assert_eq!(cpu_ticks(""), 0);
+        assert_eq!(stat_us(stat), Some(120_000));
+        assert_eq!(stat_us(""), None);
+        assert_eq!(schedstat_us("1234567 99 3\n"), Some(1_234));
+        assert_eq!(schedstat_us("x"), None);
         let status = "Name:\tx\nVmRSS:\t9999 kB\nRssAnon:\t 100 kB\nRssFile:\t 50 kB\nRssShmem:\t 23 kB\n";
-        assert_eq!(guest_resident_kib(status), 123);
-        assert!(resident_bytes(std::process::id()) > 0);
+        assert_eq!(guest_resident_kib(status), Some(123));
+        assert_eq!(guest_resident_kib(""), None);
+        assert_eq!(anonymous_bytes("900 300 100 1 0 50 0\n"), Some(200 * 4096));
+        assert!(resident_bytes(None).unwrap() > 0 && resident_bytes(Some(std::process::id())).unwrap() > 0);
+    }
+
+    #[test]
+    fn vcpu_threads_are_found_by_name_and_their_time_outlives_them() {
+        let (ready, wait) = std::sync::mpsc::channel();
+        let (end, ending) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::Builder::new().name("vcpu-0".into()).spawn(move || {
+            let mut sum = 0u64;
+            let begin = std::time::Instant::now();
+            while begin.elapsed() < std::time::Duration::from_millis(50) {
+                sum = sum.wrapping_add(std::hint::black_box(1));
+            }
+            ready.send(sum).unwrap();
+            let _ = ending.recv();
+        });
+        wait.recv().unwrap();
+        // Tests of this program run side by side: only one other thread may be called like a vCPU, and it is idle by then.
+        let mut vcpus = find_vcpus(None);
+        assert!(!vcpus.is_empty());
+        vcpus.iter_mut().for_each(VcpuClock::read);
+        let ran_us: u64 = vcpus.iter().map(|vcpu| vcpu.ran_us).sum();
+        assert!(ran_us > 0);
+        end.send(()).unwrap();
+        thread.unwrap().join().unwrap();
+        vcpus.iter_mut().for_each(VcpuClock::read);
+        assert!(vcpus.iter().map(|vcpu| vcpu.ran_us).sum::<u64>() >= ran_us);
     }
 }

@@ -3,23 +3,25 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{JailReport, Message, Reply, Request, VmState, VmStatus};
+use msb_protocol::vmm::{Event, JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
 use super::explanation::{explanation, question};
-use super::sample;
+use super::sample::Sampler;
+use crate::devices::virtio::net::NetHandle;
 use crate::end::silent_agent;
 use crate::jail::{self, ThreadClass};
 use crate::launch::machine::Meters;
+use crate::logs::decisions::DecisionLog;
 use crate::run::{AGENT_LOST_GRACE, GOODBYE_GRACE, Run};
 
 /// Daemons connected at once; the oldest gives way.
@@ -28,6 +30,8 @@ const CONNECTIONS_MAX: usize = 8;
 const REQUESTS_MAX: usize = 32;
 /// Time for the last messages to leave before the process exits.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// Least time between two samples.
+const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const STACK_BYTES: usize = 512 * 1024;
 
 /// What the control thread needs.
@@ -51,17 +55,20 @@ pub struct ControlOptions {
 }
 
 /// What becomes known while the thread runs.
-#[derive(Default)]
 struct Late {
     jail: JailReport,
-    machine_pids: Vec<u32>,
+    sampler: Sampler,
+}
+
+fn lock(late: &Mutex<Late>) -> MutexGuard<'_, Late> {
+    late.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The thread's handle.
 pub struct Control {
     run: Run,
     ending: Arc<AtomicBool>,
-    late: Arc<std::sync::Mutex<Late>>,
+    late: Arc<Mutex<Late>>,
     thread: JoinHandle<()>,
 }
 
@@ -73,7 +80,9 @@ impl Control {
     pub fn start(options: ControlOptions) -> io::Result<Self> {
         options.listener.set_nonblocking(true)?;
         let ending = Arc::new(AtomicBool::new(false));
-        let late = Arc::new(std::sync::Mutex::new(Late::default()));
+        let network = options.meters.network.clone();
+        let sampler = Sampler::new(options.run.clone(), options.meters);
+        let late = Arc::new(Mutex::new(Late { jail: JailReport::default(), sampler }));
         let run = options.run.clone();
         let mut server = Server {
             listener: options.listener,
@@ -81,11 +90,12 @@ impl Control {
             run: options.run,
             engine: options.engine,
             engine_reason: options.engine_reason,
-            meters: options.meters,
+            network,
             ports: options.ports,
             boot_timeout_ms: options.boot_timeout_ms,
             late: Arc::clone(&late),
             ending: Arc::clone(&ending),
+            goodbye_sampled: false,
         };
         let thread =
             std::thread::Builder::new().name("control".into()).stack_size(STACK_BYTES).spawn(move || server.serve())?;
@@ -94,14 +104,19 @@ impl Control {
 
     /// Tells what confines the process, once it does.
     pub fn set_jail(&self, jail: JailReport) {
-        self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).jail = jail;
+        lock(&self.late).jail = jail;
         // The thread confines itself when it wakes.
         let _ = self.run.wake().notify();
     }
 
     /// Tells which other processes belong to the machine.
-    pub fn set_machine_pids(&self, pids: Vec<u32>) {
-        self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).machine_pids = pids;
+    pub fn set_machine_pids(&self, pids: &[u32]) {
+        lock(&self.late).sampler.set_machine_pids(pids);
+    }
+
+    /// The counters now, also after the machine has ended.
+    pub fn sample(&self) -> Sample {
+        lock(&self.late).sampler.take()
     }
 
     /// Sends what waits (the `Ended` event) and ends the thread.
@@ -120,24 +135,29 @@ struct Server {
     run: Run,
     engine: EngineChoice,
     engine_reason: Option<String>,
-    meters: Meters,
+    network: Option<(NetHandle, DecisionLog)>,
     ports: Vec<OwnedFd>,
     boot_timeout_ms: u64,
-    late: Arc<std::sync::Mutex<Late>>,
+    late: Arc<Mutex<Late>>,
     ending: Arc<AtomicBool>,
+    goodbye_sampled: bool,
 }
 
 impl Server {
     fn serve(&mut self) {
         loop {
-            let timeout = self.check_deadlines(Instant::now());
+            let now = Instant::now();
+            let due = self.connections.iter().filter_map(Connection::next_sample).min();
+            let due = due.map(|at| at.saturating_duration_since(now));
+            let timeout = self.check_deadlines(now).into_iter().chain(due).min();
             self.wait(timeout);
             jail::enter_or_abort(ThreadClass::Service);
             self.run.wake().drain();
             self.accept();
             self.serve_connections();
+            self.send_samples(Instant::now());
             self.pass_events_on();
-            if let Some((_, decisions)) = &self.meters.network {
+            if let Some((_, decisions)) = &self.network {
                 decisions.flush();
             }
             if self.ending.load(Ordering::SeqCst) {
@@ -147,6 +167,28 @@ impl Server {
                 return;
             }
         }
+    }
+
+    /// Sends a sample to every connection whose time has come. One that has not taken what was sent before gets none: samples never
+    /// pile up.
+    fn send_samples(&mut self, now: Instant) {
+        // The threads' time is asked for while they live: at the goodbye for a clean end, at each sample for any other.
+        if !self.goodbye_sampled && self.run.facts().goodbye {
+            self.goodbye_sampled = true;
+            lock(&self.late).sampler.take();
+        }
+        let mut message = None;
+        let (late, boot_id) = (&self.late, self.run.boot_id());
+        self.connections.retain_mut(|connection| {
+            if !connection.take_due_sample(now) || connection.has_outgoing() {
+                return true;
+            }
+            let message = message.get_or_insert_with(|| {
+                let sample = Box::new(lock(late).sampler.take());
+                Message::Event { event: Event::Sampled { boot_id, sample } }
+            });
+            connection.send(message)
+        });
     }
 
     /// Acts on deadlines that have passed; the time to the next one.
@@ -221,6 +263,10 @@ impl Server {
                 match connection.next_request() {
                     Ok(Some(frame)) => {
                         let adopts = matches!(frame.request, Request::Adopt { .. });
+                        if let Request::Subscribe { sample_interval_ms } = frame.request {
+                            let interval = Duration::from_millis(sample_interval_ms).max(SAMPLE_INTERVAL_MIN);
+                            connection.subscribe((sample_interval_ms > 0).then_some(interval), Instant::now());
+                        }
                         let result = self.answer(frame.request);
                         if adopts && result.is_ok() {
                             connection.attach(&self.ports);
@@ -260,6 +306,7 @@ impl Server {
             }
             Request::Adopt { .. } | Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Kill { cause } => {
+                lock(&self.late).sampler.take();
                 self.run.kill(cause);
                 Ok(Reply::Done)
             }
@@ -272,16 +319,15 @@ impl Server {
                 Ok(Reply::ConsoleTail { text })
             }
             Request::ExplainNetwork { target } => self.explain(&target),
-            Request::Sample => {
-                let pids = self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).machine_pids.clone();
-                Ok(Reply::Sample(Box::new(sample::take(&self.run, &self.meters, &pids))))
-            }
+            Request::Sample => Ok(Reply::Sample(Box::new(lock(&self.late).sampler.take()))),
+            // The connection remembers it.
+            Request::Subscribe { .. } => Ok(Reply::Done),
         }
     }
 
     fn explain(&self, target: &str) -> Result<Reply, ApiError> {
         let question = question(target)?;
-        let Some((network, _)) = &self.meters.network else {
+        let Some((network, _)) = &self.network else {
             return Err(ApiError::new(ErrorCode::InvalidRequest, "this sandbox has no network (--no-net)"));
         };
         Ok(Reply::Explanation(Box::new(explanation(network.explain(&question)))))
@@ -302,7 +348,7 @@ impl Server {
             main_end: facts.main_end,
             main_started: facts.main_started,
             phases: self.run.phase_report(),
-            jail: self.late.lock().unwrap_or_else(std::sync::PoisonError::into_inner).jail.clone(),
+            jail: lock(&self.late).jail.clone(),
         }
     }
 

@@ -85,6 +85,8 @@ impl Arguments {
     pub(super) fn to_words(&self) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();
         let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+        // Threads have names, by which the time of the vCPUs is found.
+        option("-name", "guest,debug-threads=on".into());
         // PIC and PIT stay: without ACPI they are the guest's first timer and interrupts. The clock comes over the agent link.
         option("-M", "microvm,acpi=off,auto-kernel-cmdline=on,rtc=off,memory-backend=ram".into());
         option("-accel", "tcg,thread=multi".into());
