@@ -619,7 +619,6 @@ fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
     ApiError::new(ErrorCode::SandboxNotRunning, format!("sandbox {name} is {}", state.as_str()))
 }
 
-/// When a run's counters were zero: its uptime before its sample.
 fn mailbox(error: MailboxError) -> ApiError {
     ApiError::internal(format!("the service is ending: {error}"))
 }
