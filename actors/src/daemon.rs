@@ -647,7 +647,6 @@ fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
     ApiError::new(ErrorCode::SandboxNotRunning, format!("sandbox {name} is {}", state.as_str()))
 }
 
-/// When a run's counters were zero: its uptime before its sample.
 /// An actor that died with the request is made again: the same request may succeed then.
 fn mailbox(error: MailboxError) -> ApiError {
     ApiError { retryable: true, ..ApiError::internal(format!("the service could not finish this request: {error}")) }

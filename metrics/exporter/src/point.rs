@@ -409,11 +409,6 @@ impl Reading {
         let mut push =
             |metric: Metric, value: Value, extra: Option<(&'a str, &'a str)>| push_with(metric, value, [extra, None]);
         push(Metric::CpuUtilization, Float(self.cpu_utilization), None);
-        push(
-            Metric::MemoryUsage,
-            Unsigned(self.guest.map_or(sample.memory_resident_bytes, |guest| guest.memory_used_bytes)),
-            None,
-        );
         push(Metric::MemoryLimit, Unsigned(sample.memory_limit_bytes), None);
         push(Metric::DiskBytesRead, Unsigned(sample.disk_read_bytes), None);
         push(Metric::DiskBytesWritten, Unsigned(sample.disk_written_bytes), None);
@@ -429,7 +424,9 @@ impl Reading {
         push(Metric::DiskOperations, Unsigned(sample.disk_read_operations), read);
         push(Metric::DiskOperations, Unsigned(sample.disk_write_operations), write);
         push(Metric::RootDiskAllocated, Unsigned(sample.root_allocated_bytes), None);
+        // Nothing before its first beat: what the host holds is another thing, and would look like a leap.
         if let Some(guest) = &self.guest {
+            push(Metric::MemoryUsage, Unsigned(guest.memory_used_bytes), None);
             push(Metric::RootDiskUsage, Unsigned(guest.root_used_bytes), None);
             push(Metric::RootDiskFree, Unsigned(guest.root_free_bytes), None);
         }
