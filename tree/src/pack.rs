@@ -390,7 +390,14 @@ fn extents(file: &OwnedFd, size: u64) -> Option<Vec<(u64, u64)>> {
         }
         at = hole.max(at + 1);
     }
-    (found != [(0, size)]).then_some(found)
+    if found == [(0, size)] {
+        return None;
+    }
+    // GNU tar learns the size from the last piece: one of nothing, if the file ends with a hole.
+    if found.last().is_none_or(|(offset, len)| offset + len < size) {
+        found.push((size, 0));
+    }
+    Some(found)
 }
 
 /// Whether a directory is on a file system without files of its own.

@@ -4,6 +4,7 @@
 mod api;
 mod bad_input;
 mod boot_failure;
+mod copy;
 mod crash;
 mod disk_full;
 mod documents;
