@@ -29,6 +29,8 @@ const WORKERS: usize = 2;
 const BLOCKING_THREADS_MAX: usize = 64;
 /// Longest time for finding the machines of a daemon before this one.
 const RECOVERY: std::time::Duration = std::time::Duration::from_secs(5);
+/// Descriptors this process may have open.
+const DESCRIPTORS: u64 = 65_536;
 /// Time for answers under way after the end was asked for.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -67,6 +69,7 @@ fn run() -> Result<(), ApiError> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // One provider of cryptography in the whole process; whoever was first stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    allow_descriptors();
     let settings = Settings::load()?;
     let filter =
         tracing_subscriber::EnvFilter::try_new(settings.config.text("log_level").unwrap_or("info")).unwrap_or_default();
@@ -89,6 +92,18 @@ fn run() -> Result<(), ApiError> {
         tracing::debug!(%error, "the socket was gone");
     }
     outcome
+}
+
+/// Every stream of a client costs two descriptors: a thousand commands at once do not fit the limit that a login session begins with.
+fn allow_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let wanted = DESCRIPTORS.min(hard);
+        if wanted > soft {
+            // What the hard limit does not allow is refused stream by stream.
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard);
+        }
+    }
 }
 
 async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) -> Result<(), ApiError> {

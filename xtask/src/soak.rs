@@ -29,13 +29,23 @@ struct Proof {
     name: &'static str,
     proves: &'static str,
     cargo: &'static [&'static str],
+    environment: &'static [(&'static str, &'static str)],
 }
 
-const PROOFS: &[Proof] = &[Proof {
-    name: "fuzz",
-    proves: "ten minutes of hostile input break no parser and no device",
-    cargo: &["xtask", "fuzz", "--seconds", "600"],
-}];
+const PROOFS: &[Proof] = &[
+    Proof {
+        name: "fuzz",
+        proves: "ten minutes of hostile input break no parser and no device",
+        cargo: &["xtask", "fuzz", "--seconds", "600"],
+        environment: &[],
+    },
+    Proof {
+        name: "execs",
+        proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],
+        environment: &[("MSB_TEST_EXECS", "1000")],
+    },
+];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(unknown) = arguments.only.iter().find(|name| !PROOFS.iter().any(|proof| proof.name == name.as_str())) {
@@ -60,7 +70,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 fn one(proof: &Proof, keep: bool) -> Result<bool> {
     println!("\n=== {}: {}\n$ cargo {}", proof.name, proof.proves, proof.cargo.join(" "));
     let began = Instant::now();
-    let output = program::command("cargo").args(proof.cargo).stderr(Stdio::inherit()).output()?;
+    let environment = proof.environment.iter().copied();
+    let output = program::command("cargo").args(proof.cargo).envs(environment).stderr(Stdio::inherit()).output()?;
     let printed = String::from_utf8_lossy(&output.stdout);
     print!("{printed}");
     let took = began.elapsed().as_secs_f64();

@@ -1,5 +1,6 @@
 //! An archive session: a tree of the guest goes out as a tar stream, or comes in as one, in a thread that is the session's user already.
-//! The tree itself is `msb_tree`'s business; here is the stream: output in frames, input within credit. Called by `run_archive`.
+//! The tree itself is `msb_tree`'s business; here is the stream: output in frames, input within credit. Called by `run_archive`, by tests and
+//! by the fuzzer.
 //!
 //! It waits for the host with nothing but a poll. A host that goes away ends it, and what was unfinished is taken away.
 
@@ -19,8 +20,8 @@ use crate::failure::GuestError;
 use crate::session::input::Credit;
 use crate::session::stream::{FrameStream, READ_LEN};
 
-/// Packs or unpacks, and tells the end.
-pub(super) fn serve(stream: &mut FrameStream, action: &ArchiveAction) {
+/// Packs or unpacks as the calling thread's user, and tells the end.
+pub fn serve(stream: &mut FrameStream, action: &ArchiveAction) {
     let mut warnings = Vec::new();
     let mut wire = Wire {
         stream,

@@ -12,6 +12,7 @@ mod environment;
 mod exec;
 mod image;
 mod inside;
+mod logs;
 mod machine;
 mod network;
 mod output;

@@ -10,7 +10,7 @@ use msb_sdk::{Client, Error, Exec, Locator, Sandbox, SessionEvent};
 use msb_tests::{Home, tree};
 
 /// A client that starts this home's service as `msb` would, without touching the environment that other tests share.
-async fn client(home: &Home) -> Client {
+pub(crate) async fn client(home: &Home) -> Client {
     let mut locator = Locator::from_environment();
     locator.surroundings = Surroundings {
         msb_home: Some(home.path()),
