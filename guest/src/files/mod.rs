@@ -28,8 +28,8 @@ use msb_protocol::guest::{GuestBody, Opened};
 use crate::failure::GuestError;
 use crate::session::stream::FrameStream;
 use crate::session::{Guest, process};
-pub(crate) use person::Person;
 pub use archive::serve as serve_archive;
+pub(crate) use person::Person;
 use person::Place;
 
 /// The file sessions that live, so that the end of the sandbox can close them before it flushes.

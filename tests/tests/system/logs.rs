@@ -66,11 +66,18 @@ fn filters_tell_apart_what_was_written_when_and_where() {
     let runs: std::collections::BTreeSet<String> =
         records(&home, &[]).iter().map(|record| record["boot_id"].to_string()).collect();
     assert_eq!(runs.len(), 2);
-    let coloured = home.shell("script -qec 'msb logs --color-sessions --grep out web' /dev/null").run().succeeds().text();
+    let coloured =
+        home.shell("script -qec 'msb logs --color-sessions --grep out web' /dev/null").run().succeeds().text();
     let lines: Vec<&str> = coloured.lines().filter(|line| line.contains("out")).collect();
     assert_eq!(lines.len(), 4, "{coloured:?}");
     let colours: Vec<&str> = lines.iter().map(|line| line.split("out").next().expect("a colour")).collect();
-    assert!(colours[0].contains('\u{1b}') && colours[0] == colours[1] && colours[2] == colours[3] && colours[1] != colours[2], "{coloured:?}");
+    assert!(
+        colours[0].contains('\u{1b}')
+            && colours[0] == colours[1]
+            && colours[2] == colours[3]
+            && colours[1] != colours[2],
+        "{coloured:?}"
+    );
     // Where programs read, there are none.
     assert!(!home.succeeds(&["logs", "--color-sessions", "web"]).contains('\u{1b}'));
     home.succeeds(&["stop", "-t", "1", "web"]);
