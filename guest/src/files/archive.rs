@@ -31,6 +31,10 @@ pub fn serve(stream: &mut FrameStream, action: &ArchiveAction) {
         read: 0,
         input_ended: false,
     };
+    // What was queued before, the opening, does not wait for the first piece.
+    if wire.drain().is_err() {
+        return;
+    }
     let outcome = match action {
         ArchiveAction::Pack(pack) => pack_tree(&mut wire, pack, &mut warnings),
         ArchiveAction::Unpack(unpack) => unpack_tree(&mut wire, unpack, &mut warnings),
@@ -128,7 +132,10 @@ impl Wire<'_> {
                     self.input_ended = true;
                     return Ok(false);
                 }
-                Some(HostBody::Ping(ping)) => self.stream.send(GuestBody::Pong(Pong { token: ping.token })),
+                Some(HostBody::Ping(ping)) => {
+                    self.stream.send(GuestBody::Pong(Pong { token: ping.token }));
+                    self.drain()?;
+                }
                 // A copy has no process that could get them.
                 Some(HostBody::Signal(_) | HostBody::Resize(_)) => {}
                 Some(_) => return Err(io::ErrorKind::InvalidData.into()),
