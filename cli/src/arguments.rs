@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
-    bulk, completion, config, create, debug, doctor, events, exec, image, inspect, install, itself, label, list, logs,
-    net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
+    bulk, completion, config, copy, create, debug, doctor, events, exec, image, inspect, install, itself, label, list,
+    logs, net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -110,9 +110,9 @@ pub enum Command {
     Detach(bulk::NamesArgs),
     /// Count as activity, so that the idle time begins anew
     Touch(bulk::NamesArgs),
-    /// Copy files between host and sandboxes (not built yet)
+    /// Copy files between host and sandboxes
     #[command(name = "cp", visible_alias = "copy")]
-    Copy(Unbuilt),
+    Copy(copy::CopyArgs),
     /// Log in to a sandbox with SSH, or let other clients do so
     Ssh(ssh::SshArgs),
     /// Show or change the labels of a sandbox

@@ -45,6 +45,10 @@ struct Session {
 impl Session {
     /// Without privileges the root cannot be changed: then paths are the machine's own.
     fn open(root: &Path) -> Self {
+        Self::open_kind(root, OpenKind::Files(OpenFiles { user: String::new(), at_home: false }))
+    }
+
+    fn open_kind(root: &Path, kind: OpenKind) -> Self {
         let guest = Guest {
             config: GuestConfig::default(),
             boot_id: BOOT_ID.to_vec(),
@@ -61,8 +65,7 @@ impl Session {
         connection::spawn(&agent, theirs.into());
         ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut session = Self { socket: ours, decoder: Decoder::new(), assembler: Assembler::new(), next: 0 };
-        let kind = Some(OpenKind::Files(OpenFiles { user: String::new(), at_home: false }));
-        session.send(HostBody::Open(Open { generation: 2, boot_id: BOOT_ID.to_vec(), kind }));
+        session.send(HostBody::Open(Open { generation: 2, boot_id: BOOT_ID.to_vec(), kind: Some(kind) }));
         assert!(matches!(session.next(), GuestBody::Opened(_)));
         session
     }
@@ -309,4 +312,128 @@ fn a_watch_tells_what_happens_in_directories_that_are_made_later_too() {
     until(&mut session, FileChangeKind::Written, format!("{at}/sub/file"));
     std::fs::remove_file(directory.path().join("sub/file")).unwrap();
     until(&mut session, FileChangeKind::Removed, format!("{at}/sub/file"));
+}
+
+/// Where a directory is for the session.
+fn inside(root: &Path, name: &str) -> Vec<u8> {
+    let path = if rustix::process::geteuid().is_root() { Path::new("/").join(name) } else { root.join(name) };
+    path.into_os_string().into_encoded_bytes()
+}
+
+fn packing(root: &Path, name: &str) -> Session {
+    let pack = ArchivePack { path: inside(root, name), name: b"x".to_vec(), follow: false };
+    let open = OpenArchive { user: String::new(), action: Some(ArchiveAction::Pack(pack)) };
+    Session::open_kind(root, OpenKind::Archive(open))
+}
+
+fn unpacking(root: &Path, directory: &str, name: Option<&str>) -> Session {
+    let name = name.map(|name| name.as_bytes().to_vec());
+    let unpack = ArchiveUnpack { directory: inside(root, directory), name, keep_owner: false };
+    let open = OpenArchive { user: String::new(), action: Some(ArchiveAction::Unpack(unpack)) };
+    Session::open_kind(root, OpenKind::Archive(open))
+}
+
+/// What a packing session sends: the stream, its warnings, and its end.
+fn received(session: &mut Session) -> (Vec<u8>, String, GuestBody) {
+    let (mut stream, mut warnings) = (Vec::new(), Vec::new());
+    loop {
+        match session.next() {
+            GuestBody::Output(output) if output.stream == OutputStream::Stdout as i32 => stream.extend(output.data),
+            GuestBody::Output(output) => warnings.extend(output.data),
+            end => return (stream, String::from_utf8(warnings).unwrap(), end),
+        }
+    }
+}
+
+#[test]
+fn a_tree_is_sent_and_made_again_within_credit() {
+    let home = tempfile::tempdir().unwrap();
+    let root = home.path();
+    std::fs::create_dir_all(root.join("tree/deep")).unwrap();
+    std::fs::create_dir(root.join("to")).unwrap();
+    let content: Vec<u8> = (0..3_000_000u32).map(|at| (at >> 7) as u8).collect();
+    std::fs::write(root.join("tree/deep/file"), &content).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, root.join("tree/pipe"), rustix::fs::Mode::RUSR).unwrap();
+    let (stream, warnings, end) = received(&mut packing(root, "tree"));
+    assert!(matches!(end, GuestBody::Exited(_)), "{end:?}");
+    assert_eq!(warnings, "left out 'x/pipe': it is a pipe\n");
+
+    let mut session = unpacking(root, "to", Some("x"));
+    let mut credit = msb_protocol::guest::STDIN_WINDOW as usize;
+    let mut rest = stream.as_slice();
+    let heard = |session: &mut Session, credit: &mut usize| match session.next() {
+        GuestBody::StdinCredit(more) => *credit += more.bytes as usize,
+        other => panic!("{other:?}"),
+    };
+    while !rest.is_empty() {
+        while credit == 0 {
+            heard(&mut session, &mut credit);
+        }
+        let (now, later) = rest.split_at(credit.min(rest.len()).min(60_000));
+        session.send(HostBody::Stdin(msb_protocol::guest::Data { data: now.to_vec() }));
+        (rest, credit) = (later, credit - now.len());
+    }
+    session.send(HostBody::StdinEof(msb_protocol::guest::StdinEof {}));
+    let end = loop {
+        match session.next() {
+            GuestBody::StdinCredit(_) => {}
+            end => break end,
+        }
+    };
+    assert!(matches!(end, GuestBody::Exited(_)), "{end:?}");
+    assert_eq!(std::fs::read(root.join("to/x/deep/file")).unwrap(), content);
+    assert_eq!(std::fs::read_dir(root.join("to")).unwrap().count(), 1);
+}
+
+#[test]
+fn what_goes_wrong_with_a_tree_is_told_with_its_code() {
+    let home = tempfile::tempdir().unwrap();
+    let root = home.path();
+    std::fs::create_dir(root.join("to")).unwrap();
+    let code = |session: &mut Session| match received(session).2 {
+        GuestBody::Refused(failure) => failure.code,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(code(&mut packing(root, "nothing")), "path_not_found");
+    assert_eq!(code(&mut unpacking(root, "nothing", None)), "path_not_found");
+    let mut session = unpacking(root, "to", None);
+    session.send(HostBody::Stdin(msb_protocol::guest::Data { data: vec![1; 600] }));
+    assert_eq!(code(&mut session), "invalid_archive");
+    // More than the credit, and a message that does not belong here.
+    let mut session = unpacking(root, "to", None);
+    session.send(HostBody::Stdin(msb_protocol::guest::Data { data: vec![0; 300_000] }));
+    assert_eq!(code(&mut session), "exec_lost");
+    let mut session = unpacking(root, "to", None);
+    session.send(HostBody::GoodbyeAck(msb_protocol::guest::GoodbyeAck {}));
+    assert_eq!(code(&mut session), "exec_lost");
+    // A host that goes away in the middle of a file: nothing is left.
+    let mut session = unpacking(root, "to", Some("x"));
+    let mut header = vec![0; 512];
+    header[..100].copy_from_slice(&{
+        let mut name = [0; 100];
+        name[0] = b'x';
+        name
+    });
+    header[100..107].copy_from_slice(b"0000644");
+    header[108..115].copy_from_slice(b"0000000");
+    header[116..123].copy_from_slice(b"0000000");
+    header[124..135].copy_from_slice(b"00001000000");
+    header[136..147].copy_from_slice(b"00000000000");
+    header[156] = b'0';
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * 32;
+    header[148..154].copy_from_slice(format!("{sum:06o}").as_bytes());
+    header[155] = b' ';
+    header.resize(40_000, 7);
+    session.send(HostBody::Stdin(msb_protocol::guest::Data { data: header }));
+    let names = || std::fs::read_dir(root.join("to")).unwrap().count();
+    let begun = std::time::Instant::now();
+    while names() == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(session);
+    while names() > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

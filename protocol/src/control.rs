@@ -26,6 +26,7 @@
 //! | `GET /v1/sandboxes/{name}/files/content?path=…` | | the bytes |
 //! | `PUT /v1/sandboxes/{name}/files/content?path=…` | the bytes | [`crate::file_api::FileAnswer`] |
 //! | `GET /v1/sandboxes/{name}/files/watch?path=…` | | lines of [`crate::file_api::WatchRecord`] |
+//! | `GET /v1/sandboxes/{name}/archive` | WebSocket | [`ClientMessage`], [`ServerMessage`]: a tree as a tar stream |
 //! | `GET /v1/sandboxes/{name}/ssh?…` | [`SshQuery`], `Upgrade: ssh` | bare bytes of an SSH connection |
 //! | `GET /v1/sandboxes/{name}/ssh/host` | | [`SshHost`] |
 //! | `GET /v1/ssh/authorized-keys` | | [`AuthorizedKeys`] |
@@ -479,6 +480,11 @@ pub enum ClientMessage {
     Exec {
         /// What to run.
         exec: ExecRequest,
+    },
+    /// First on `…/archive`.
+    Archive {
+        /// What to pack or unpack.
+        archive: crate::file_api::ArchiveRequest,
     },
     /// First on `…/main` and `…/attach`.
     Attach {

@@ -167,6 +167,45 @@ pub struct WriteQuery {
     pub append: bool,
 }
 
+/// First message of a client on `…/archive`: a tree as a tar stream. What is packed comes as standard output, what is unpacked is sent
+/// as standard input; warnings are lines of standard error. The stream is whole only if `exited` follows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ArchiveRequest {
+    /// In whose name; none: the sandbox's own user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Which way.
+    pub action: ArchiveAction,
+}
+
+/// Which way a tree goes. Relative paths begin at `/`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ArchiveAction {
+    /// A tree of the sandbox is sent.
+    Pack {
+        /// Its root.
+        path: String,
+        /// The root's name in the stream; `.` for a directory whose entries are meant.
+        name: String,
+        /// Whether a symbolic link in the last component of the path is followed.
+        #[serde(default)]
+        follow: bool,
+    },
+    /// A tree is made in a directory of the sandbox.
+    Unpack {
+        /// The directory, which must exist.
+        directory: String,
+        /// The one name that the stream may make in it; none: the directory itself is filled.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+        /// Whether owners, set-id bits and all attributes are those of the stream.
+        #[serde(default)]
+        keep_owner: bool,
+    },
+}
+
 /// What to watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]

@@ -307,6 +307,55 @@ pub struct FileWatch {
     pub recursive: bool,
 }
 
+/// A tree as a tar stream, in the name of one user of the guest.
+#[derive(Clone, PartialEq, Message)]
+pub struct OpenArchive {
+    /// As [`OpenFiles::user`].
+    #[prost(string, tag = "1")]
+    pub user: String,
+    /// Which way.
+    #[prost(oneof = "ArchiveAction", tags = "2, 3")]
+    pub action: Option<ArchiveAction>,
+}
+
+/// Which way a tree goes.
+#[derive(Clone, PartialEq, Oneof)]
+#[allow(missing_docs, reason = "each variant is documented at the message it holds")]
+pub enum ArchiveAction {
+    #[prost(message, tag = "2")]
+    Pack(ArchivePack),
+    #[prost(message, tag = "3")]
+    Unpack(ArchiveUnpack),
+}
+
+/// A tree of the guest is sent.
+#[derive(Clone, PartialEq, Message)]
+pub struct ArchivePack {
+    /// Its path; relative ones begin at `/`.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// The root's name in the stream; `.` for a directory whose entries are meant.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// Whether a symbolic link in the last component of the path is followed.
+    #[prost(bool, tag = "3")]
+    pub follow: bool,
+}
+
+/// A tree is made in a directory of the guest.
+#[derive(Clone, PartialEq, Message)]
+pub struct ArchiveUnpack {
+    /// The directory, which must exist.
+    #[prost(bytes = "vec", tag = "1")]
+    pub directory: Vec<u8>,
+    /// The one name that the stream may make in it; none: the directory itself is filled.
+    #[prost(bytes = "vec", optional, tag = "2")]
+    pub name: Option<Vec<u8>>,
+    /// Whether owners are those of the stream; else the user's.
+    #[prost(bool, tag = "3")]
+    pub keep_owner: bool,
+}
+
 /// guest → host: the answer to one request.
 #[derive(Clone, PartialEq, Message)]
 pub struct FileReply {
@@ -515,20 +564,24 @@ impl FileAttributes {
     }
 }
 
+/// The code of a file operation that failed with this errno: a number of x86-64 Linux, which is what a guest is.
+#[must_use]
+pub fn code_of_errno(errno: i32) -> crate::error::ErrorCode {
+    use crate::error::ErrorCode;
+    match errno {
+        1 | 13 | 30 => ErrorCode::PermissionDenied,
+        2 => ErrorCode::PathNotFound,
+        17 | 39 => ErrorCode::PathExists,
+        28 | 122 => ErrorCode::DiskFull,
+        _ => ErrorCode::FileFailed,
+    }
+}
+
 impl From<FileFailure> for crate::error::ApiError {
     fn from(failure: FileFailure) -> Self {
-        use crate::error::ErrorCode;
-        // Numbers of x86-64 Linux, which is what a guest is.
-        let code = match failure.errno {
-            1 | 13 | 30 => ErrorCode::PermissionDenied,
-            2 => ErrorCode::PathNotFound,
-            17 | 39 => ErrorCode::PathExists,
-            28 | 122 => ErrorCode::DiskFull,
-            _ => ErrorCode::FileFailed,
-        };
         // The guest is hostile: its text is cut and stripped of what could drive a terminal.
         let message: String = failure.message.chars().filter(|c| !c.is_control()).take(2048).collect();
-        Self::new(code, message).with_errno(failure.errno)
+        Self::new(code_of_errno(failure.errno), message).with_errno(failure.errno)
     }
 }
 

@@ -13,6 +13,9 @@
 //!   agent → MainExited, Goodbye                                           guest → Stdout, Stderr, StdinCredit
 //!   vmm   → GoodbyeAck                                                    guest → Exited (last)
 //!
+//!  archive stream:  host → Open{archive},  guest → Opened | Refused,  then the bytes of a tar archive as Output (pack) or Stdin within
+//!  credit and StdinEof (unpack), warnings as lines of Output{stderr};  guest → Exited when it is whole, else Refused with the reason (last)
+//!
 //!  tcp and sftp stream:  host → Open{tcp|sftp},  guest → Opened | Refused,  then bare bytes both ways; closing one half is its end
 //! ```
 //!
@@ -475,7 +478,7 @@ pub struct Open {
     #[prost(bytes = "vec", tag = "2")]
     pub boot_id: Vec<u8>,
     /// What the stream is for.
-    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10, 20, 21")]
+    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10, 11, 20, 21")]
     pub kind: Option<OpenKind>,
 }
 
@@ -493,6 +496,8 @@ pub enum OpenKind {
     Attach(OpenAttach),
     #[prost(message, tag = "10")]
     Files(crate::files::OpenFiles),
+    #[prost(message, tag = "11")]
+    Archive(crate::files::OpenArchive),
     #[prost(message, tag = "20")]
     Tcp(OpenTcp),
     #[prost(message, tag = "21")]

@@ -243,6 +243,12 @@ fn file_host_samples() -> Vec<(&'static str, HostBody)> {
     let make = FileMakeDirectory { path: b"/p".to_vec(), mode: Some(0o755), parents: true };
     let rename = FileRename { from: b"/a".to_vec(), to: b"/b".to_vec(), no_replace: true };
     let watch = FileWatch { path: b"/p".to_vec(), recursive: true };
+    let pack = ArchivePack { path: b"/p".to_vec(), name: b"n".to_vec(), follow: true };
+    let unpack = ArchiveUnpack { directory: b"/p".to_vec(), name: Some(b"n".to_vec()), keep_owner: true };
+    let archive = |action| {
+        let open = OpenArchive { user: "0:0".into(), action: Some(action) };
+        HostBody::Open(Open { generation: 2, boot_id: vec![7; 16], kind: Some(OpenKind::Archive(open)) })
+    };
     vec![
         ("open_files", HostBody::Open(Open { generation: 2, boot_id: vec![7; 16], kind: Some(OpenKind::Files(open)) })),
         ("open", request(FileOperation::Open(flags))),
@@ -268,6 +274,8 @@ fn file_host_samples() -> Vec<(&'static str, HostBody)> {
         ("sync", request(FileOperation::Sync(handle))),
         ("stat_file_system", request(FileOperation::StatFileSystem(path()))),
         ("watch", request(FileOperation::Watch(watch))),
+        ("open_pack", archive(ArchiveAction::Pack(pack))),
+        ("open_unpack", archive(ArchiveAction::Unpack(unpack))),
     ]
 }
 

@@ -36,6 +36,8 @@ const BLOCKING_THREADS_MAX: usize = 64;
 const RECOVERY: std::time::Duration = std::time::Duration::from_secs(5);
 /// Connections from the door that wait for the service.
 const HANDED_OVER_LEN: usize = 64;
+/// Descriptors this process may have open.
+const DESCRIPTORS: u64 = 65_536;
 /// Time for answers under way after the end was asked for.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -108,6 +110,7 @@ fn run(behind_door: bool) -> Result<(), ApiError> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // One provider of cryptography in the whole process; whoever was first stays.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    allow_descriptors();
     let settings = Settings::load()?;
     log_to_stderr(settings.config.text("log_level").unwrap_or("info"))?;
     home::private_directory(&settings.home.home)?;
@@ -130,6 +133,18 @@ fn run(behind_door: bool) -> Result<(), ApiError> {
         tracing::debug!(%error, "the socket was gone");
     }
     outcome
+}
+
+/// Every stream of a client costs two descriptors: a thousand commands at once do not fit the limit that a login session begins with.
+fn allow_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let wanted = DESCRIPTORS.min(hard);
+        if wanted > soft {
+            // What the hard limit does not allow is refused stream by stream.
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard);
+        }
+    }
 }
 
 async fn serve(

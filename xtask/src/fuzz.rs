@@ -161,6 +161,25 @@ fn seeds_of(target: &str) -> Result<Vec<Vec<u8>>> {
             seeds.extend(TEXTS.iter().map(|text| text.as_bytes().to_vec()));
             seeds
         }
+        "tar_stream" => tar_streams()?,
+        "session_frames" => {
+            let mut seeds = Vec::new();
+            for text in golden("host-")? {
+                seeds.push([&[1], framed(&hex::decode(text)?).as_slice()].concat());
+            }
+            for stream in tar_streams()? {
+                for choice in 0..4 {
+                    let mut seed = vec![choice];
+                    for piece in stream.chunks(3000) {
+                        // HostMessage { stdin: Data { data } } and HostMessage { stdin_eof }, as protobuf.
+                        seed.extend(framed(&field(5, &field(1, piece))));
+                    }
+                    seed.extend(framed(&field(6, &[])));
+                    seeds.push(seed);
+                }
+            }
+            seeds
+        }
         "archive" => vec![archive(false)?, archive(true)?, compressed(&archive(true)?)?],
         "mmio_registers" => {
             // Each register written and read, in the order of a driver's set-up (VIRTIO 1.2, section 4.2.3).
@@ -215,6 +234,73 @@ fn framed(body: &[u8]) -> Vec<u8> {
     let mut frame = u32::try_from(body.len()).unwrap_or_default().to_be_bytes().to_vec();
     frame.extend_from_slice(body);
     frame
+}
+
+/// Streams of every kind of entry: what well-behaved peers send, and what they never do.
+fn tar_streams() -> Result<Vec<Vec<u8>>> {
+    let mut hostile = tar::Builder::new(Vec::new());
+    for (path, kind, link) in [
+        ("a", tar::EntryType::Directory, ""),
+        ("a/link", tar::EntryType::Symlink, "../../outside"),
+        ("a/link/evil", tar::EntryType::Regular, ""),
+        ("a/hard", tar::EntryType::Link, "a/link/mine"),
+        ("a/null", tar::EntryType::Char, ""),
+        ("way-out/evil", tar::EntryType::Regular, ""),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o755);
+        header.set_size(0);
+        hostile.append_link(&mut header, path, link).or_else(|_| hostile.append_data(&mut header, path, &[][..]))?;
+    }
+    let mut long = tar::Builder::new(Vec::new());
+    let records: [(&str, &[u8]); 3] =
+        [("mtime", b"1600000000.123456789"), ("SCHILY.xattr.user.a", b"b"), ("path", b"a/from-pax")];
+    long.append_pax_extensions(records)?;
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o644);
+    header.set_size(4);
+    long.append_data(&mut header, format!("a/{}", "n".repeat(150)), &b"long"[..])?;
+    Ok(vec![
+        tar_of(&[("a/", b""), ("a/b/", b""), ("a/b/c", b"content"), ("a/d", &[0; 2000])])?,
+        tar_of(&[("a", b"one file")])?,
+        hostile.into_inner()?,
+        long.into_inner()?,
+        sparse_tar()?,
+    ])
+}
+
+/// A file with holes, in the form of GNU.sparse 1.0.
+fn sparse_tar() -> Result<Vec<u8>> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let records: [(&str, &[u8]); 4] = [
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"a"),
+        ("GNU.sparse.realsize", b"1000000"),
+    ];
+    builder.append_pax_extensions(records)?;
+    let mut content = b"2\n4096\n5\n1000000\n0\n".to_vec();
+    content.resize(512, 0);
+    content.extend_from_slice(b"bytes");
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(0o644);
+    header.set_size(content.len() as u64);
+    builder.append_data(&mut header, "GNUSparseFile.0/a", content.as_slice())?;
+    Ok(builder.into_inner()?)
+}
+
+/// One length-delimited field of a protobuf message.
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![number << 3 | 2];
+    let mut len = content.len();
+    while len >= 0x80 {
+        bytes.push(0x80 | (len & 0x7f) as u8);
+        len >>= 7;
+    }
+    bytes.push(len as u8);
+    bytes.extend_from_slice(content);
+    bytes
 }
 
 /// A small image archive of one layer: docker's form, or the OCI layout.

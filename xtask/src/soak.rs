@@ -29,7 +29,7 @@ struct Proof {
     name: &'static str,
     proves: &'static str,
     cargo: &'static [&'static str],
-    env: &'static [(&'static str, &'static str)],
+    environment: &'static [(&'static str, &'static str)],
 }
 
 const PROOFS: &[Proof] = &[
@@ -37,7 +37,7 @@ const PROOFS: &[Proof] = &[
         name: "fuzz",
         proves: "ten minutes of hostile input break no parser and no device",
         cargo: &["xtask", "fuzz", "--seconds", "600"],
-        env: &[],
+        environment: &[],
     },
     Proof {
         name: "fleet",
@@ -56,7 +56,13 @@ const PROOFS: &[Proof] = &[
             "--exact",
             "load::a_fleet_that_beats_idles_and_crashes_at_random_agrees_with_its_journal",
         ],
-        env: &[("MSB_SIM_SANDBOXES", "10000"), ("MSB_SIM_SECONDS", "3600"), ("MSB_SIM_STRICT", "1")],
+        environment: &[("MSB_SIM_SANDBOXES", "10000"), ("MSB_SIM_SECONDS", "3600"), ("MSB_SIM_STRICT", "1")],
+    },
+    Proof {
+        name: "execs",
+        proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],
+        environment: &[("MSB_TEST_EXECS", "1000")],
     },
 ];
 
@@ -83,11 +89,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 fn one(proof: &Proof, keep: bool) -> Result<bool> {
     println!("\n=== {}: {}\n$ cargo {}", proof.name, proof.proves, proof.cargo.join(" "));
     let began = Instant::now();
-    let output = program::command("cargo")
-        .args(proof.cargo)
-        .envs(proof.env.iter().copied())
-        .stderr(Stdio::inherit())
-        .output()?;
+    let environment = proof.environment.iter().copied();
+    let output = program::command("cargo").args(proof.cargo).envs(environment).stderr(Stdio::inherit()).output()?;
     let printed = String::from_utf8_lossy(&output.stdout);
     print!("{printed}");
     let took = began.elapsed().as_secs_f64();

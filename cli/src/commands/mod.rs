@@ -4,6 +4,7 @@ pub mod attach;
 pub mod bulk;
 pub mod completion;
 pub mod config;
+pub mod copy;
 pub mod create;
 pub mod debug;
 pub mod detach;
@@ -81,7 +82,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Completion(args) => completion::run(args, context),
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
-        Command::Copy(_) => unbuilt("msb cp"),
+        Command::Copy(args) => copy::run(args, context).await,
         Command::Fork(_) => unbuilt("msb fork"),
         Command::Pause(_) => unbuilt("msb pause"),
         Command::Resume(_) => unbuilt("msb resume"),

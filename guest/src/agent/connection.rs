@@ -91,6 +91,7 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
             }
         }
         Some(OpenKind::Files(open)) => crate::files::run(&agent.guest, &agent.files, stream, &open, opened),
+        Some(OpenKind::Archive(open)) => crate::files::run_archive(&agent.guest, &agent.files, stream, &open, opened),
         Some(OpenKind::Attach(attach)) => agent.main.attach(stream, &attach, opened),
         Some(OpenKind::Tcp(tcp)) => session::tcp::run(&agent.guest, stream, &tcp, opened),
         Some(OpenKind::Sftp(sftp)) => session::sftp::run(&agent.guest, stream, &sftp, opened),

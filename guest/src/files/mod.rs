@@ -3,16 +3,16 @@
 //!
 //! ```text
 //!  person.rs      the thread becomes the user, with the workload's root as its root      session.rs   requests in, answers out
-//!  operations.rs  one request, one answer                                                remove.rs    a tree, without following a link
+//!  operations.rs  one request, one answer                                                archive.rs   a tree as a tar stream
 //!  watch.rs       what changes below a path
 //! ```
 //!
 //! The kernel itself resolves every path, with the thread's own root and identity: there is no check here that a link could get around.
 //! It never opens a magic link of /proc, which could lead to the agent's own descriptors.
 
+mod archive;
 mod operations;
 mod person;
-mod remove;
 mod session;
 mod watch;
 
@@ -22,13 +22,15 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::ErrorCode;
-use msb_protocol::files::OpenFiles;
+use msb_protocol::files::{OpenArchive, OpenFiles};
 use msb_protocol::guest::{GuestBody, Opened};
 
 use crate::failure::GuestError;
 use crate::session::stream::FrameStream;
 use crate::session::{Guest, process};
+pub use archive::serve as serve_archive;
 pub(crate) use person::Person;
+use person::Place;
 
 /// The file sessions that live, so that the end of the sandbox can close them before it flushes.
 #[derive(Debug, Default)]
@@ -88,18 +90,54 @@ impl FileSessions {
     }
 }
 
-/// Serves one session to its end. The work is done in a thread of its own, which gives up the agent's identity for good.
+/// Serves one session to its end.
 ///
 /// # Errors
 /// The typed reason if it cannot begin, with the stream to say it on.
 pub fn run(
     guest: &Guest,
     sessions: &FileSessions,
-    mut stream: FrameStream,
+    stream: FrameStream,
     open: &OpenFiles,
     opened: Opened,
 ) -> Result<(), (FrameStream, GuestError)> {
-    let person = match Person::look_up(guest, &open.user) {
+    as_person(guest, sessions, stream, &open.user, open.at_home, |stream, place| {
+        stream.send(GuestBody::Opened(opened));
+        session::serve(stream, place);
+    })
+}
+
+/// Packs or unpacks one tree.
+///
+/// # Errors
+/// The typed reason if it cannot begin, with the stream to say it on.
+pub fn run_archive(
+    guest: &Guest,
+    sessions: &FileSessions,
+    stream: FrameStream,
+    open: &OpenArchive,
+    opened: Opened,
+) -> Result<(), (FrameStream, GuestError)> {
+    let Some(action) = &open.action else {
+        let message = "this agent does not know what the archive is for";
+        return Err((stream, GuestError::new(ErrorCode::UnsupportedOperation, message)));
+    };
+    as_person(guest, sessions, stream, &open.user, false, |stream, _| {
+        stream.send(GuestBody::Opened(opened));
+        archive::serve(stream, action);
+    })
+}
+
+/// Does a session's work in a thread of its own, which gives up the agent's identity for good.
+fn as_person(
+    guest: &Guest,
+    sessions: &FileSessions,
+    mut stream: FrameStream,
+    user: &str,
+    at_home: bool,
+    work: impl FnOnce(&mut FrameStream, Place) + Send,
+) -> Result<(), (FrameStream, GuestError)> {
+    let person = match Person::look_up(guest, user) {
         Ok(person) => person,
         Err(error) => return Err((stream, error)),
     };
@@ -108,14 +146,7 @@ pub fn run(
     };
     // A scope gives the stream back if the thread cannot become the user.
     let outcome = std::thread::scope(|scope| {
-        let work = || match person.become_it(guest, open.at_home) {
-            Ok(place) => {
-                stream.send(GuestBody::Opened(opened));
-                session::serve(&mut stream, place);
-                Ok(())
-            }
-            Err(error) => Err(error),
-        };
+        let work = || person.become_it(guest, at_home).map(|place| work(&mut stream, place));
         match std::thread::Builder::new().stack_size(crate::agent::STACK_LEN).spawn_scoped(scope, work) {
             // A panic would have ended the whole agent.
             Ok(thread) => thread.join().unwrap_or(Ok(())),

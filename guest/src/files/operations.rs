@@ -15,7 +15,6 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::person::Place;
-use super::remove;
 
 /// How often a change under our feet makes openat2 ask for another try.
 const RETRIES_MAX: usize = 16;
@@ -86,7 +85,7 @@ impl Operations {
                 match FileRemoveKind::try_from(it.kind).map_err(|_| Errno::INVAL)? {
                     FileRemoveKind::File => rustix::fs::unlinkat(CWD, path, AtFlags::empty())?,
                     FileRemoveKind::Directory => rustix::fs::unlinkat(CWD, path, AtFlags::REMOVEDIR)?,
-                    FileRemoveKind::Tree => remove::tree(&path)?,
+                    FileRemoveKind::Tree => msb_tree::remove(CWD, &path)?,
                 }
                 done()
             }

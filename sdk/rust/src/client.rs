@@ -22,7 +22,7 @@ use msb_protocol::control::{
     StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::file_api::{FileAnswer, FileCallRequest, WatchRecord};
+use msb_protocol::file_api::{ArchiveRequest, FileAnswer, FileCallRequest, WatchRecord};
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::{
     DiskUsage, ImageRemoval, LoginReport, LoginRequest, PinRequest, PruneReport, PruneRequest, PullEvent, PullRequest,
@@ -332,6 +332,15 @@ impl Client {
     /// `sandbox_not_found`, `sandbox_not_running`.
     pub async fn attach(&self, name: &SandboxName, options: AttachOptions) -> Result<Session, Error> {
         self.session(&sandbox(name, "/attach"), &attach_message(options), options.stdin).await
+    }
+
+    pub(crate) async fn archive_session(
+        &self,
+        name: &SandboxName,
+        archive: ArchiveRequest,
+        stdin: bool,
+    ) -> Result<Session, Error> {
+        self.session(&sandbox(name, "/archive"), &ClientMessage::Archive { archive }, stdin).await
     }
 
     /// Reads a sandbox's log.

@@ -15,6 +15,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`] | what users of the library touch |
+//! | [`copy`] | whole trees between this machine and sandboxes, as tar streams |
 //! | [`client`] | one typed call for each route of the control API |
 //! | [`session`] | a running command: output, stdin within its credit, signals |
 //! | [`locate`] | which service is used, and starting one when none answers |
@@ -28,6 +29,7 @@
 pub mod builder;
 pub mod client;
 mod connection;
+pub mod copy;
 mod error;
 pub mod exec;
 pub mod fs;
@@ -40,6 +42,7 @@ mod window;
 
 pub use builder::SandboxBuilder;
 pub use client::{AttachOptions, Client, JsonLines};
+pub use copy::{ArchiveStream, CopyControl, CopyOptions, CopyReport};
 pub use error::Error;
 pub use exec::{Exec, ExecOutput};
 pub use fs::Fs;

@@ -1,5 +1,6 @@
 //! A sandbox as a value: what [`crate::Client`] does by name, as methods.
 
+use std::path::Path;
 use std::time::Duration;
 
 use msb_protocol::control::{
@@ -11,6 +12,7 @@ use msb_protocol::state::SandboxState;
 
 use crate::builder::SandboxBuilder;
 use crate::client::{AttachOptions, Client, JsonLines};
+use crate::copy::{CopyOptions, CopyReport};
 use crate::error::Error;
 use crate::exec::{Exec, ExecOutput};
 use crate::fs::Fs;
@@ -239,6 +241,22 @@ impl Sandbox {
     #[must_use]
     pub fn fs(&self) -> Fs {
         Fs::new(self.client.clone(), self.name.clone())
+    }
+
+    /// Copies a file or directory of this machine into it; see [`Client::copy_into`].
+    ///
+    /// # Errors
+    /// Those of [`Client::copy_into`].
+    pub async fn copy_into(&self, from: &Path, to: &str, options: &CopyOptions) -> Result<CopyReport, Error> {
+        self.client.copy_into(from, &self.name, to, options).await
+    }
+
+    /// Copies a file or directory of it to this machine; see [`Client::copy_out`].
+    ///
+    /// # Errors
+    /// Those of [`Client::copy_out`].
+    pub async fn copy_out(&self, from: &str, to: &Path, options: &CopyOptions) -> Result<CopyReport, Error> {
+        self.client.copy_out(&self.name, from, to, options).await
     }
 
     /// Reads its log.

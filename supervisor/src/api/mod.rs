@@ -116,6 +116,7 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(streams::exec))
         .routes(routes!(streams::main))
         .routes(routes!(streams::attach))
+        .routes(routes!(streams::archive))
         .routes(routes!(logs::logs))
         .routes(routes!(files::call))
         .routes(routes!(files::read))

@@ -1,4 +1,4 @@
-//! Exec, main and attach: a WebSocket on one side, a stream to the agent on the other, bytes straight between them.
+//! Exec, main, attach and archive: a WebSocket on one side, a stream to the agent on the other, bytes straight between them.
 //!
 //! ```text
 //!  client ── text: signal, resize, stdin_eof; binary: stdin ──► up ──► agent     up waits while the guest does not take it
@@ -20,6 +20,8 @@ use msb_actors::sandbox::activity::ActivityKind;
 use msb_actors::vm::session::{Session, SessionReader, SessionWriter};
 use msb_protocol::control::{ClientMessage, ExecRequest, STDERR_TAG, STDOUT_TAG, ServerMessage, TerminalSize};
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::file_api::{ArchiveAction, ArchiveRequest};
+use msb_protocol::files::{self, ArchivePack, ArchiveUnpack, OpenArchive};
 use msb_protocol::frame::DATA_LEN_MAX;
 use msb_protocol::guest::{
     self, Data, EnvVar, ExecConfig, GuestBody, HostBody, OpenAttach, OpenKind, OpenMain, OutputStream, STDIN_WINDOW,
@@ -45,6 +47,7 @@ enum Kind {
     Exec,
     Main,
     Attach,
+    Archive,
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/exec", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
@@ -72,6 +75,15 @@ pub(crate) async fn attach(
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Failure> {
     upgraded(state, &sandbox, upgrade, Kind::Attach)
+}
+
+#[utoipa::path(get, path = "/v1/sandboxes/{name}/archive", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
+pub(crate) async fn archive(
+    State(state): State<ApiState>,
+    Path(sandbox): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
+    upgraded(state, &sandbox, upgrade, Kind::Archive)
 }
 
 fn upgraded(state: ApiState, sandbox: &str, upgrade: WebSocketUpgrade, kind: Kind) -> Result<Response, Failure> {
@@ -102,6 +114,9 @@ async fn run(
         first.map_err(|_| ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants"))??;
     let (open, activity) = match (kind, first) {
         (Kind::Exec, ClientMessage::Exec { exec }) => (OpenKind::Exec(exec_config(exec)?), ActivityKind::Exec),
+        (Kind::Archive, ClientMessage::Archive { archive }) => {
+            (OpenKind::Archive(open_archive(archive)), ActivityKind::Files)
+        }
         (Kind::Main, ClientMessage::Attach { terminal, timeout_ms, stdin: _ }) => {
             let main = OpenMain { terminal: terminal.map(size), timeout_ms: timeout_ms.unwrap_or_default() };
             (OpenKind::Main(main), ActivityKind::Attach)
@@ -155,7 +170,7 @@ async fn upwards(
                 ClientMessage::Signal { number } => HostBody::Signal(guest::Signal { number }),
                 ClientMessage::Resize { size: new } => HostBody::Resize(size(new)),
                 ClientMessage::StdinEof => HostBody::StdinEof(StdinEof {}),
-                ClientMessage::Exec { .. } | ClientMessage::Attach { .. } => {
+                ClientMessage::Exec { .. } | ClientMessage::Attach { .. } | ClientMessage::Archive { .. } => {
                     return Err(ApiError::new(ErrorCode::InvalidRequest, "the stream has begun already"));
                 }
             }],
@@ -234,6 +249,20 @@ fn parse(text: &str) -> Result<ClientMessage, ApiError> {
 
 fn size(size: TerminalSize) -> guest::TerminalSize {
     guest::TerminalSize { rows: size.rows.into(), columns: size.columns.into() }
+}
+
+fn open_archive(request: ArchiveRequest) -> OpenArchive {
+    let action = match request.action {
+        ArchiveAction::Pack { path, name, follow } => {
+            files::ArchiveAction::Pack(ArchivePack { path: path.into_bytes(), name: name.into_bytes(), follow })
+        }
+        ArchiveAction::Unpack { directory, name, keep_owner } => files::ArchiveAction::Unpack(ArchiveUnpack {
+            directory: directory.into_bytes(),
+            name: name.map(String::into_bytes),
+            keep_owner,
+        }),
+    };
+    OpenArchive { user: request.user.unwrap_or_default(), action: Some(action) }
 }
 
 fn exec_config(request: ExecRequest) -> Result<ExecConfig, ApiError> {

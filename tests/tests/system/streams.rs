@@ -122,3 +122,59 @@ fn standard_input_ends_where_the_callers_ends() {
     let _ = home.msb(["exec", "-i", "box", "--", "true"]).input(vec![0; 2 << 20]).run().succeeds();
     home.finish();
 }
+
+/// How many commands at once: `cargo xtask soak` takes a thousand.
+fn execs_at_once() -> usize {
+    std::env::var("MSB_TEST_EXECS").ok().and_then(|text| text.parse().ok()).unwrap_or(60)
+}
+
+#[test]
+fn many_execs_at_once_each_have_their_own_streams_and_cost_little() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let count = execs_at_once();
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let home = Home::with_busybox("many_execs");
+    home.succeeds(&["create", "--name", "box", "-m", "1G", "busybox"]);
+    let _ = home.msb(["exec", "-i", "box", "--", "cat"]).input(vec![7; 1 << 20]).run().succeeds();
+    let watched: Vec<_> = home
+        .processes()
+        .into_iter()
+        .filter(|process| process.program == "msbd" || process.program == "msb-vmm")
+        .collect();
+    let before: Vec<u64> = watched.iter().map(msb_tests::Process::private_memory_bytes).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let growth = runtime.block_on(async {
+        let client = crate::sdk::client(&home).await;
+        let box_name = msb_sdk::protocol::id::SandboxName::parse("box").expect("a name");
+        let request = |index: usize| msb_sdk::protocol::control::ExecRequest {
+            command: vec!["sh".into(), "-c".into(), format!("read line; echo $line {index}; exit {}", index % 7)],
+            stdin: true,
+            ..Default::default()
+        };
+        // All of them are there before the first may end.
+        let mut sessions = Vec::new();
+        for index in 0..count {
+            let mut session = client.exec(&box_name, request(index)).await.expect("an exec");
+            let begun = session.next().await.expect("a start");
+            assert!(matches!(begun, Some(msb_sdk::SessionEvent::Started { .. })), "{index}: {begun:?}");
+            sessions.push(session);
+        }
+        let growth = watched
+            .iter()
+            .zip(&before)
+            .map(|(process, before)| process.private_memory_bytes().saturating_sub(*before))
+            .max()
+            .unwrap_or_default();
+        for (index, session) in sessions.into_iter().enumerate() {
+            let output = session.collect(Some(b"line\n".to_vec()), 1 << 10).await.expect("its end");
+            let wanted = format!("line {index}\n");
+            assert_eq!((output.stdout_text().as_str(), output.end.code), (wanted.as_str(), Some((index % 7) as i32)));
+        }
+        growth
+    });
+    println!("{count} commands at once: the largest process grew by {} KiB", growth >> 10);
+    let allowed = (8 << 20) + count as u64 * (128 << 10);
+    assert!(growth <= allowed, "a process grew by {growth} bytes for {count} commands");
+    home.finish();
+}

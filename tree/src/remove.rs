@@ -1,10 +1,11 @@
 //! Removes a tree without following a link: every step is relative to a directory that is open, so a link that is put in the way is
-//! removed itself. The depth is bounded by descriptors, not by the stack. Called by `operations`.
+//! removed itself. The depth is bounded by descriptors, not by the stack. Called by the agent's file sessions, and by `unpack` for what it
+//! leaves unfinished.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 /// Deepest tree that is removed.
@@ -24,21 +25,33 @@ struct Level {
     looked: usize,
 }
 
-/// Removes whatever is at the path.
-pub(super) fn tree(path: &CStr) -> Result<(), Errno> {
-    match rustix::fs::unlinkat(CWD, path, AtFlags::empty()) {
+/// Removes whatever is at the path, seen from a directory.
+///
+/// # Errors
+/// What the system said of the first name that could not be removed.
+pub fn remove(at: impl AsFd, path: &CStr) -> Result<(), Errno> {
+    run(at.as_fd(), path, false)
+}
+
+/// As [`remove`], of a tree that nobody else knows: directories whose mode keeps their owner out are opened first.
+pub(crate) fn remove_unfinished(at: impl AsFd, path: &CStr) -> Result<(), Errno> {
+    run(at.as_fd(), path, true)
+}
+
+fn run(at: BorrowedFd<'_>, path: &CStr, force: bool) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(at, path, AtFlags::empty()) {
         // Linux says EISDIR for a directory, POSIX EPERM.
         Err(Errno::ISDIR | Errno::PERM) => {}
         outcome => return outcome,
     }
-    let top = open(CWD, path)?;
+    let top = open(at, path, force)?;
     let mut levels = vec![level(top, path.to_owned())?];
     while let Some(last) = levels.last_mut() {
         if let Some(name) = last.names.pop() {
             match rustix::fs::unlinkat(&last.directory, name.as_c_str(), AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(Errno::ISDIR | Errno::PERM) => {
-                    let below = level(open(&last.directory, &name)?, name)?;
+                    let below = level(open(&last.directory, &name, force)?, name)?;
                     if levels.len() >= DEPTH_MAX {
                         return Err(Errno::NAMETOOLONG);
                     }
@@ -53,7 +66,7 @@ pub(super) fn tree(path: &CStr) -> Result<(), Errno> {
                 let name = levels.last().map_or(c"", |last| last.name.as_c_str());
                 rustix::fs::unlinkat(&above.directory, name, AtFlags::REMOVEDIR)
             }
-            None => rustix::fs::unlinkat(CWD, path, AtFlags::REMOVEDIR),
+            None => rustix::fs::unlinkat(at, path, AtFlags::REMOVEDIR),
         };
         let Some(last) = levels.last_mut() else { break };
         match removed {
@@ -71,7 +84,11 @@ pub(super) fn tree(path: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
-fn open(at: impl std::os::fd::AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+fn open(at: impl AsFd, name: &CStr, force: bool) -> Result<OwnedFd, Errno> {
+    if force {
+        // It is a directory, as unlinkat has just said; if it cannot be changed, it cannot be opened either.
+        let _ = rustix::fs::chmodat(&at, name, Mode::from_raw_mode(0o700), AtFlags::empty());
+    }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(at, name, flags, Mode::empty())
 }
