@@ -323,7 +323,7 @@ impl<W: Write> Packer<'_, W> {
 
     fn xattrs(&mut self, file: BorrowedFd<'_>) -> Vec<(Vec<u8>, Vec<u8>)> {
         // Most files have none, and then one system call says so.
-        let Ok(len @ 1..) = rustix::fs::flistxattr(file, &mut [0u8; 0][..]) else { return Vec::new() };
+        let Ok(len @ 1..) = rustix::fs::flistxattr_query(file) else { return Vec::new() };
         let mut names = vec![0; len + 256];
         let Ok(len) = rustix::fs::flistxattr(file, names.as_mut_slice()) else { return Vec::new() };
         names.truncate(len);

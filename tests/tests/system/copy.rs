@@ -198,7 +198,7 @@ fn destinations_follow_the_rules_of_docker() {
         std::fs::read_dir(host.join("odd")).expect("the copy").map(|entry| entry.expect("one").file_name()).collect();
     assert_eq!(names, ["file"]);
     // A stream that is none, or leads out.
-    home.shell("echo nonsense nonsense | msb cp - box:/w/d").run().exits(1);
+    let _ = home.shell("echo nonsense nonsense | msb cp - box:/w/d").run().exits(1);
     home.shell("tar -cP --transform 's,^f$,../evil,' f | msb cp - box:/w/d").run().exits(1).complains("leads out");
     exec("test ! -e /w/evil");
     // A full disk: told, and nothing is there.

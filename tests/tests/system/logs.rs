@@ -81,6 +81,6 @@ fn filters_tell_apart_what_was_written_when_and_where() {
     // Where programs read, there are none.
     assert!(!home.succeeds(&["logs", "--color-sessions", "web"]).contains('\u{1b}'));
     home.succeeds(&["stop", "-t", "1", "web"]);
-    again.finish().succeeds();
+    let _ = again.finish().succeeds();
     home.finish();
 }
