@@ -31,6 +31,7 @@ pub mod network;
 pub mod paths;
 pub mod quantity;
 pub mod security;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod version;
