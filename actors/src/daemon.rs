@@ -3,6 +3,7 @@
 //! `daemon::images`.
 
 mod images;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -121,7 +122,7 @@ impl Daemon {
     ///
     /// # Errors
     /// What the check, the image, the disk or the boot say.
-    pub async fn create(&self, request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+    pub async fn create(&self, mut request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
         Self::check(&request)?;
         let creator = if request.spec.detached {
             None
@@ -130,12 +131,17 @@ impl Daemon {
                 || ApiError::new(ErrorCode::CreatorUnwatchable, "the creating process cannot be watched from here");
             Some(creator.map(|creator| (creator.identity, creator.pidfd)).ok_or_else(missing)?)
         };
+        // Before anything is replaced: a request that cannot be met changes nothing.
+        let snapshot = self.snapshot_for(&mut request).await?;
         if let (Some(grace_ms), Some(name)) = (request.replace_grace_ms, request.spec.name.clone()) {
             self.replace(&name, grace_ms).await?;
         }
         // What was fetched for this sandbox is not pruned before the sandbox itself holds it.
-        let _lease = self.fetch_for(&request).await?;
-        let sandbox = self.supervisor.send(Create { request, creator }).await.map_err(mailbox)??;
+        let (snapshot, _lease) = match snapshot {
+            Some((snapshot, image)) => (Some(snapshot), Some(image)),
+            None => (None, self.fetch_for(&request).await?),
+        };
+        let sandbox = self.supervisor.send(Create { request, creator, snapshot }).await.map_err(mailbox)??;
         Self::until_ready(sandbox, 0, 0).await
     }
 
@@ -621,7 +627,8 @@ impl Daemon {
         let images = self.surroundings.images.send(Inspect).await.map_err(mailbox)?;
         let metrics: &Addr<MetricsActor> = &self.surroundings.metrics.0;
         let metrics = metrics.send(Inspect).await.map_err(mailbox)?;
-        for (name, report) in [("images", images), ("metrics", metrics)] {
+        let snapshots = self.snapshots().actor.send(Inspect).await.map_err(mailbox)?;
+        for (name, report) in [("images", images), ("snapshots", snapshots), ("metrics", metrics)] {
             let (handled, state) = (report.handled, report.state);
             actors.push(ActorRow {
                 name: name.into(),

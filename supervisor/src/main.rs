@@ -14,6 +14,7 @@ use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
 use msb_actors::metrics::{MetricsActor, MetricsHandle};
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
+use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
 use msb_protocol::error::ApiError;
@@ -114,6 +115,11 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         host: settings.host_settings(),
         launcher,
         images: ImageActor::new(Arc::new(store)).start(),
+        snapshots: Snapshots::start(
+            SnapshotFiles::new(settings.home.snapshots()),
+            journal.clone(),
+            found.snapshots,
+        ),
         metrics: MetricsHandle(MetricsActor::default().start()),
         journal,
         clock,

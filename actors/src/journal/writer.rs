@@ -8,13 +8,14 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use redb::{ConcurrencyMode, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::record::{EventDraft, SandboxRecord, seal, unseal};
+use super::record::{EventDraft, SandboxRecord, SnapshotRecord, seal, unseal};
 use super::{Change, Command, EVENTS_MAX, Found, JournalError};
 use crate::clock::Clock;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SANDBOXES: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("sandboxes");
 const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
+const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const QUARANTINE: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("quarantine");
 
 /// redb's cache in bytes: the journal is small, and its default of 1 GiB would let an idle daemon grow.
@@ -148,6 +149,7 @@ impl Writer {
             {
                 let mut sandboxes = transaction.open_table(SANDBOXES)?;
                 let mut events = transaction.open_table(EVENTS)?;
+                let mut snapshots = transaction.open_table(SNAPSHOTS)?;
                 for change in changes {
                     let draft = match change {
                         Change::Put(record, draft) => {
@@ -160,6 +162,15 @@ impl Writer {
                             Some(draft)
                         }
                         Change::Event(draft) => Some(draft),
+                        Change::PutSnapshot(record, draft) => {
+                            let sealed = seal(&**record).map_err(redb::Error::Corrupted)?;
+                            snapshots.insert(record.name.as_str(), sealed.as_slice())?;
+                            draft.as_ref()
+                        }
+                        Change::RemoveSnapshot(name) => {
+                            snapshots.remove(name.as_str())?;
+                            None
+                        }
                     };
                     if let Some(draft) = draft {
                         sequence += 1;
@@ -266,6 +277,20 @@ fn prepare(database: &Database, schema: u64, migrations: &[Migration], found: &m
                 .push(format!("the record of sandbox {id} is damaged ({reason}); it was put into quarantine"));
             quarantine.insert(key, bytes.as_slice())?;
             sandboxes.remove(key)?;
+        }
+        let mut snapshots = transaction.open_table(SNAPSHOTS)?;
+        let mut damaged = Vec::new();
+        for row in snapshots.iter()? {
+            let (key, value) = row?;
+            match unseal::<SnapshotRecord>(value.value()) {
+                Ok(record) => found.snapshots.push(record),
+                Err(reason) => damaged.push((key.value().to_owned(), reason)),
+            }
+        }
+        for (name, reason) in damaged {
+            // Its files say everything again that the record did.
+            found.problems.push(format!("the record of snapshot {name} is damaged ({reason}) and was dropped"));
+            snapshots.remove(name.as_str())?;
         }
         Ok(sequence)
     })()

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use actix::Actor;
+use msb_image::snapshot::SnapshotFiles;
 use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{
@@ -34,6 +35,7 @@ use crate::journal::Journal;
 use crate::metrics::{MetricsActor, MetricsHandle};
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
+use crate::snapshots::Snapshots;
 use crate::supervisor::Surroundings;
 
 /// Images that exist: `busybox`, `app` (with every default an image can have).
@@ -85,7 +87,7 @@ impl ImageStore for FakeImages {
             loaded_at: jiff::Timestamp::UNIX_EPOCH,
             pinned: false,
         };
-        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new(), history: Vec::new() })
+        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new(), used_by_snapshots: Vec::new(), history: Vec::new() })
     }
     fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<ImageRemoval, ApiError> {
         let (digest, _) = Self::find(reference)?;
@@ -179,8 +181,10 @@ impl ImageStore for FakeImages {
 #[must_use]
 pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLauncher>) -> Daemon {
     let (journal, found) = open_journal(directory, &clock);
+    let files = SnapshotFiles::new(HomeLayout::new(directory).snapshots());
     let surroundings = Surroundings {
         home: HomeLayout::new(directory),
+        snapshots: Snapshots::start(files, journal.clone(), found.snapshots),
         runtime_dir: directory.join("rt"),
         host: HostSettings {
             kernel: "/fake/vmlinux".into(),

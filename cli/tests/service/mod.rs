@@ -534,6 +534,7 @@ async fn inspect_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
         config,
         layer_details: vec![layer(1), layer(2)],
         used_by: vec![SandboxName::parse("web").unwrap()],
+        used_by_snapshots: vec![SandboxName::parse("warm").unwrap()],
         history: vec![
             ImageHistoryStep {
                 created_at: Some(time("2026-01-01T00:00:00Z")),

@@ -14,7 +14,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`] | what users of the library touch |
+//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`], [`snapshot`] | what users of the library touch |
 //! | [`client`] | one typed call for each route of the control API |
 //! | [`session`] | a running command: output, stdin within its credit, signals |
 //! | [`locate`] | which service is used, and starting one when none answers |
@@ -35,6 +35,7 @@ pub mod image;
 pub mod locate;
 pub mod sandbox;
 pub mod session;
+pub mod snapshot;
 pub mod ssh;
 mod window;
 
@@ -47,5 +48,6 @@ pub use image::Image;
 pub use locate::Locator;
 pub use msb_protocol as protocol;
 pub use sandbox::Sandbox;
+pub use snapshot::Snapshot;
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
 pub use ssh::SshStream;
