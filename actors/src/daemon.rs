@@ -122,7 +122,11 @@ impl Daemon {
     ///
     /// # Errors
     /// What the check, the image, the disk or the boot say.
-    pub async fn create(&self, mut request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+    pub async fn create(
+        &self,
+        mut request: CreateRequest,
+        creator: Option<Creator>,
+    ) -> Result<SandboxDetail, ApiError> {
         Self::check(&request)?;
         let creator = if request.spec.detached {
             None

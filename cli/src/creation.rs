@@ -206,9 +206,7 @@ impl CreationArgs {
     ) -> Result<SandboxSpec, Failure> {
         self.refuse_unbuilt()?;
         let mut spec = match snapshot {
-            Some(snapshot) => {
-                SandboxSpec { snapshot: Some(snapshot.summary.name.clone()), ..snapshot.spec.clone() }
-            }
+            Some(snapshot) => SandboxSpec { snapshot: Some(snapshot.summary.name.clone()), ..snapshot.spec.clone() },
             None => SandboxSpec {
                 cpus: u32::try_from(config.number("sandbox.cpus")).unwrap_or(u32::MAX),
                 memory_mib: whole_mib(config.bytes("sandbox.memory")),

@@ -115,11 +115,7 @@ async fn serve(settings: &Settings, listener: std::os::unix::net::UnixListener) 
         host: settings.host_settings(),
         launcher,
         images: ImageActor::new(Arc::new(store)).start(),
-        snapshots: Snapshots::start(
-            SnapshotFiles::new(settings.home.snapshots()),
-            journal.clone(),
-            found.snapshots,
-        ),
+        snapshots: Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), found.snapshots),
         metrics: MetricsHandle(MetricsActor::default().start()),
         journal,
         clock,

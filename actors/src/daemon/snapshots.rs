@@ -51,7 +51,9 @@ impl Daemon {
     pub async fn take_snapshot(&self, request: CreateSnapshot) -> Result<SnapshotDetail, ApiError> {
         msb_protocol::labels::check_all(&request.labels)?;
         let sandbox = self.find(&request.from).await?;
-        let busy = || ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", request.from));
+        let busy = || {
+            ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", request.from))
+        };
         let mut source = sandbox.address.as_ref().ok_or_else(busy)?.send(HoldDisk).await.map_err(|_| busy())??;
         // A parent that is gone is no parent: nothing would ever keep it.
         source.parent = match source.parent {
@@ -150,7 +152,9 @@ impl Daemon {
                 "the disk of snapshot {name} has {size_mib} MiB and cannot become smaller; {} were asked for",
                 request.spec.root_size_mib
             );
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message).with_hint("leave --root-size out, or give more"));
+            return Err(
+                ApiError::new(ErrorCode::InvalidConfig, message).with_hint("leave --root-size out, or give more")
+            );
         }
         request.spec.image.clone_from(&snapshot.manifest.image.reference);
         Ok(Some((snapshot, image)))

@@ -35,13 +35,13 @@ use super::network::BoundPorts;
 use super::ssh::SshForwarder;
 use super::view::{self, View};
 use super::{mounts, plan};
-use crate::snapshots::Source;
 use crate::daemon::Daemon;
 use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
 use crate::metrics::BeatSample;
+use crate::snapshots::Source;
 use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
@@ -614,7 +614,8 @@ impl SandboxActor {
                             None => disks.push((directories.upper, size_mib)),
                             Some(snapshot) => {
                                 let snapshot = snapshot?;
-                                let (size_bytes, bytes) = (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
+                                let (size_bytes, bytes) =
+                                    (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
                                 snapshots.files.clone_disk(&snapshot.name, size_bytes, &directories.upper, bytes)?;
                             }
                         }

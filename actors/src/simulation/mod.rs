@@ -87,7 +87,14 @@ impl ImageStore for FakeImages {
             loaded_at: jiff::Timestamp::UNIX_EPOCH,
             pinned: false,
         };
-        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new(), used_by_snapshots: Vec::new(), history: Vec::new() })
+        Ok(ImageDetail {
+            summary,
+            config,
+            layer_details: Vec::new(),
+            used_by: Vec::new(),
+            used_by_snapshots: Vec::new(),
+            history: Vec::new(),
+        })
     }
     fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<ImageRemoval, ApiError> {
         let (digest, _) = Self::find(reference)?;

@@ -23,15 +23,8 @@ pub enum Step {
 
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Self; 7] = [
-        Self::Recorded,
-        Self::Drafted,
-        Self::Copied,
-        Self::Sealed,
-        Self::Published,
-        Self::Removing,
-        Self::Removed,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Recorded, Self::Drafted, Self::Copied, Self::Sealed, Self::Published, Self::Removing, Self::Removed];
 }
 
 /// A step is done.

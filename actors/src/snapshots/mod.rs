@@ -51,8 +51,14 @@ impl Snapshots {
     /// Starts the actor over what the journal knows. It answers once the index agrees with the files.
     #[must_use]
     pub fn start(files: SnapshotFiles, journal: Journal, found: Vec<SnapshotRecord>) -> Self {
-        let actor =
-            SnapshotActor { files: files.clone(), journal, found, index: BTreeMap::new(), busy: BTreeMap::new(), handled: 0 };
+        let actor = SnapshotActor {
+            files: files.clone(),
+            journal,
+            found,
+            index: BTreeMap::new(),
+            busy: BTreeMap::new(),
+            handled: 0,
+        };
         Self { actor: actor.start(), files }
     }
 
@@ -263,7 +269,8 @@ impl SnapshotActor {
 
     fn not_found(&self, which: &str) -> ApiError {
         let names: Vec<&str> = self.seen().map(|(name, _)| name.as_str()).take(10).collect();
-        let rest = if names.is_empty() { "; there is none".into() } else { format!("; there are {}", names.join(", ")) };
+        let rest =
+            if names.is_empty() { "; there is none".into() } else { format!("; there are {}", names.join(", ")) };
         ApiError::new(ErrorCode::SnapshotNotFound, format!("no snapshot is called {which}{rest}"))
     }
 }
@@ -402,7 +409,8 @@ impl Handler<RemoveSnapshot> for SnapshotActor {
             journal.write(record(SnapshotPhase::Removing)).await?;
             fault::reached(Step::Removing);
             let (on_disk, path) = (files, gone.clone());
-            let removed = tokio::task::spawn_blocking(move || on_disk.remove(&path)).await.map_err(ApiError::internal)?;
+            let removed =
+                tokio::task::spawn_blocking(move || on_disk.remove(&path)).await.map_err(ApiError::internal)?;
             fault::reached(Step::Removed);
             if let Err(error) = removed {
                 // It is whole: it stays.

@@ -1,9 +1,13 @@
 //! `msb snapshot …`: the disk of a stopped sandbox, kept.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::pin::Pin;
 
+use bytes::Bytes;
 use clap::{Args, Subcommand};
-use msb_protocol::error::ApiError;
+use futures_util::{Stream, StreamExt};
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity::show_bytes;
 use msb_protocol::snapshot::{CreateSnapshot, ImportSnapshot, SnapshotDetail, snapshot_name};
@@ -16,6 +20,8 @@ use crate::parse;
 use crate::printer::plain;
 use crate::table::Table;
 use crate::time;
+
+type Archive = Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>;
 
 /// Bytes of an archive that are read and sent at a time.
 const CHUNK_LEN: usize = 256 << 10;
@@ -188,7 +194,10 @@ fn render(detail: &SnapshotDetail, zone: &jiff::tz::TimeZone) -> String {
         ("Of sandbox", summary.source.to_string()),
         ("Image", summary.image.reference.clone()),
         ("Image digest", summary.image.digest.clone()),
-        ("Parent", summary.parent.as_ref().map(|parent| format!("{} ({})", parent.name, parent.id)).unwrap_or_default()),
+        (
+            "Parent",
+            summary.parent.as_ref().map(|parent| format!("{} ({})", parent.name, parent.id)).unwrap_or_default(),
+        ),
         ("Children", children.join(", ")),
         (
             "Disk",
@@ -296,20 +305,25 @@ async fn export(args: SnapshotExportArgs, context: &Context) -> Result<ExitStatu
 
 async fn import(args: SnapshotImportArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let how = ImportSnapshot { name: args.name.as_deref().map(named).transpose()?.map(|name| name.to_string()) };
-    let client = context.client().await?;
-    let path = args.input.filter(|path| path.as_os_str() != "-");
-    let progress = context.printer.spinner("comparing");
-    let detail = match path {
+    let archive: Archive = match args.input.filter(|path| path.as_os_str() != "-") {
         Some(path) => {
             let failed = |error: std::io::Error| failure::file(&path, &error);
-            let file = tokio::fs::File::open(&path).await.map_err(failed)?;
-            if file.metadata().await.map_err(failed)?.is_dir() {
-                return Err(failed(std::io::ErrorKind::IsADirectory.into()));
+            let file = std::fs::File::open(&path).map_err(failed)?;
+            if file.metadata().map_err(failed)?.is_dir() {
+                return Err(failure::invalid(format!("{} is a directory, not an archive", path.display())));
             }
-            client.import_snapshot(ReaderStream::with_capacity(file, CHUNK_LEN), &how).await?
+            Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), CHUNK_LEN))
         }
-        None => client.import_snapshot(ReaderStream::with_capacity(tokio::io::stdin(), CHUNK_LEN), &how).await?,
+        None if std::io::stdin().is_terminal() => {
+            let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
+                .with_hint("name one with -i FILE, or pipe one in");
+            return Err(error.into());
+        }
+        None => Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), CHUNK_LEN)),
     };
+    let client = context.client().await?;
+    let progress = context.printer.spinner("reading and comparing");
+    let detail = client.import_snapshot(archive.fuse(), &how).await?;
     drop(progress);
     said(&detail, context)
 }

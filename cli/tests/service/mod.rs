@@ -2,6 +2,7 @@
 //! socket. It knows four sandboxes and one image, and runs "commands" that are instructions to itself. It boots nothing.
 
 mod images;
+mod snapshots;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -101,6 +102,11 @@ fn router() -> Router {
                 })
             }),
         )
+        .route("/v1/snapshots", get(snapshots::list).post(snapshots::create))
+        .route("/v1/snapshots/{name}", get(snapshots::inspect).delete(snapshots::remove))
+        .route("/v1/snapshots/{name}/verify", post(snapshots::verify))
+        .route("/v1/snapshots/{name}/archive", get(snapshots::export))
+        .route("/v1/snapshot-archives", post(snapshots::import))
         .route("/v1/debug/actors", get(|| async { Json(actors()) }))
 }
 

@@ -48,6 +48,6 @@ pub use image::Image;
 pub use locate::Locator;
 pub use msb_protocol as protocol;
 pub use sandbox::Sandbox;
-pub use snapshot::Snapshot;
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
+pub use snapshot::Snapshot;
 pub use ssh::SshStream;

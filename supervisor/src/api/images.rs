@@ -13,9 +13,9 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{DiskUsage, ImageRemoval, PinRequest, PruneReport, PruneRequest, SaveRequest, TagRequest};
 use tokio::sync::mpsc;
 
-use super::{ApiState, archives};
 use super::failure::{Failure, body, query};
 use super::sandboxes::TERMS_MAX;
+use super::{ApiState, archives};
 
 /// Progress lines that wait for a slow client.
 const PROGRESS_LEN: usize = 64;

@@ -146,7 +146,11 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
 
 /// Loads and the content of files have no limit on their body; everything else has.
 fn load_route() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::new().routes(routes!(images::load)).routes(routes!(files::write)).routes(routes!(snapshots::import)).split_for_parts()
+    OpenApiRouter::new()
+        .routes(routes!(images::load))
+        .routes(routes!(files::write))
+        .routes(routes!(snapshots::import))
+        .split_for_parts()
 }
 
 fn document() -> utoipa::openapi::OpenApi {
