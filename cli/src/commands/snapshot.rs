@@ -124,7 +124,7 @@ pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStat
 
 async fn create(args: SnapshotCreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
     if args.memory {
-        return Err(ApiError::not_implemented("--memory (snapshots of memory)").into());
+        return Err(ApiError::not_implemented("msb snapshot create --memory").into());
     }
     let request = CreateSnapshot {
         name: named(&args.name)?,
