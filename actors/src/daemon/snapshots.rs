@@ -92,9 +92,9 @@ impl Daemon {
     /// # Errors
     /// `snapshot_not_found`, `snapshot_damaged`, both before anything is written; what `out` says.
     pub async fn export_snapshot(&self, name: &SandboxName, mut out: Box<dyn Write + Send>) -> Result<(), ApiError> {
-        let Snapshot { name, manifest, .. } = self.snapshots().find(name.as_str()).await?;
+        let Snapshot { name, id, manifest, .. } = self.snapshots().find(name.as_str()).await?;
         let files = self.snapshots().files.clone();
-        let work = tokio::task::spawn_blocking(move || Ok(files.export(&name, &manifest, &mut *out)?));
+        let work = tokio::task::spawn_blocking(move || Ok(files.export(&name, &id, &manifest, &mut *out)?));
         work.await.map_err(ApiError::internal)?
     }
 

@@ -47,9 +47,11 @@ impl FakeImages {
         let plain =
             ImageConfigDetail { cmd: vec!["sh".into()], env: vec!["PATH=/bin".into()], ..ImageConfigDetail::default() };
         match reference {
-            "busybox" | "sha256:b0" => Ok(("sha256:b0", plain)),
-            "app" | "sha256:a0" => Ok((
-                "sha256:a0",
+            "busybox" | "sha256:b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0" => {
+                Ok(("sha256:b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0", plain))
+            }
+            "app" | "sha256:a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0" => Ok((
+                "sha256:a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0",
                 ImageConfigDetail {
                     labels: [("team".to_owned(), "ml".to_owned())].into(),
                     user: "app".into(),

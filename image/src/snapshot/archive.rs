@@ -51,9 +51,10 @@ pub(super) fn write(
     encoder.finish().and_then(Write::flush).map_err(failed)
 }
 
-/// A header without anything of this machine or moment.
+/// A header without anything of this machine or moment. Of the POSIX kind: GNU tar looks for a sparse map of its older format behind a
+/// header of its own kind.
 fn header(bytes: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
+    let mut header = tar::Header::new_ustar();
     header.set_size(bytes);
     header.set_mode(0o600);
     header.set_mtime(0);

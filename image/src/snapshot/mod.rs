@@ -131,15 +131,20 @@ impl SnapshotFiles {
     /// # Errors
     /// `Missing`, `Damaged`, `Io`.
     pub fn read(&self, name: &SandboxName) -> Result<(Digest, SnapshotManifest), SnapshotError> {
-        let path = self.path(name).join(MANIFEST);
-        let file = self.open(name, &path)?;
-        let mut bytes = Vec::new();
-        file.take(SNAPSHOT_MANIFEST_LEN_MAX as u64 + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|error| SnapshotError::io("read", &path, error))?;
+        let bytes = self.manifest_bytes(name)?;
         let manifest = SnapshotManifest::parse(&bytes)
             .map_err(|error| SnapshotError::Damaged { name: name.to_string(), reason: error.message })?;
         Ok((Digest::of(&bytes), manifest))
+    }
+
+    fn manifest_bytes(&self, name: &SandboxName) -> Result<Vec<u8>, SnapshotError> {
+        let path = self.path(name).join(MANIFEST);
+        let mut bytes = Vec::new();
+        self.open(name, &path)?
+            .take(SNAPSHOT_MANIFEST_LEN_MAX as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| SnapshotError::io("read", &path, error))?;
+        Ok(bytes)
     }
 
     fn open(&self, name: &SandboxName, path: &Path) -> Result<File, SnapshotError> {
@@ -232,17 +237,17 @@ impl SnapshotFiles {
     pub fn export(
         &self,
         name: &SandboxName,
+        id: &str,
         manifest: &SnapshotManifest,
         out: &mut dyn Write,
     ) -> Result<(), SnapshotError> {
-        let path = self.path(name).join(MANIFEST);
-        let bytes =
-            match self.open(name, &path).map(|file| io::read_to_string(file.take(SNAPSHOT_MANIFEST_LEN_MAX as u64))) {
-                Ok(read) => read.map_err(|error| SnapshotError::io("read", &path, error))?,
-                Err(error) => return Err(error),
-            };
+        let bytes = self.manifest_bytes(name)?;
+        if Digest::of(&bytes).to_string() != id {
+            let reason = "its manifest is not what was written".to_owned();
+            return Err(SnapshotError::Damaged { name: name.to_string(), reason });
+        }
         let file = self.open_disk(name, manifest.disk.size_bytes)?;
-        archive::write(name, bytes.as_bytes(), manifest, &file, out)
+        archive::write(name, &bytes, manifest, &file, out)
     }
 }
 

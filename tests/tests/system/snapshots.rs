@@ -20,7 +20,20 @@ fn told(home: &Home, words: &[&str], code: &str) -> String {
 fn a_snapshot_outlives_its_sandbox_and_the_prune_of_images() {
     let home = Home::with_busybox("snapshot");
     home.msb(["snapshot", "ls"]).run().succeeds().prints("SNAPSHOT  OF  IMAGE  PARENT  SIZE  ON DISK  CREATED\n");
-    home.succeeds(&["create", "--name", "box", "-m", "128M", "-e", "FROM=box", "-w", "/root", "-v", "/etc:/host:ro", "busybox"]);
+    home.succeeds(&[
+        "create",
+        "--name",
+        "box",
+        "-m",
+        "128M",
+        "-e",
+        "FROM=box",
+        "-w",
+        "/root",
+        "-v",
+        "/etc:/host:ro",
+        "busybox",
+    ]);
     exec(&home, "box", "echo kept > file; rm -rf /opt; sync");
     // A running one is refused, with what to do.
     let said = told(&home, &["snapshot", "create", "warm", "--from", "box"], "sandbox_still_running");
@@ -38,10 +51,20 @@ fn a_snapshot_outlives_its_sandbox_and_the_prune_of_images() {
     // Without its name it is there for the snapshot still.
     home.succeeds(&["image", "rm", "--force", "busybox"]);
     home.succeeds(&["image", "prune", "--all", "--yes"]);
-    home.msb(["run", "--snapshot", "warm", "--name", "next", "--", "sh", "-c", "cat file; echo $FROM; hostname; ls /host /opt 2>&1 | wc -l"])
-        .run()
-        .succeeds()
-        .prints("kept\nbox\nnext\n2\n");
+    home.msb([
+        "run",
+        "--snapshot",
+        "warm",
+        "--name",
+        "next",
+        "--",
+        "sh",
+        "-c",
+        "cat file; echo $FROM; hostname; ls /host /opt 2>&1 | wc -l",
+    ])
+    .run()
+    .succeeds()
+    .prints("kept\nbox\nnext\n2\n");
     assert_eq!(home.inspect("next")["spec"]["memory_mib"], 128);
     // A chain: what was taken on top goes first.
     home.succeeds(&["create", "--snapshot", "warm", "--name", "two", "--root-size", "10G"]);
