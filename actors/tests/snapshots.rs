@@ -96,8 +96,7 @@ impl Write for Sink {
 async fn export(daemon: &Daemon, text: &str) -> Vec<u8> {
     let sink = Sink::default();
     daemon.export_snapshot(&name(text), Box::new(sink.clone())).await.unwrap();
-    let bytes = sink.0.lock().unwrap().clone();
-    bytes
+    sink.0.lock().unwrap().clone()
 }
 
 fn entries(directory: &Path) -> Vec<String> {
