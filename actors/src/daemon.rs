@@ -3,6 +3,7 @@
 //! `daemon::images`.
 
 mod images;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -121,7 +122,11 @@ impl Daemon {
     ///
     /// # Errors
     /// What the check, the image, the disk or the boot say.
-    pub async fn create(&self, request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+    pub async fn create(
+        &self,
+        mut request: CreateRequest,
+        creator: Option<Creator>,
+    ) -> Result<SandboxDetail, ApiError> {
         Self::check(&request)?;
         let creator = if request.spec.detached {
             None
@@ -130,12 +135,17 @@ impl Daemon {
                 || ApiError::new(ErrorCode::CreatorUnwatchable, "the creating process cannot be watched from here");
             Some(creator.map(|creator| (creator.identity, creator.pidfd)).ok_or_else(missing)?)
         };
+        // Before anything is replaced: a request that cannot be met changes nothing.
+        let snapshot = self.snapshot_for(&mut request).await?;
         if let (Some(grace_ms), Some(name)) = (request.replace_grace_ms, request.spec.name.clone()) {
             self.replace(&name, grace_ms).await?;
         }
         // What was fetched for this sandbox is not pruned before the sandbox itself holds it.
-        let _lease = self.fetch_for(&request).await?;
-        let sandbox = self.supervisor.send(Create { request, creator }).await.map_err(mailbox)??;
+        let (snapshot, _lease) = match snapshot {
+            Some((snapshot, image)) => (Some(snapshot), Some(image)),
+            None => (None, self.fetch_for(&request).await?),
+        };
+        let sandbox = self.supervisor.send(Create { request, creator, snapshot }).await.map_err(mailbox)??;
         Self::until_ready(sandbox, 0, 0).await
     }
 
@@ -623,7 +633,8 @@ impl Daemon {
             }
             actors.push(row);
         }
-        let (images, metrics) = (&self.surroundings.images, self.surroundings.metrics.actor());
+        let (images, snapshots, metrics) =
+            (&self.surroundings.images, &self.snapshots().actor, self.surroundings.metrics.actor());
         let row = |name: &str, report: ActorReport, mailbox, restarts, last_cause| ActorRow {
             name: name.into(),
             parent: "supervisor".into(),
@@ -636,6 +647,9 @@ impl Daemon {
         let waiting = images.waiting();
         let report = images.send(Inspect).await.map_err(mailbox)?;
         actors.push(row("images", report, waiting, images.restarts(), images.last_cause()));
+        let waiting = snapshots.waiting();
+        let report = snapshots.send(Inspect).await.map_err(mailbox)?;
+        actors.push(row("snapshots", report, waiting, snapshots.restarts(), snapshots.last_cause()));
         let waiting = metrics.waiting();
         let report = metrics.send(Inspect).await.map_err(mailbox)?;
         actors.push(row("metrics", report, waiting, metrics.restarts(), metrics.last_cause()));

@@ -4,6 +4,7 @@
 //!  api (supervisor crate) ─► SupervisorActor ─► SandboxActor, one per sandbox ─► vm::Vm (control link, agent's control stream)
 //!                              │                  └─ machine (pure)                 └─ msb-vmm, one process per VM
 //!                              ├─► ImageActor     single flight, blocking work on a pool
+//!                              ├─► SnapshotActor  the index of snapshots, and how they come and go
 //!                              └─► MetricsActor   samples per sandbox
 //!                            journal (one writer thread, redb)
 //! ```
@@ -27,6 +28,7 @@ pub mod metrics;
 pub mod sandbox;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
+pub mod snapshots;
 pub mod supervisor;
 pub mod vm;
 pub mod volumes;

@@ -23,22 +23,25 @@ use msb_protocol::control::{ActorRow, CreateRequest};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::paths::HomeLayout;
+use msb_protocol::snapshot::SnapshotParent;
 use tokio::sync::{mpsc, watch};
 
 use crate::clock::Clock;
 use crate::faults;
 use crate::identity::ProcessIdentity;
-use crate::images::{ImageActor, ImageUsers};
+use crate::images::{ImageActor, ImageUser, ImageUsers};
 use crate::journal::{Journal, SandboxRecord};
 use crate::kept::{Kept, Life, Ticket};
 use crate::metrics::MetricsHandle;
 use crate::sandbox::activity::Activity;
 use crate::sandbox::actor::{Birth, LetGo, SandboxActor};
 use crate::sandbox::directories::Directories;
+use crate::sandbox::disk_hold::DiskHolds;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::machine::{By, Event, Machine, Policy, back_off_ms};
 use crate::sandbox::plan::HostSettings;
 use crate::sandbox::view::{self, View};
+use crate::snapshots::{Snapshot, Snapshots};
 use crate::vm::Launcher;
 use crate::volumes::Volumes;
 
@@ -65,6 +68,8 @@ pub struct Surroundings {
     pub launcher: Arc<dyn Launcher>,
     /// Images.
     pub images: Kept<ImageActor>,
+    /// Snapshots.
+    pub snapshots: Snapshots,
     /// Samples.
     pub metrics: MetricsHandle,
     /// What is durable.
@@ -128,6 +133,7 @@ struct Child {
     id: SandboxId,
     address: Option<Addr<SandboxActor>>,
     activity: Arc<Activity>,
+    disk: Arc<DiskHolds>,
     view: Arc<watch::Sender<Arc<View>>>,
     incarnation: u64,
     deaths: VecDeque<u64>,
@@ -271,6 +277,7 @@ impl SupervisorActor {
             id: record.id,
             address: None,
             activity: Activity::new(self.surroundings.clock.clone()),
+            disk: Arc::default(),
             view: Arc::new(watch::Sender::new(Arc::new(view))),
             incarnation: 0,
             deaths: VecDeque::new(),
@@ -301,6 +308,7 @@ impl SupervisorActor {
             record,
             surroundings,
             activity: child.activity.clone(),
+            disk: child.disk.clone(),
             view: child.view.clone(),
             guard,
             creator,
@@ -414,12 +422,14 @@ pub struct Create {
     pub request: CreateRequest,
     /// Who asked, if it is attached: its identity and a pidfd.
     pub creator: Option<(ProcessIdentity, OwnedFd)>,
+    /// The snapshot that the request names.
+    pub snapshot: Option<Snapshot>,
 }
 
 impl Handler<Create> for SupervisorActor {
     type Result = Result<SandboxRef, ApiError>;
 
-    fn handle(&mut self, Create { request, creator }: Create, _: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, Create { request, creator, snapshot }: Create, _: &mut Self::Context) -> Self::Result {
         faults::here("supervisor/create");
         self.handled += 1;
         if self.children.len() >= SANDBOXES_MAX {
@@ -447,7 +457,9 @@ impl Handler<Create> for SupervisorActor {
             id,
             name,
             labels: spec.labels.clone(),
-            image_digest: String::new(),
+            // A snapshot's disk fits one image and no other of the same name.
+            image_digest: snapshot.as_ref().map(|snapshot| snapshot.manifest.image.digest.clone()).unwrap_or_default(),
+            snapshot: snapshot.map(|snapshot| SnapshotParent { id: snapshot.id, name: snapshot.name }),
             command: spec.command.clone().unwrap_or_default(),
             created_at: self.surroundings.clock.wall(),
             started_at: None,
@@ -546,7 +558,7 @@ impl Handler<ListImageUsers> for SupervisorActor {
         for (name, child) in &self.children {
             let view = child.view.borrow();
             if !view.gone && !view.detail.image_digest.is_empty() {
-                users.entry(view.detail.image_digest.clone()).or_default().push(name.clone());
+                users.entry(view.detail.image_digest.clone()).or_default().push(ImageUser::Sandbox(name.clone()));
             }
         }
         MessageResult(users)

@@ -129,7 +129,10 @@ fn creator(child: &std::process::Child) -> Creator {
 fn a_sandbox_goes_up_down_up_and_away() {
     simulate(|world| async move {
         let detail = world.create(detached("web")).await;
-        assert_eq!((detail.summary.status, detail.image_digest.as_str()), (SandboxState::Running, "sha256:b0"));
+        assert_eq!(
+            (detail.summary.status, detail.image_digest.as_str()),
+            (SandboxState::Running, "sha256:b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0")
+        );
         let first_boot = detail.boot_id.unwrap();
         let stopped = world.daemon.stop(&name("web"), None, false).await.unwrap();
         assert_eq!(stopped.summary.status, SandboxState::Stopped);

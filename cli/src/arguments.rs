@@ -156,9 +156,13 @@ pub enum Command {
         #[command(subcommand)]
         command: volume::VolumeCommand,
     },
-    /// Take, list and remove snapshots (not built yet)
+    /// Keep disks of stopped sandboxes, and begin others with them
     #[command(visible_alias = "snap")]
-    Snapshot(Unbuilt),
+    Snapshot {
+        /// What to do with snapshots.
+        #[command(subcommand)]
+        command: crate::commands::snapshot::SnapshotCommand,
+    },
     /// Make sandboxes that start warm (not built yet)
     Template(Unbuilt),
     /// Show what takes disk space, and what could go

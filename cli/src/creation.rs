@@ -6,6 +6,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use msb_protocol::config::Config;
 use msb_protocol::error::ApiError;
 use msb_protocol::security::SecurityProfile;
+use msb_protocol::snapshot::SnapshotDetail;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, STOP_GRACE_MS_DEFAULT, SandboxSpec};
 
 use crate::care::CareArgs;
@@ -76,6 +77,9 @@ pub struct CreationArgs {
     /// Name of the sandbox; one is made up if there is none
     #[arg(short, long, value_name = "NAME")]
     pub name: Option<String>,
+    /// Begin with the disk, image, environment and size of a snapshot, in place of an image
+    #[arg(long, value_name = "NAME", conflicts_with = "pull")]
+    pub snapshot: Option<String>,
     /// Virtual CPUs
     #[arg(short, long, value_name = "COUNT")]
     pub cpus: Option<u32>,
@@ -133,9 +137,9 @@ pub struct CreationArgs {
     /// When to fetch the image
     #[arg(long, value_enum, default_value_t)]
     pub pull: Pull,
-    /// What the workload may do in its sandbox
-    #[arg(long, value_enum, default_value_t)]
-    pub security: Security,
+    /// What the workload may do in its sandbox; without it, `default` or what the snapshot says
+    #[arg(long, value_enum)]
+    pub security: Option<Security>,
     /// What follows the workload's end: no, on-failure[:N], always, unless-stopped
     #[arg(long, value_name = "POLICY", value_parser = parse::restart)]
     pub restart: Option<RestartPolicy>,
@@ -188,27 +192,35 @@ unbuilt_options! {
     tls_intercept "TLS interception";
     init "handing PID 1 to another init";
     shell "choosing a shell";
-    snapshot "snapshots";
     log_level "a log level for each sandbox";
 }
 
 impl CreationArgs {
-    /// The spec of an image with these options. What can be checked later (by the SDK and the daemon) is not checked here.
+    /// The spec of an image, or of a snapshot in its place, with these options. What can be checked later (by the SDK and the daemon) is not checked here.
     ///
     /// # Errors
     /// `not_implemented` for what is not built, `invalid_config` and `path_not_found` naming the value.
     pub fn spec(
         &self,
-        image: &str,
+        (image, snapshot): (&str, Option<&SnapshotDetail>),
         config: &Config,
         host: &dyn Fn(&str) -> Option<String>,
     ) -> Result<SandboxSpec, Failure> {
         self.refuse_unbuilt()?;
-        let mut spec = SandboxSpec::new(image);
+        let mut spec = match snapshot {
+            Some(snapshot) => SandboxSpec { snapshot: Some(snapshot.summary.name.clone()), ..snapshot.spec.clone() },
+            None => SandboxSpec {
+                cpus: u32::try_from(config.number("sandbox.cpus")).unwrap_or(u32::MAX),
+                memory_mib: whole_mib(config.bytes("sandbox.memory")),
+                root_size_mib: whole_mib(config.bytes("sandbox.root_size")),
+                stop_grace_ms: config.duration_ms("sandbox.stop_grace"),
+                ..SandboxSpec::new(image)
+            },
+        };
         spec.name = self.name.as_deref().map(parse::name).transpose()?;
-        spec.cpus = self.cpus.unwrap_or_else(|| u32::try_from(config.number("sandbox.cpus")).unwrap_or(u32::MAX));
-        spec.memory_mib = self.memory.unwrap_or_else(|| whole_mib(config.bytes("sandbox.memory")));
-        spec.root_size_mib = self.root_size.unwrap_or_else(|| whole_mib(config.bytes("sandbox.root_size")));
+        spec.cpus = self.cpus.unwrap_or(spec.cpus);
+        spec.memory_mib = self.memory.unwrap_or(spec.memory_mib);
+        spec.root_size_mib = self.root_size.unwrap_or(spec.root_size_mib);
         // As in docker, the command line wins over files, and of two files the later.
         for path in &self.env_file {
             spec.env.extend(env_file::read(path, host)?);
@@ -221,14 +233,19 @@ impl CreationArgs {
             spec.labels.extend(env_file::read_labels(path)?);
         }
         spec.labels.extend(parse::labels(&self.label));
-        spec.workdir.clone_from(&self.workdir);
-        spec.user.clone_from(&self.user);
-        spec.hostname.clone_from(&self.hostname);
-        spec.entrypoint =
-            self.entrypoint.as_ref().map(|word| if word.is_empty() { Vec::new() } else { vec![word.clone()] });
-        spec.rlimits.clone_from(&self.rlimits);
-        spec.stop_signal.clone_from(&self.stop_signal);
-        spec.stop_grace_ms = self.stop_timeout.unwrap_or_else(|| config.duration_ms("sandbox.stop_grace"));
+        over(&mut spec.workdir, &self.workdir);
+        over(&mut spec.user, &self.user);
+        over(&mut spec.hostname, &self.hostname);
+        if let Some(word) = &self.entrypoint {
+            spec.entrypoint = Some(if word.is_empty() { Vec::new() } else { vec![word.clone()] });
+            // As with an image: another entrypoint does not take the words that were meant for the first.
+            spec.command = None;
+        }
+        if !self.rlimits.is_empty() {
+            spec.rlimits.clone_from(&self.rlimits);
+        }
+        over(&mut spec.stop_signal, &self.stop_signal);
+        spec.stop_grace_ms = self.stop_timeout.unwrap_or(spec.stop_grace_ms);
         spec.engine = self.engine.map_or_else(|| engine_of(config), engine);
         spec.kernel = self.kernel(config)?;
         spec.restart = self.restart.unwrap_or_default();
@@ -239,7 +256,7 @@ impl CreationArgs {
         };
         spec.max_duration_ms = self.max_duration;
         spec.network = self.network.spec()?;
-        spec.security = self.security.into();
+        spec.security = self.security.map_or(spec.security, SecurityProfile::from);
         self.mounts.apply(&mut spec)?;
         self.care.apply(&mut spec)?;
         Ok(spec)
@@ -269,6 +286,13 @@ impl CreationArgs {
             Ok(text) => Ok(Some(text)),
             Err(_) => Err(failure::invalid(format!("the path of the kernel is no UTF-8 text: {}", path.display()))),
         }
+    }
+}
+
+/// What was said on the command line, if something was.
+fn over(field: &mut Option<String>, said: &Option<String>) {
+    if said.is_some() {
+        field.clone_from(said);
     }
 }
 
@@ -307,7 +331,7 @@ mod tests {
 
     fn spec_with(words: &[&str], config: &Config) -> Result<SandboxSpec, Failure> {
         let line = Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).unwrap();
-        line.creation.spec("busybox", config, &|name| (name == "FROM_HOST").then(|| "h".into()))
+        line.creation.spec(("busybox", None), config, &|name| (name == "FROM_HOST").then(|| "h".into()))
     }
 
     fn spec(words: &[&str]) -> SandboxSpec {
@@ -392,6 +416,27 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_is_where_options_begin() {
+        let mut spec = SandboxSpec::new("busybox");
+        spec.memory_mib = 128;
+        spec.env.insert("A".into(), "old".into());
+        spec.env.insert("B".into(), "old".into());
+        spec.command = Some(vec!["serve".into()]);
+        spec.security = SecurityProfile::Restricted;
+        let snapshot = crate::commands::snapshot::example(spec.clone());
+        let made = |words: &[&str]| {
+            let line = Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).unwrap();
+            line.creation.spec(("", Some(&snapshot)), &Config::default(), &|_| None).unwrap()
+        };
+        spec.snapshot = Some("warm".parse().unwrap());
+        assert_eq!(made(&[]), spec);
+        let other = made(&["-m", "1G", "-e", "A=new", "--entrypoint", "sh", "--security", "default"]);
+        assert_eq!((other.memory_mib, other.env["A"].as_str(), other.env["B"].as_str()), (1024, "new", "old"));
+        assert_eq!((other.command, other.security), (None, SecurityProfile::Default));
+        assert!(Line::try_parse_from(["x", "--snapshot", "a", "--pull", "always"]).is_err());
+    }
+
+    #[test]
     fn an_empty_entrypoint_removes_the_images_own() {
         assert_eq!(spec(&["--entrypoint", ""]).entrypoint, Some(vec![]));
         assert_eq!(spec(&[]).entrypoint, None);
@@ -424,7 +469,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name_never_ignored() {
-        for words in [&["--tls-intercept"][..], &["--secret", "A@b"], &["--snapshot", "s"]] {
+        for words in [&["--tls-intercept"][..], &["--secret", "A@b"]] {
             assert_eq!(refused(words), ErrorCode::NotImplemented, "{words:?}");
         }
         let Err(Failure::Api(error)) = spec_with(&["--tls-intercept", "x"], &Config::default()) else { panic!() };

@@ -122,6 +122,48 @@ fn operations_on_several_go_on_after_a_failure() {
 }
 
 #[test]
+fn snapshots() {
+    let service = Service::start();
+    std::fs::write(service.dir().join("good.tar.zst"), "archive").unwrap();
+    std::fs::write(service.dir().join("bad.tar.zst"), "!archive").unwrap();
+    let mut text = String::new();
+    for words in [
+        &["snapshot", "create", "new", "--from", "old", "-l", "team=ml"][..],
+        &["snapshot", "create", "warm", "--from", "old"],
+        &["snapshot", "create", "new", "--from", "web"],
+        &["snapshot", "create", "../x", "--from", "old"],
+        &["snapshot", "create", "new"],
+        &["snapshot", "ls"],
+        &["snap", "list", "-q"],
+        &["snapshot", "ls", "--format", "json"],
+        &["snapshot", "inspect", "warm"],
+        &["snapshot", "inspect", "warmer", "--format", "json"],
+        &["snapshot", "inspect", "gone"],
+        &["snapshot", "verify", "warm", "bad", "gone"],
+        &["snapshot", "verify", "warm", "--format", "json"],
+        &["snapshot", "export", "warm", "-o", "out.tar.zst"],
+        &["snapshot", "export", "warm"],
+        &["snapshot", "export", "bad", "-o", "half.tar.zst"],
+        &["snapshot", "export", "gone"],
+        &["snapshot", "import", "-i", "good.tar.zst"],
+        &["snapshot", "import", "-i", "good.tar.zst", "--name", "other"],
+        &["snapshot", "import", "-i", "bad.tar.zst"],
+        &["snapshot", "import", "-i", "missing.tar.zst"],
+        &["snapshot", "rm", "warm", "warmer"],
+        &["create", "--snapshot", "warm"],
+        &["create", "--snapshot", "gone"],
+        &["create", "--snapshot", "warm", "--mkdir", "/x"],
+        &["create"],
+    ] {
+        let output = msb(&service, words).output().unwrap();
+        text.push_str(&format!("$ msb {}\n{}\n", words.join(" "), shown(&service, &output)));
+    }
+    let read = |name: &str| std::fs::read_to_string(service.dir().join(name)).ok();
+    assert_eq!((read("out.tar.zst").as_deref(), read("half.tar.zst")), (Some("archive of warm"), None));
+    insta::assert_snapshot!(text);
+}
+
+#[test]
 fn images() {
     let service = Service::start();
     std::fs::write(service.dir().join("good.tar"), "archive").unwrap();
@@ -223,7 +265,7 @@ fn logs_and_events() {
 fn what_is_not_built_says_so() {
     let service = Service::start();
     for words in [
-        &["snapshot", "ls"][..],
+        &["snapshot", "create", "new", "--from", "old", "--memory"][..],
         &["fork", "web"],
         &["pause", "web"],
         &["resume", "web"],

@@ -45,6 +45,7 @@ mod layer;
 pub mod limits;
 mod reference;
 pub mod registry;
+pub mod snapshot;
 mod store;
 mod tar_stream;
 mod upper;

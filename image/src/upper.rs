@@ -17,10 +17,9 @@ use std::io::{self, BufReader, Read, Seek};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::SeekFrom;
-
 use crate::digest::{Digest, Hasher};
 use crate::error::{ImageError, io_error};
+use crate::snapshot::disk;
 use crate::store::Store;
 
 /// Size of the template's file system, the smallest writable disk.
@@ -169,37 +168,9 @@ fn unpack_sparse(mut source: impl Read, file: &File, path: &Path) -> Result<(), 
     file.set_len(position).map_err(|error| io_error("write", path, error))
 }
 
-/// Copies `from` to the empty file `target` without its holes, and gives it `bytes`.
+/// Makes the empty file `target` the disk `from`, grown to `bytes`.
 fn clone_sparse(from: &Path, target: &File, to: &Path, bytes: u64) -> Result<(), ImageError> {
     let source = File::open(from).map_err(|error| io_error("read", from, error))?;
-    // Where the file system shares extents between files nothing is copied at all.
-    if rustix::fs::ioctl_ficlone(target, &source).is_err() {
-        copy_extents(&source, target).map_err(|error| io_error("write", to, error))?;
-    }
+    disk::copy(&source, target).map_err(|error| io_error("write", to, error))?;
     target.set_len(bytes).map_err(|error| io_error("write", to, error))
-}
-
-fn copy_extents(source: &File, target: &File) -> io::Result<()> {
-    let mut buffer = vec![0; 256 << 10];
-    let mut position = 0;
-    loop {
-        let start = match rustix::fs::seek(source, SeekFrom::Data(position)) {
-            Ok(start) => start,
-            // No data behind `position`.
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(source, SeekFrom::Hole(start))?;
-        position = start;
-        while position < end {
-            let want = buffer.len().min(usize::try_from(end - position).unwrap_or(usize::MAX));
-            match source.read_at(&mut buffer[..want], position)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => {
-                    target.write_all_at(&buffer[..count], position)?;
-                    position += count as u64;
-                }
-            }
-        }
-    }
 }

@@ -55,6 +55,13 @@
 //! | `POST /v1/volumes` | [`crate::volume::CreateVolume`] | [`crate::volume::VolumeDetail`] |
 //! | `GET /v1/volumes/{name}` | | [`crate::volume::VolumeDetail`] |
 //! | `DELETE /v1/volumes/{name}` | | `{}` |
+//! | `GET /v1/snapshots` | | [`crate::snapshot::SnapshotList`] |
+//! | `POST /v1/snapshots` | [`crate::snapshot::CreateSnapshot`] | [`crate::snapshot::SnapshotDetail`] |
+//! | `GET /v1/snapshots/{name}` | | [`crate::snapshot::SnapshotDetail`] |
+//! | `DELETE /v1/snapshots/{name}` | | `{}` |
+//! | `POST /v1/snapshots/{name}/verify` | | [`crate::snapshot::SnapshotCheck`] |
+//! | `GET /v1/snapshots/{name}/archive` | | a `.tar.zst`; one that breaks off is not whole |
+//! | `POST /v1/snapshot-archives?name=` | a `.tar.zst` | [`crate::snapshot::SnapshotDetail`] |
 //! | `GET /v1/debug/actors` | | [`ActorTree`] |
 //! | `GET /openapi.json` | | OpenAPI 3.1 |
 //!
@@ -809,6 +816,10 @@ pub struct ImageDetail {
     pub layer_details: Vec<ImageLayerDetail>,
     /// Sandboxes that use it.
     pub used_by: Vec<SandboxName>,
+    /// Snapshots that need it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub used_by_snapshots: Vec<SandboxName>,
     /// How it was built, oldest step first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<crate::images::ImageHistoryStep>,

@@ -33,6 +33,7 @@ pub mod paths;
 pub mod quantity;
 pub mod security;
 pub mod selector;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod version;

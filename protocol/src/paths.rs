@@ -133,6 +133,11 @@ impl HomeLayout {
     pub fn volumes(&self) -> PathBuf {
         self.home.join("volumes")
     }
+    /// All snapshots.
+    #[must_use]
+    pub fn snapshots(&self) -> PathBuf {
+        self.home.join("snapshots")
+    }
     /// The configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {

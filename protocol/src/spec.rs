@@ -148,6 +148,10 @@ pub struct SandboxSpec {
     pub name: Option<SandboxName>,
     /// The image as the user wrote it.
     pub image: String,
+    /// The snapshot whose disk it begins with, in place of an empty one; the image is then the snapshot's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub snapshot: Option<SandboxName>,
     /// Virtual CPUs, 1 to [`CPUS_MAX`].
     #[serde(default = "one")]
     pub cpus: u32,
@@ -264,6 +268,7 @@ impl SandboxSpec {
             spec_version: SPEC_VERSION,
             name: None,
             image: image.into(),
+            snapshot: None,
             cpus: 1,
             memory_mib: MEMORY_MIB_DEFAULT,
             root_size_mib: ROOT_SIZE_MIB_DEFAULT,
@@ -294,6 +299,27 @@ impl SandboxSpec {
             patches: Vec::new(),
             health: None,
             pre_stop: None,
+        }
+    }
+
+    /// What of it a snapshot keeps: what the workload sees and how large the machine is. Nothing of the host (mounts, ports, network
+    /// policy, kernel) and nothing that made the old sandbox that one (name, hostname, labels, how it lives and ends).
+    #[must_use]
+    pub fn for_snapshot(&self) -> Self {
+        Self {
+            cpus: self.cpus,
+            memory_mib: self.memory_mib,
+            root_size_mib: self.root_size_mib,
+            env: self.env.clone(),
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            entrypoint: self.entrypoint.clone(),
+            command: self.command.clone(),
+            rlimits: self.rlimits.clone(),
+            stop_signal: self.stop_signal.clone(),
+            stop_grace_ms: self.stop_grace_ms,
+            security: self.security,
+            ..Self::new(&self.image)
         }
     }
 
@@ -350,6 +376,13 @@ impl SandboxSpec {
         }
         mount::check_mounts(&self.mounts)?;
         mount::check_patches(&self.patches)?;
+        if self.snapshot.is_some() && !self.patches.is_empty() {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                "patches and a snapshot exclude each other: patches say how a fresh root is to be, a snapshot's root has been lived in",
+            )
+            .with_hint("patch the sandbox before the snapshot is taken, or copy files into the new one"));
+        }
         self.security.check_command(self.command.as_deref().unwrap_or_default())?;
         self.network.check()
     }

@@ -14,6 +14,7 @@ use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
 use msb_actors::metrics::MetricsHandle;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
+use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
 use msb_protocol::error::ApiError;
@@ -178,6 +179,7 @@ async fn serve(
         host: settings.host_settings(),
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),
+        snapshots: Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), clock.clone()),
         metrics: MetricsHandle::start(&settings.home.home, clock.clone()),
         journal,
         clock,

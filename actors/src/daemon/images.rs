@@ -105,6 +105,7 @@ impl Daemon {
         let measured = tokio::task::spawn_blocking(move || (sandbox_rows(&places), free_bytes(&home)));
         let (sandboxes, free_bytes) = measured.await.map_err(ApiError::internal)?;
         rows.extend(sandboxes);
+        rows.push(self.snapshots_row().await?);
         Ok(DiskUsage { rows, free_bytes })
     }
 
@@ -202,7 +203,9 @@ impl Daemon {
     }
 
     async fn image_users(&self) -> Result<ImageUsers, ApiError> {
-        self.supervisor.send(ListImageUsers).await.map_err(mailbox)
+        let mut users = self.supervisor.send(ListImageUsers).await.map_err(mailbox)?;
+        self.add_snapshot_images(&mut users).await?;
+        Ok(users)
     }
 
     /// One call of the store.

@@ -31,8 +31,26 @@ use crate::kept::{Kept, Life};
 /// Messages that wait for the actor before their senders are told to.
 const MAILBOX_LEN: usize = 1_024;
 
-/// Sandboxes by the digest of their image.
-pub type ImageUsers = BTreeMap<String, Vec<SandboxName>>;
+/// Who needs an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageUser {
+    /// A sandbox, running or not.
+    Sandbox(SandboxName),
+    /// A snapshot.
+    Snapshot(SandboxName),
+}
+
+impl std::fmt::Display for ImageUser {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sandbox(name) => name.fmt(f),
+            Self::Snapshot(name) => write!(f, "snapshot {name}"),
+        }
+    }
+}
+
+/// Who needs an image, by its digest.
+pub type ImageUsers = BTreeMap<String, Vec<ImageUser>>;
 
 /// An image that is ready to boot from.
 #[derive(Clone)]
@@ -283,7 +301,12 @@ impl Handler<InspectImage> for ImageActor {
         faults::here("images/inspect");
         self.blocking(move |store| {
             let mut detail = store.inspect(&message.reference)?;
-            detail.used_by = message.users.get(&detail.summary.digest).cloned().unwrap_or_default();
+            for user in message.users.get(&detail.summary.digest).into_iter().flatten() {
+                match user {
+                    ImageUser::Sandbox(name) => detail.used_by.push(name.clone()),
+                    ImageUser::Snapshot(name) => detail.used_by_snapshots.push(name.clone()),
+                }
+            }
             Ok(detail)
         })
     }

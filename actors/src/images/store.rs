@@ -213,6 +213,7 @@ impl ImageStore for ContentStore {
                 })
                 .collect(),
             used_by: Vec::new(),
+            used_by_snapshots: Vec::new(),
             history: history(&details),
         })
     }

@@ -10,6 +10,7 @@
 //! | `sandboxes` | sandbox id | sealed [`SandboxRecord`] |
 //! | `events` | sequence | sealed [`EventRecord`], a ring of [`EVENTS_MAX`] |
 //! | `quarantine` | sandbox id | the damaged bytes, for repair by hand |
+//! | `snapshots` | name | sealed [`SnapshotRecord`] |
 //!
 //! A damaged record is moved to `quarantine` with a message and the rest lives. A file of an older schema is copied aside before it
 //! is migrated; one of a newer schema is refused. After an I/O error redb wants to be opened anew, which the thread does by itself.
@@ -24,10 +25,10 @@ use std::sync::Arc;
 
 use msb_protocol::control::EventRecord;
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::id::SandboxId;
+use msb_protocol::id::{SandboxId, SandboxName};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-pub use record::{EventDraft, SandboxRecord};
+pub use record::{EventDraft, SandboxRecord, SnapshotPhase, SnapshotRecord};
 pub use writer::{MIGRATIONS, Migration};
 
 use crate::clock::Clock;
@@ -93,11 +94,16 @@ pub enum Change {
     Remove(SandboxId, EventDraft),
     /// Only something to tell.
     Event(EventDraft),
+    /// The snapshot is this now.
+    PutSnapshot(Box<SnapshotRecord>, Option<EventDraft>),
+    /// The snapshot is no more.
+    RemoveSnapshot(SandboxName),
 }
 
 pub(crate) enum Command {
     Write(Change, oneshot::Sender<Result<(), ApiError>>),
     Load(SandboxId, oneshot::Sender<Option<SandboxRecord>>),
+    Snapshots(oneshot::Sender<Vec<SnapshotRecord>>),
     EventsAfter { sequence: u64, limit: usize, reply: oneshot::Sender<Vec<EventRecord>> },
 }
 
@@ -161,6 +167,15 @@ impl Journal {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Load(id, reply)).await.ok()?;
         answer.await.ok().flatten()
+    }
+
+    /// Every record of a snapshot.
+    pub async fn snapshots(&self) -> Vec<SnapshotRecord> {
+        let (reply, answer) = oneshot::channel();
+        if self.commands.send(Command::Snapshots(reply)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
     }
 
     /// Events after a sequence number, oldest first, at most `limit`.

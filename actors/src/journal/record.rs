@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use msb_protocol::control::RunEnd;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::network::PublishedPort;
+use msb_protocol::snapshot::{SnapshotManifest, SnapshotParent};
 use msb_protocol::spec::{EngineChoice, SandboxSpec};
 use msb_protocol::state::{EndCause, SandboxState};
 use msb_protocol::vmm::{BootError, JailReport, Phase};
@@ -64,6 +65,35 @@ pub struct SandboxRecord {
     /// Published ports as they were last bound.
     #[serde(default)]
     pub ports: Vec<PublishedPort>,
+    /// The snapshot whose disk it began with.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotParent>,
+}
+
+/// What the journal keeps of a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Its name, the key of the table.
+    pub name: SandboxName,
+    /// Where it is.
+    pub phase: SnapshotPhase,
+}
+
+/// Where a snapshot is. Only a ready one is ever seen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotPhase {
+    /// Its files are being made; a daemon that finds this removes them.
+    Making,
+    /// It is whole.
+    Ready {
+        /// Its identity.
+        id: String,
+        /// What it says about itself.
+        manifest: Box<SnapshotManifest>,
+    },
+    /// Its files are being removed; a daemon that finds this goes on.
+    Removing,
 }
 
 /// An event before the journal gave it its number and time.

@@ -38,6 +38,7 @@ fn record(name: &str) -> SandboxRecord {
         boot_phases: Vec::new(),
         jail: Default::default(),
         ports: Vec::new(),
+        snapshot: None,
     }
 }
 

@@ -8,13 +8,14 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use redb::{ConcurrencyMode, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::record::{EventDraft, SandboxRecord, seal, unseal};
+use super::record::{EventDraft, SandboxRecord, SnapshotRecord, seal, unseal};
 use super::{Change, Command, EVENTS_MAX, Found, JournalError};
 use crate::clock::Clock;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SANDBOXES: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("sandboxes");
 const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
+const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const QUARANTINE: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("quarantine");
 
 /// redb's cache in bytes: the journal is small, and its default of 1 GiB would let an idle daemon grow.
@@ -148,6 +149,7 @@ impl Writer {
             {
                 let mut sandboxes = transaction.open_table(SANDBOXES)?;
                 let mut events = transaction.open_table(EVENTS)?;
+                let mut snapshots = transaction.open_table(SNAPSHOTS)?;
                 for change in changes {
                     let draft = match change {
                         Change::Put(record, draft) => {
@@ -160,6 +162,15 @@ impl Writer {
                             Some(draft)
                         }
                         Change::Event(draft) => Some(draft),
+                        Change::PutSnapshot(record, draft) => {
+                            let sealed = seal(&**record).map_err(redb::Error::Corrupted)?;
+                            snapshots.insert(record.name.as_str(), sealed.as_slice())?;
+                            draft.as_ref()
+                        }
+                        Change::RemoveSnapshot(name) => {
+                            snapshots.remove(name.as_str())?;
+                            None
+                        }
                     };
                     if let Some(draft) = draft {
                         sequence += 1;
@@ -190,6 +201,13 @@ impl Writer {
                     None
                 });
                 let _ = reply.send(record);
+            }
+            Command::Snapshots(reply) => {
+                let records = self.database().and_then(snapshots).unwrap_or_else(|reason| {
+                    tracing::error!(reason, "the records of snapshots could not be read");
+                    Vec::new()
+                });
+                let _ = reply.send(records);
             }
             Command::EventsAfter { sequence, limit, reply } => {
                 let events = self.database().and_then(|database| events_after(database, sequence, limit));
@@ -267,6 +285,19 @@ fn prepare(database: &Database, schema: u64, migrations: &[Migration], found: &m
             quarantine.insert(key, bytes.as_slice())?;
             sandboxes.remove(key)?;
         }
+        let mut snapshots = transaction.open_table(SNAPSHOTS)?;
+        let mut damaged = Vec::new();
+        for row in snapshots.iter()? {
+            let (key, value) = row?;
+            if let Err(reason) = unseal::<SnapshotRecord>(value.value()) {
+                damaged.push((key.value().to_owned(), reason));
+            }
+        }
+        for (name, reason) in damaged {
+            // Its files say everything again that the record did.
+            found.problems.push(format!("the record of snapshot {name} is damaged ({reason}) and was dropped"));
+            snapshots.remove(name.as_str())?;
+        }
         Ok(sequence)
     })()
     .map_err(text)?;
@@ -279,6 +310,13 @@ fn load(database: &Database, key: u128) -> Result<Option<SandboxRecord>, String>
     let table = transaction.open_table(SANDBOXES).map_err(|error| error.to_string())?;
     let row = table.get(key).map_err(|error| error.to_string())?;
     row.map(|value| unseal(value.value())).transpose()
+}
+
+fn snapshots(database: &Database) -> Result<Vec<SnapshotRecord>, String> {
+    let transaction = database.begin_read().map_err(|error| error.to_string())?;
+    let table = transaction.open_table(SNAPSHOTS).map_err(|error| error.to_string())?;
+    let rows = table.iter().map_err(|error| error.to_string())?;
+    rows.map(|row| unseal(row.map_err(|error| error.to_string())?.1.value())).collect()
 }
 
 fn events_after(database: &Database, sequence: u64, limit: usize) -> Result<Vec<EventRecord>, String> {

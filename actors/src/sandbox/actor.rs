@@ -29,6 +29,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::activity::{Activity, ActivityKind};
 use super::directories::Directories;
+use super::disk_hold::DiskHolds;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
 use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
 use super::network::BoundPorts;
@@ -43,6 +44,7 @@ use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
 use crate::metrics::{Forget, LastWords, Measured};
+use crate::snapshots::Source;
 use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
@@ -103,6 +105,40 @@ impl Handler<OpenSsh> for SandboxActor {
     }
 }
 
+/// The sandbox's disk for a snapshot: it neither starts nor goes away while that is held.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<Source, ApiError>")]
+pub struct HoldDisk;
+
+impl Handler<HoldDisk> for SandboxActor {
+    type Result = Result<Source, ApiError>;
+
+    fn handle(&mut self, _: HoldDisk, _: &mut Self::Context) -> Self::Result {
+        self.handled += 1;
+        let (name, state) = (&self.record.name, self.machine.shown());
+        // Asleep and restarting ones start by themselves.
+        if !matches!(self.machine.state(), State::Stopped | State::Crashed) || self.stepping {
+            let message = format!("sandbox {name} is {}: a snapshot is taken of a stopped one", state.as_str());
+            return Err(ApiError::new(ErrorCode::SandboxStillRunning, message)
+                .with_hint(format!("stop it first: msb stop {name}")));
+        }
+        if self.record.image_digest.is_empty() || !self.directories.upper.exists() {
+            let message = format!("sandbox {name} has no disk yet: it never started");
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
+        }
+        Ok(Source {
+            sandbox: name.clone(),
+            sandbox_id: self.record.id,
+            state,
+            spec: self.record.spec.clone(),
+            image_digest: self.record.image_digest.clone(),
+            parent: self.record.snapshot.clone(),
+            disk: self.directories.upper.clone(),
+            hold: self.disk.hold(),
+        })
+    }
+}
+
 impl Handler<LetGo> for SandboxActor {
     type Result = ();
     fn handle(&mut self, _: LetGo, ctx: &mut Self::Context) {
@@ -132,6 +168,8 @@ pub struct Birth {
     pub surroundings: Arc<Surroundings>,
     /// Its activity, which outlives incarnations.
     pub activity: Arc<Activity>,
+    /// Who reads its disk, who outlives them too.
+    pub disk: Arc<DiskHolds>,
     /// Where others see it.
     pub view: Arc<watch::Sender<Arc<View>>>,
     /// Tells the supervisor when this incarnation is gone.
@@ -149,6 +187,7 @@ pub struct SandboxActor {
     surroundings: Arc<Surroundings>,
     directories: Directories,
     activity: Arc<Activity>,
+    disk: Arc<DiskHolds>,
     view: Arc<watch::Sender<Arc<View>>>,
     guard: DeathGuard,
     creator: Option<OwnedFd>,
@@ -199,7 +238,7 @@ impl SandboxActor {
     /// An incarnation.
     #[must_use]
     pub fn new(birth: Birth) -> Self {
-        let Birth { record, surroundings, activity, view, guard, creator, first } = birth;
+        let Birth { record, surroundings, activity, disk, view, guard, creator, first } = birth;
         let now_ms = surroundings.clock.now_ms();
         let policy = Policy::of(&record.spec);
         let (machine, first_effects) = if first.is_some() {
@@ -218,6 +257,7 @@ impl SandboxActor {
             surroundings,
             directories,
             activity,
+            disk,
             view,
             guard,
             creator,
@@ -608,13 +648,27 @@ impl SandboxActor {
         let (directories, images, size_mib) =
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
+        let (snapshots, begun_with) = (self.surroundings.snapshots.clone(), self.record.snapshot.clone());
         self.later(ctx, async move {
+            // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
+            let snapshot = match &begun_with {
+                Some(parent) => Some(snapshots.find(&parent.id).await),
+                None => None,
+            };
             let prepared = {
                 tokio::task::spawn_blocking(move || {
                     directories.prepare()?;
                     let mut disks = mounts::missing_disks(&spec, &volumes)?;
                     if !directories.upper.exists() {
-                        disks.push((directories.upper, size_mib));
+                        match snapshot {
+                            None => disks.push((directories.upper, size_mib)),
+                            Some(snapshot) => {
+                                let snapshot = snapshot?;
+                                let (size_bytes, bytes) =
+                                    (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
+                                snapshots.files.clone_disk(&snapshot.name, size_bytes, &directories.upper, bytes)?;
+                            }
+                        }
                     }
                     Ok(disks)
                 })
@@ -908,6 +962,10 @@ impl Handler<Ask> for SandboxActor {
         match ask {
             Ask::Event(event) => {
                 let then_start = matches!(event, Event::Stop { then: Then::Start, .. });
+                if self.disk.is_held() && (then_start || matches!(event, Event::Start { .. } | Event::Remove { .. })) {
+                    let message = format!("a snapshot of sandbox {} is being taken", self.record.name);
+                    return Err(ApiError::new(ErrorCode::SandboxBusy, message));
+                }
                 self.feed(event, ctx).map_err(|denial| {
                     let code = match (denial, event) {
                         (Denial::Gone, _) => ErrorCode::SandboxNotFound,

@@ -3,6 +3,7 @@
 pub mod activity;
 pub mod actor;
 pub mod directories;
+pub mod disk_hold;
 pub mod health;
 pub mod heartbeat;
 pub mod machine;

@@ -12,6 +12,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
+use msb_image::snapshot::SnapshotFiles;
 use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{
@@ -33,6 +34,7 @@ use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
+use crate::snapshots::Snapshots;
 use crate::supervisor::Surroundings;
 
 /// Images that exist: `busybox`, `app` (with every default an image can have).
@@ -44,9 +46,11 @@ impl FakeImages {
         let plain =
             ImageConfigDetail { cmd: vec!["sh".into()], env: vec!["PATH=/bin".into()], ..ImageConfigDetail::default() };
         match reference {
-            "busybox" | "sha256:b0" => Ok(("sha256:b0", plain)),
-            "app" | "sha256:a0" => Ok((
-                "sha256:a0",
+            "busybox" | "sha256:b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0" => {
+                Ok(("sha256:b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0", plain))
+            }
+            "app" | "sha256:a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0" => Ok((
+                "sha256:a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0",
                 ImageConfigDetail {
                     labels: [("team".to_owned(), "ml".to_owned())].into(),
                     user: "app".into(),
@@ -84,7 +88,14 @@ impl ImageStore for FakeImages {
             loaded_at: jiff::Timestamp::UNIX_EPOCH,
             pinned: false,
         };
-        Ok(ImageDetail { summary, config, layer_details: Vec::new(), used_by: Vec::new(), history: Vec::new() })
+        Ok(ImageDetail {
+            summary,
+            config,
+            layer_details: Vec::new(),
+            used_by: Vec::new(),
+            used_by_snapshots: Vec::new(),
+            history: Vec::new(),
+        })
     }
     fn remove(&self, reference: &str, force: bool, users: &ImageUsers) -> Result<ImageRemoval, ApiError> {
         let (digest, _) = Self::find(reference)?;
@@ -178,8 +189,10 @@ impl ImageStore for FakeImages {
 #[must_use]
 pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLauncher>) -> Daemon {
     let (journal, found) = open_journal(directory, &clock);
+    let files = SnapshotFiles::new(HomeLayout::new(directory).snapshots());
     let surroundings = Surroundings {
         home: HomeLayout::new(directory),
+        snapshots: Snapshots::start(files, journal.clone(), clock.clone()),
         runtime_dir: directory.join("rt"),
         host: HostSettings {
             kernel: "/fake/vmlinux".into(),

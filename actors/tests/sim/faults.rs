@@ -1,9 +1,12 @@
 //! A panic in each handler of each actor: at most the request that hit it fails, every VM lives on, and everything works afterwards.
 
+use std::collections::BTreeMap;
+
 use msb_actors::faults::injected;
 use msb_actors::images::LoadOptions;
 use msb_protocol::control::LabelRequest;
 use msb_protocol::error::ApiError;
+use msb_protocol::snapshot::CreateSnapshot;
 
 use super::*;
 
@@ -69,9 +72,32 @@ async fn drive(world: &World) {
     insist(world, "metrics", || daemon.metrics(&all)).await;
     insist(world, "history", || daemon.metrics_history(&old, u64::MAX, 100)).await;
     insist(world, "stop", || daemon.stop(&new, None, false)).await;
+    snapshot(world).await;
     insist(world, "start", || daemon.start(&new, false)).await;
     gone(world, "new").await;
     gone(world, "idle").await;
+}
+
+/// Of `new`, which is at rest.
+async fn snapshot(world: &World) {
+    let daemon = &world.daemon;
+    insist(world, "snapshot", || async {
+        let request = CreateSnapshot { name: name("kept"), from: name("new"), labels: BTreeMap::new() };
+        match daemon.take_snapshot(request).await {
+            Err(error) if error.code == ErrorCode::SnapshotAlreadyExists => daemon.inspect_snapshot("kept").await,
+            outcome => outcome,
+        }
+    })
+    .await;
+    insist(world, "inspect", || daemon.inspect_snapshot("kept")).await;
+    assert_eq!(insist(world, "snapshots", || daemon.list_snapshots()).await.len(), 1);
+    insist(world, "snapshot rm", || async {
+        match daemon.remove_snapshot(name("kept")).await {
+            Err(error) if error.code == ErrorCode::SnapshotNotFound => Ok(()),
+            outcome => outcome,
+        }
+    })
+    .await;
 }
 
 async fn gone(world: &World, text: &str) {

@@ -4,6 +4,7 @@ use clap::Args;
 use msb_protocol::control::{CreateRequest, SandboxDetail};
 use msb_protocol::error::ErrorCode;
 use msb_protocol::images::{PullPolicy, PullRequest};
+use msb_protocol::snapshot::snapshot_name;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
 use crate::context::{Context, host_variable};
@@ -13,13 +14,15 @@ use crate::parse;
 
 /// Options of `create`.
 #[derive(Debug, Args)]
-#[command(override_usage = "msb create [OPTIONS] IMAGE [COMMAND]...")]
+#[command(
+    override_usage = "msb create [OPTIONS] IMAGE [COMMAND]...\n       msb create [OPTIONS] --snapshot NAME [COMMAND]..."
+)]
 pub struct CreateArgs {
     /// What it is made of.
     #[command(flatten)]
     pub creation: CreationArgs,
     /// The image, and what to run of it; without a command it boots and waits
-    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
+    #[arg(required_unless_present = "snapshot", num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     pub image_and_command: Vec<String>,
 }
 
@@ -28,8 +31,7 @@ pub struct CreateArgs {
 /// # Errors
 /// Those of the options and of the service.
 pub async fn run(args: CreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    let (image, command) = split(args.image_and_command);
-    let mut spec = args.creation.spec(&image, &context.config()?, &host_variable)?;
+    let (mut spec, command) = spec(&args.creation, args.image_and_command, context).await?;
     spec.detached = true;
     if !command.is_empty() {
         spec.command = Some(command);
@@ -52,6 +54,25 @@ pub fn split(mut words: Vec<String>) -> (String, Vec<String>) {
     (words.pop().unwrap_or_default(), parse::words(command))
 }
 
+/// The spec of the options, over an image that is the first of `words` or over a snapshot; and the command, if one is given.
+///
+/// # Errors
+/// Those of the options; `snapshot_not_found`.
+pub async fn spec(
+    options: &CreationArgs,
+    words: Vec<String>,
+    context: &Context,
+) -> Result<(SandboxSpec, Vec<String>), Failure> {
+    let config = context.config()?;
+    let Some(name) = &options.snapshot else {
+        let (image, command) = split(words);
+        return Ok((options.spec((&image, None), &config, &host_variable)?, command));
+    };
+    let name = snapshot_name(name).map_err(Failure::Api)?;
+    let snapshot = context.client().await?.snapshot(&name).await?;
+    Ok((options.spec(("", Some(&snapshot)), &config, &host_variable)?, parse::words(words)))
+}
+
 /// Checks a spec, has its image fetched if the options say so, and has the service create the sandbox; a sign turns meanwhile. Software emulation is said once.
 ///
 /// # Errors
@@ -69,14 +90,17 @@ pub async fn create(
         Pull::Never => PullPolicy::Never,
         Pull::Always | Pull::IfMissing => PullPolicy::IfMissing,
     };
+    // A snapshot's image is there, or the service says what to do about it.
     let missing = options.pull == Pull::IfMissing
+        && spec.snapshot.is_none()
         && matches!(client.image(&spec.image).await, Err(error) if error.code() == ErrorCode::ImageNotFound);
     if missing || options.pull == Pull::Always {
         let wanted = PullRequest { reference: spec.image.clone(), ..PullRequest::default() };
         super::pull::fetch(&client, &wanted, context).await?;
     }
     let request = CreateRequest { spec, hold_main, replace_grace_ms: options.replace_grace_ms(), pull };
-    let progress = context.printer.spinner(&format!("booting {}", request.spec.image));
+    let what = request.spec.snapshot.as_ref().map_or(request.spec.image.as_str(), |name| name.as_str());
+    let progress = context.printer.spinner(&format!("booting {what}"));
     let detail = client.create(&request).await?;
     drop(progress);
     if let (Some(EngineChoice::Qemu), Some(reason)) = (detail.summary.engine, &detail.engine_reason) {

@@ -371,7 +371,9 @@ fn render(detail: &ImageDetail, zone: &jiff::tz::TimeZone) -> String {
             ),
         )
     }));
-    rows.push(("Used by", detail.used_by.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")));
+    let snapshots = detail.used_by_snapshots.iter().map(|name| format!("snapshot {name}"));
+    let users: Vec<String> = detail.used_by.iter().map(ToString::to_string).chain(snapshots).collect();
+    rows.push(("Used by", users.join(", ")));
     rows.iter()
         .filter(|(_, value)| !value.is_empty())
         .map(|(key, value)| {

@@ -47,6 +47,7 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
     text.line("State", summary.status.as_str());
     text.line("Image", &summary.image);
     text.line("Image digest", &detail.image_digest);
+    text.optional("Snapshot", spec.snapshot.as_ref().map(ToString::to_string));
     let workload = match spec.workload {
         Workload::None => "none: it waits for exec".to_owned(),
         Workload::Main => words(&summary.command),

@@ -29,6 +29,7 @@ pub mod restart;
 pub mod run;
 pub mod save;
 pub mod shell;
+pub mod snapshot;
 pub mod ssh;
 pub mod start;
 pub mod status;
@@ -89,7 +90,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Pull(args) => pull::run(args, context).await,
         Command::Save(args) => save::run(args, context).await,
         Command::Registry { command } => registry::run(command, context).await,
-        Command::Snapshot(_) => unbuilt("msb snapshot"),
+        Command::Snapshot { command } => snapshot::run(command, context).await,
         Command::Template(_) => unbuilt("msb template"),
         Command::Df => df::run(context).await,
         Command::Install(args) => install::run(args, context).await,

@@ -8,7 +8,7 @@ use msb_protocol::error::ErrorCode;
 use msb_protocol::spec::Workload;
 use msb_sdk::{AttachOptions, Client};
 
-use super::create::{create, split};
+use super::create::{create, spec};
 use crate::attached::{self, Joining, Parting};
 use crate::context::{Context, host_variable};
 use crate::creation::CreationArgs;
@@ -23,7 +23,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// Options of `run`.
 #[derive(Debug, Args)]
 #[command(
-    override_usage = "msb run [OPTIONS] IMAGE [COMMAND]...",
+    override_usage = "msb run [OPTIONS] IMAGE [COMMAND]...\n       msb run [OPTIONS] --snapshot NAME [COMMAND]...",
     after_help = "Without --name and -d the sandbox is removed when the command ends. The exit code is the command's own; 128+N if signal N \
                   killed it, 124 at --timeout, 125 if msb failed, 126 not executable, 127 not found."
 )]
@@ -50,7 +50,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub creation: CreationArgs,
     /// The image, and what to run of it; without a command the image's own
-    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
+    #[arg(required_unless_present = "snapshot", num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     pub image_and_command: Vec<String>,
 }
 
@@ -62,8 +62,7 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<ExitStatus, Failure
     if args.tty && args.interactive && !args.detach && !terminal::stdin_is_terminal() {
         return Err(invalid("-t with -i needs a terminal on stdin"));
     }
-    let (image, command) = split(args.image_and_command);
-    let mut spec = args.creation.spec(&image, &context.config()?, &host_variable)?;
+    let (mut spec, command) = spec(&args.creation, args.image_and_command, context).await?;
     if !command.is_empty() {
         spec.command = Some(command);
     }

@@ -32,31 +32,41 @@ pub struct SaveArgs {
 pub async fn run(args: SaveArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let request = SaveRequest { references: args.references, format: args.layout };
     let path = args.output.filter(|path| path.as_os_str() != "-");
+    refuse_terminal(path.as_deref(), "msb save IMAGE | docker load")?;
+    let archive = context.client().await?.save_images(&request).await?;
+    write(archive, path.as_deref(), "saving", context).await?;
+    Ok(ExitStatus::SUCCESS)
+}
+
+/// An archive on stdout must not meet a terminal.
+pub(super) fn refuse_terminal(path: Option<&Path>, example: &str) -> Result<(), Failure> {
     if path.is_none() && std::io::stdout().is_terminal() {
         let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is not written to a terminal")
-            .with_hint("name a file with -o FILE, or pipe it on: msb save IMAGE | docker load");
+            .with_hint(format!("name a file with -o FILE, or pipe it on: {example}"));
         return Err(error.into());
     }
-    let client = context.client().await?;
-    let mut archive = client.save_images(&request).await?;
-    let progress = context.printer.bytes_bar("saving", None);
+    Ok(())
+}
+
+/// Writes an archive to a file, or to stdout.
+pub(super) async fn write(
+    mut archive: msb_sdk::client::Archive,
+    path: Option<&Path>,
+    doing: &'static str,
+    context: &Context,
+) -> Result<(), Failure> {
+    let progress = context.printer.bytes_bar(doing, None);
     let mut written = 0;
-    let Some(path) = path else {
-        while let Some(piece) = archive.next().await? {
-            context.printer.bytes(&piece)?;
-            written += piece.len() as u64;
-            progress.position(written);
-        }
-        return Ok(ExitStatus::SUCCESS);
-    };
-    let mut file = Target::create(&path)?;
+    let mut file = path.map(Target::create).transpose()?;
     while let Some(piece) = archive.next().await? {
-        file.write(&piece)?;
+        match &mut file {
+            Some(file) => file.write(&piece)?,
+            None => context.printer.bytes(&piece)?,
+        }
         written += piece.len() as u64;
         progress.position(written);
     }
-    file.finish()?;
-    Ok(ExitStatus::SUCCESS)
+    file.map_or(Ok(()), Target::finish)
 }
 
 /// A file that is there whole or not at all. What is no regular file (a pipe, `/dev/null`) is written to directly.

@@ -3,6 +3,7 @@
 
 mod images;
 mod metrics;
+mod snapshots;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -104,6 +105,11 @@ fn router() -> Router {
                 })
             }),
         )
+        .route("/v1/snapshots", get(snapshots::list).post(snapshots::create))
+        .route("/v1/snapshots/{name}", get(snapshots::inspect).delete(snapshots::remove))
+        .route("/v1/snapshots/{name}/verify", post(snapshots::verify))
+        .route("/v1/snapshots/{name}/archive", get(snapshots::export))
+        .route("/v1/snapshot-archives", post(snapshots::import))
         .route("/v1/debug/actors", get(|| async { Json(actors()) }))
 }
 
@@ -539,6 +545,7 @@ async fn inspect_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
         config,
         layer_details: vec![layer(1), layer(2)],
         used_by: vec![SandboxName::parse("web").unwrap()],
+        used_by_snapshots: vec![SandboxName::parse("warm").unwrap()],
         history: vec![
             ImageHistoryStep {
                 created_at: Some(time("2026-01-01T00:00:00Z")),

@@ -10,6 +10,7 @@ use msb_protocol::id::SandboxName;
 use msb_protocol::images::PullPolicy;
 use msb_protocol::mount::{Mount, Patch};
 use msb_protocol::security::SecurityProfile;
+use msb_protocol::snapshot::SnapshotDetail;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
 
 use crate::client::Client;
@@ -31,7 +32,12 @@ impl SandboxBuilder {
         Self { name, spec: SandboxSpec::new(""), hold_main: false, replace_grace_ms: None, pull: PullPolicy::default() }
     }
 
-    /// The image. Required.
+    pub(crate) fn of_snapshot(name: Option<String>, snapshot: &SnapshotDetail) -> Self {
+        let spec = SandboxSpec { snapshot: Some(snapshot.summary.name.clone()), ..snapshot.spec.clone() };
+        Self { spec, ..Self::new(name) }
+    }
+
+    /// The image. Required; a sandbox of a snapshot ([`crate::Snapshot::sandbox`]) has the snapshot's.
     #[must_use]
     pub fn image(mut self, reference: impl Into<String>) -> Self {
         self.spec.image = reference.into();

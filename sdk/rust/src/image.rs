@@ -15,7 +15,7 @@ use msb_protocol::images::{
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
-use crate::client::{Client, JsonLines, LoadOptions};
+use crate::client::{Archive, Client, JsonLines, LoadOptions};
 use crate::error::Error;
 
 /// Bytes of an archive that are read and sent at a time.
@@ -73,28 +73,7 @@ impl Image {
     /// # Errors
     /// `image_not_found`, and what the file system says.
     pub async fn save_all(client: &Client, request: &SaveRequest, path: impl AsRef<Path>) -> Result<(), Error> {
-        let path = path.as_ref();
-        let failed = |error: std::io::Error| file_error(path, &error);
-        let mut archive = client.save_images(request).await?;
-        let name = path.file_name().ok_or_else(|| failed(std::io::ErrorKind::IsADirectory.into()))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let write = async {
-            let mut file = tokio::fs::File::create_new(&temporary).await.map_err(failed)?;
-            while let Some(piece) = archive.next().await? {
-                file.write_all(&piece).await.map_err(failed)?;
-            }
-            file.flush().await.map_err(failed)?;
-            tokio::fs::rename(&temporary, path).await.map_err(failed)
-        };
-        let outcome = write.await;
-        if outcome.is_err() {
-            // The error of the save itself is the one to tell.
-            let _ = tokio::fs::remove_file(&temporary).await;
-        }
-        outcome
+        write_whole(client.save_images(request).await?, path.as_ref()).await
     }
 
     /// Every image, newest first.
@@ -253,7 +232,31 @@ impl Load {
     }
 }
 
-fn file_error(path: &Path, error: &std::io::Error) -> Error {
+/// Writes an archive to a file that is there whole or not at all.
+pub(crate) async fn write_whole(mut archive: Archive, path: &Path) -> Result<(), Error> {
+    let failed = |error: std::io::Error| file_error(path, &error);
+    let name = path.file_name().ok_or_else(|| failed(std::io::ErrorKind::IsADirectory.into()))?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".{}", std::process::id()));
+    let temporary = path.with_file_name(hidden);
+    let write = async {
+        let mut file = tokio::fs::File::create_new(&temporary).await.map_err(failed)?;
+        while let Some(piece) = archive.next().await? {
+            file.write_all(&piece).await.map_err(failed)?;
+        }
+        file.flush().await.map_err(failed)?;
+        tokio::fs::rename(&temporary, path).await.map_err(failed)
+    };
+    let outcome = write.await;
+    if outcome.is_err() {
+        // The error of the archive itself is the one to tell.
+        let _ = tokio::fs::remove_file(&temporary).await;
+    }
+    outcome
+}
+
+pub(crate) fn file_error(path: &Path, error: &std::io::Error) -> Error {
     let code = match error.kind() {
         std::io::ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorCode::DiskFull,

@@ -14,8 +14,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`] | what users of the library touch |
-//! | [`copy`] | whole trees between this machine and sandboxes, as tar streams |
+//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`], [`snapshot`] | what users of the library touch |
 //! | [`client`] | one typed call for each route of the control API |
 //! | [`session`] | a running command: output, stdin within its credit, signals |
 //! | [`locate`] | which service is used, and starting one when none answers |
@@ -37,6 +36,7 @@ pub mod image;
 pub mod locate;
 pub mod sandbox;
 pub mod session;
+pub mod snapshot;
 pub mod ssh;
 mod window;
 
@@ -51,4 +51,5 @@ pub use locate::Locator;
 pub use msb_protocol as protocol;
 pub use sandbox::{MetricsStream, Sandbox};
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
+pub use snapshot::Snapshot;
 pub use ssh::SshStream;

@@ -7,25 +7,18 @@ use axum::extract::{Query, Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use futures_util::StreamExt;
 use msb_actors::images::LoadOptions;
 use msb_protocol::control::{ImageDetail, ImageList, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{DiskUsage, ImageRemoval, PinRequest, PruneReport, PruneRequest, SaveRequest, TagRequest};
 use tokio::sync::mpsc;
 
-use super::ApiState;
 use super::failure::{Failure, body, query};
 use super::sandboxes::TERMS_MAX;
+use super::{ApiState, archives};
 
 /// Progress lines that wait for a slow client.
 const PROGRESS_LEN: usize = 64;
-
-/// Pieces of a body that wait for the store.
-const PIECES_LEN: usize = 16;
-
-/// Largest piece of an archive on its way to a client, in bytes.
-const PIECE_LEN_MAX: usize = 256 << 10;
 
 /// Which image.
 #[derive(serde::Deserialize, utoipa::IntoParams)]
@@ -80,43 +73,13 @@ pub(crate) async fn usage(State(state): State<ApiState>) -> Result<Json<DiskUsag
     Ok(Json(state.daemon.disk_usage().await?))
 }
 
-/// What fails before the first byte is an error with its status; what fails later breaks the answer off, so that no client takes a
-/// part for the whole.
 #[utoipa::path(post, path = "/v1/images/save", request_body = SaveRequest, responses((status = 200, body = String, content_type = "application/x-tar", description = "a docker or OCI archive"), (status = "4XX", body = ApiError)))]
 pub(crate) async fn save(State(state): State<ApiState>, bytes: Bytes) -> Result<Response, Failure> {
     let what: SaveRequest = body(&bytes, None)?;
     if what.references.is_empty() {
         return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, "no image is named")));
     }
-    let (pieces, mut waiting) = mpsc::channel::<std::io::Result<Bytes>>(PIECES_LEN);
-    let out = std::io::BufWriter::with_capacity(PIECE_LEN_MAX, BodyWriter { pieces: pieces.clone() });
-    let saving = tokio::spawn(async move { state.daemon.save_images(what, Box::new(out)).await });
-    drop(pieces);
-    // The first piece says that every name was found.
-    let Some(first) = waiting.recv().await else {
-        return match saving.await.map_err(ApiError::internal)? {
-            Ok(()) => Err(Failure(ApiError::internal("an archive without a byte"))),
-            Err(error) => Err(Failure(error)),
-        };
-    };
-    let pieces =
-        futures_util::stream::unfold((Some(first), waiting, Some(saving)), |(first, mut waiting, saving)| async {
-            if let Some(piece) = first {
-                return Some((piece, (None, waiting, saving)));
-            }
-            if let Some(piece) = waiting.recv().await {
-                return Some((piece, (None, waiting, saving)));
-            }
-            match saving?.await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "a save broke off");
-                    Some((Err(std::io::Error::other(error)), (None, waiting, None)))
-                }
-                Err(error) => Some((Err(std::io::Error::other(error)), (None, waiting, None))),
-            }
-        });
-    Ok(([(CONTENT_TYPE, "application/x-tar")], Body::from_stream(pieces)).into_response())
+    archives::answer("application/x-tar", move |out| async move { state.daemon.save_images(what, out).await }).await
 }
 
 #[utoipa::path(get, path = "/v1/store/check", responses((status = 200, body = StoreReport), (status = "5XX", body = ApiError)))]
@@ -134,17 +97,7 @@ pub(crate) async fn load(
 ) -> Result<Response, Failure> {
     let how = load_options(query(pairs)?)?;
     let (lines, waiting) = mpsc::channel::<LoadEvent>(PROGRESS_LEN);
-    let (pieces, archive) = mpsc::channel(PIECES_LEN);
-    let archive = BodyReader { pieces: archive, rest: Bytes::new() };
-    let mut body = request.into_body().into_data_stream();
-    tokio::spawn(async move {
-        while let Some(piece) = body.next().await {
-            // A load that failed reads no further; the rest of the body is the connection's business.
-            if pieces.send(piece.map_err(std::io::Error::other)).await.is_err() {
-                return;
-            }
-        }
-    });
+    let archive = archives::reader(request.into_body());
     tokio::spawn(async move {
         let last = match state.daemon.load_image(Box::new(archive), how, lines.clone()).await {
             Ok(images) => LoadEvent::Done { images },
@@ -171,43 +124,6 @@ fn load_options(pairs: Vec<(String, String)>) -> Result<LoadOptions, ApiError> {
         }
     }
     Ok(how)
-}
-
-/// An answer's body for a writer that blocks. A client that went away is a broken pipe.
-struct BodyWriter {
-    pieces: mpsc::Sender<std::io::Result<Bytes>>,
-}
-
-impl std::io::Write for BodyWriter {
-    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
-        let piece = Bytes::copy_from_slice(buffer);
-        self.pieces.blocking_send(Ok(piece)).map_err(|_| std::io::ErrorKind::BrokenPipe)?;
-        Ok(buffer.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A request's body for a reader that blocks. A body that breaks off is an error and never an early end.
-struct BodyReader {
-    pieces: mpsc::Receiver<std::io::Result<Bytes>>,
-    rest: Bytes,
-}
-
-impl std::io::Read for BodyReader {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        while self.rest.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.rest = piece?,
-                None => return Ok(0),
-            }
-        }
-        let len = self.rest.len().min(buffer.len());
-        buffer[..len].copy_from_slice(&self.rest.split_to(len));
-        Ok(len)
-    }
 }
 
 /// Values as lines of JSON.

@@ -3,6 +3,7 @@
 //! Every handler is one call of [`Daemon`]; what streams (exec, logs, events, loads) runs in tasks of its own with the client's own
 //! back-pressure. A request's body is parsed here and never trusted further than its types.
 
+mod archives;
 mod events;
 mod failure;
 mod files;
@@ -14,6 +15,7 @@ mod metrics;
 mod network;
 mod registries;
 mod sandboxes;
+mod snapshots;
 mod ssh;
 mod streams;
 mod volumes;
@@ -140,12 +142,20 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(images::check_store))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::inspect, volumes::remove))
+        .routes(routes!(snapshots::list, snapshots::create))
+        .routes(routes!(snapshots::inspect, snapshots::remove))
+        .routes(routes!(snapshots::verify))
+        .routes(routes!(snapshots::export))
         .split_for_parts()
 }
 
 /// Loads and the content of files have no limit on their body; everything else has.
 fn load_route() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::new().routes(routes!(images::load)).routes(routes!(files::write)).split_for_parts()
+    OpenApiRouter::new()
+        .routes(routes!(images::load))
+        .routes(routes!(files::write))
+        .routes(routes!(snapshots::import))
+        .split_for_parts()
 }
 
 fn document() -> utoipa::openapi::OpenApi {

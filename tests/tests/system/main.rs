@@ -24,6 +24,7 @@ mod sdk;
 mod security;
 mod service;
 mod session;
+mod snapshots;
 mod ssh;
 mod streams;
 mod terminal;
