@@ -12,6 +12,10 @@ var (
 	ErrInvalidReference = &Error{Code: "invalid_reference"}
 	// ErrInvalidLabel: a label breaks the rules for labels.
 	ErrInvalidLabel = &Error{Code: "invalid_label"}
+	// ErrInvalidSelector: a selector cannot be understood, or is empty where that would mean everything.
+	ErrInvalidSelector = &Error{Code: "invalid_selector"}
+	// ErrSelectionUnexpected: a selection is not as large as --expect says.
+	ErrSelectionUnexpected = &Error{Code: "selection_unexpected"}
 	// ErrInvalidRequest: the request cannot be understood.
 	ErrInvalidRequest = &Error{Code: "invalid_request"}
 	// ErrConfigFile: a configuration file has an unknown key or a wrong value.
@@ -40,7 +44,7 @@ var (
 	ErrInvalidKernel = &Error{Code: "invalid_kernel"}
 	// ErrImageNotFound: no such image is in the store.
 	ErrImageNotFound = &Error{Code: "image_not_found"}
-	// ErrImageInUse: a sandbox uses the image.
+	// ErrImageInUse: a sandbox or a snapshot uses the image.
 	ErrImageInUse = &Error{Code: "image_in_use"}
 	// ErrInvalidArchive: the archive is damaged, hostile or of an unknown kind.
 	ErrInvalidArchive = &Error{Code: "invalid_archive"}
@@ -90,6 +94,14 @@ var (
 	ErrVolumeAlreadyExists = &Error{Code: "volume_already_exists"}
 	// ErrVolumeInUse: a sandbox uses the volume.
 	ErrVolumeInUse = &Error{Code: "volume_in_use"}
+	// ErrSnapshotNotFound: no snapshot has this name.
+	ErrSnapshotNotFound = &Error{Code: "snapshot_not_found"}
+	// ErrSnapshotAlreadyExists: a snapshot of this name exists.
+	ErrSnapshotAlreadyExists = &Error{Code: "snapshot_already_exists"}
+	// ErrSnapshotInUse: another snapshot was taken on top of this one.
+	ErrSnapshotInUse = &Error{Code: "snapshot_in_use"}
+	// ErrSnapshotDamaged: the files of a snapshot are not what was written.
+	ErrSnapshotDamaged = &Error{Code: "snapshot_damaged"}
 	// ErrPathNotFound: a path does not exist.
 	ErrPathNotFound = &Error{Code: "path_not_found"}
 	// ErrPathExists: a path exists already, or a directory is not empty.
@@ -109,55 +121,61 @@ var (
 )
 
 var table = map[Code]entry{
-	"invalid_config":         {"a value of the request or the configuration is not allowed", "correct the named value", false},
-	"invalid_name":           {"a name breaks the rule for names", "use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit", false},
-	"invalid_reference":      {"an image reference cannot be parsed", "write it as [registry/]name[:tag] or name@sha256:digest", false},
-	"invalid_label":          {"a label breaks the rules for labels", "see docs/errors.md: keys 1 to 128 bytes, values up to 4096, 64 labels, no reserved prefix", false},
-	"invalid_request":        {"the request cannot be understood", "compare it with /openapi.json of this service", false},
-	"config_file":            {"a configuration file has an unknown key or a wrong value", "correct the named line; `msb config show --origin` lists what is in force", false},
-	"not_implemented":        {"this part of msb is not built yet", "`msb --help` lists what is there", false},
-	"unsupported_operation":  {"the other side is too old, or its engine cannot do this", "restart the sandbox so that it runs the installed version", false},
-	"sandbox_not_found":      {"no sandbox has this name", "`msb ls` shows the ones that exist", false},
-	"sandbox_already_exists": {"a sandbox of this name exists", "choose another name, remove it with `msb rm`, or use --replace", false},
-	"sandbox_not_running":    {"the sandbox is not running", "start it with `msb start`", false},
-	"sandbox_still_running":  {"the sandbox is running", "stop it with `msb stop`, or use --force", false},
-	"sandbox_busy":           {"another operation on the sandbox is under way", "try again in a moment", true},
-	"boot_failed":            {"the virtual machine did not come up", "`msb logs NAME` begins with what was seen", true},
-	"agent_timeout":          {"the guest's agent did not answer in time", "the kernel may lack CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES or vsock; see `msb logs NAME`", true},
-	"engine_unavailable":     {"no engine can run a virtual machine here", "`msb doctor` says what is missing and how to install it", false},
-	"invalid_kernel":         {"the kernel file is not a kernel that this engine can boot", "give an x86_64 vmlinux (ELF) or bzImage with the options of docs/kernel.md", false},
-	"image_not_found":        {"no such image is in the store", "`msb image ls` shows the ones that are; load one with `msb image load -i FILE`", false},
-	"image_in_use":           {"a sandbox uses the image", "remove the named sandboxes first, or untag it with --force", false},
-	"invalid_archive":        {"the archive is damaged, hostile or of an unknown kind", "make it again with `docker save` or `skopeo copy`, and compare its checksum", false},
-	"digest_mismatch":        {"content does not have the digest that was promised for it", "fetch or make the image again", true},
-	"limit_exceeded":         {"an input is larger than the documented limit", "see the limits in docs/images.md", false},
-	"store_corrupt":          {"the image store fails its own check", "`msb doctor --store` names the damaged part; load the image again", false},
-	"registry_failed":        {"the registry refused or broke off", "check the name, the credentials and the network", true},
-	"registry_denied":        {"the registry wants credentials, or other ones", "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist", false},
-	"disk_full":              {"a file system is full", "free space on the named file system, for example with `msb image prune`", true},
-	"permission_denied":      {"the operating system or msb's rules refuse this to you", "check owner and mode of the named path", false},
-	"home_unusable":          {"the home directory of msb cannot be used", "set MSB_HOME to a directory that is yours and writable", false},
-	"daemon_running":         {"another msbd serves this home directory", "use that one, or stop it first", false},
-	"daemon_unavailable":     {"no msbd answers and none could be started", "see the end of msbd.log in MSB_HOME, or run `msbd` in a terminal", true},
-	"peer_refused":           {"the peer on the socket is another user", "use your own service, or join the group of the host service", false},
-	"exec_not_found":         {"the command does not exist in the sandbox", "check the path and PATH inside the sandbox", false},
-	"exec_not_executable":    {"the command exists but cannot be executed", "check its mode, its format and the interpreter it names", false},
-	"exec_failed":            {"the command could not be started", "check working directory, user and limits", false},
-	"exec_lost":              {"the connection to a running command was lost; the sandbox itself goes on", "run it again", true},
-	"exec_timeout":           {"the command ran longer than its --timeout and was killed", "give it more time", false},
-	"command_failed":         {"the command ran and ended with a failure", "see what it wrote to its standard error", false},
-	"user_not_found":         {"the user or group does not exist in the image", "name one from the image's /etc/passwd or /etc/group, or use numbers", false},
-	"connect_failed":         {"a connection from inside the sandbox could not be made", "check name and port, and that something listens there", true},
-	"connect_denied":         {"the sandbox's network policy does not allow this connection", "allow it in the sandbox's network policy", false},
-	"volume_not_found":       {"no volume has this name", "`msb volume ls` shows the ones that exist", false},
-	"volume_already_exists":  {"a volume of this name exists", "choose another name, or remove it with `msb volume rm`", false},
-	"volume_in_use":          {"a sandbox uses the volume", "remove the named sandboxes first; a disk has one writer at a time", false},
-	"path_not_found":         {"a path does not exist", "check the path", false},
-	"path_exists":            {"a path exists already, or a directory is not empty", "choose another path, or remove what is there", false},
-	"file_failed":            {"a file operation in the sandbox failed", "see errno: what the sandbox's system answered", false},
-	"port_in_use":            {"a port to publish is taken", "choose another host port, or 0 for any", true},
-	"creator_unwatchable":    {"the creating process cannot be watched from here", "create the sandbox detached", false},
-	"runtime_not_found":      {"msb is not installed where the client looks", "install msb, or set MSB_PATH", false},
-	"cancelled":              {"the operation was cancelled", "start it again", true},
-	"internal":               {"msb itself failed", "please report it with `msb doctor --bundle`", false},
+	"invalid_config":          {"a value of the request or the configuration is not allowed", "correct the named value", false},
+	"invalid_name":            {"a name breaks the rule for names", "use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit", false},
+	"invalid_reference":       {"an image reference cannot be parsed", "write it as [registry/]name[:tag] or name@sha256:digest", false},
+	"invalid_label":           {"a label breaks the rules for labels", "see docs/errors.md: keys 1 to 128 bytes, values up to 4096, 64 labels, no reserved prefix", false},
+	"invalid_selector":        {"a selector cannot be understood, or is empty where that would mean everything", "write it as in team in (ml,web),!debug,gpu", false},
+	"selection_unexpected":    {"a selection is not as large as --expect says", "look at it with --dry-run", false},
+	"invalid_request":         {"the request cannot be understood", "compare it with /openapi.json of this service", false},
+	"config_file":             {"a configuration file has an unknown key or a wrong value", "correct the named line; `msb config show --origin` lists what is in force", false},
+	"not_implemented":         {"this part of msb is not built yet", "`msb --help` lists what is there", false},
+	"unsupported_operation":   {"the other side is too old, or its engine cannot do this", "restart the sandbox so that it runs the installed version", false},
+	"sandbox_not_found":       {"no sandbox has this name", "`msb ls` shows the ones that exist", false},
+	"sandbox_already_exists":  {"a sandbox of this name exists", "choose another name, remove it with `msb rm`, or use --replace", false},
+	"sandbox_not_running":     {"the sandbox is not running", "start it with `msb start`", false},
+	"sandbox_still_running":   {"the sandbox is running", "stop it with `msb stop`, or use --force", false},
+	"sandbox_busy":            {"another operation on the sandbox is under way", "try again in a moment", true},
+	"boot_failed":             {"the virtual machine did not come up", "`msb logs NAME` begins with what was seen", true},
+	"agent_timeout":           {"the guest's agent did not answer in time", "the kernel may lack CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES or vsock; see `msb logs NAME`", true},
+	"engine_unavailable":      {"no engine can run a virtual machine here", "`msb doctor` says what is missing and how to install it", false},
+	"invalid_kernel":          {"the kernel file is not a kernel that this engine can boot", "give an x86_64 vmlinux (ELF) or bzImage with the options of docs/kernel.md", false},
+	"image_not_found":         {"no such image is in the store", "`msb image ls` shows the ones that are; load one with `msb image load -i FILE`", false},
+	"image_in_use":            {"a sandbox or a snapshot uses the image", "remove the named sandboxes and snapshots first, or untag it with --force", false},
+	"invalid_archive":         {"the archive is damaged, hostile or of an unknown kind", "make it again with `docker save` or `skopeo copy`, and compare its checksum", false},
+	"digest_mismatch":         {"content does not have the digest that was promised for it", "fetch or make the image again", true},
+	"limit_exceeded":          {"an input is larger than the documented limit", "see the limits in docs/images.md", false},
+	"store_corrupt":           {"the image store fails its own check", "`msb doctor --store` names the damaged part; load the image again", false},
+	"registry_failed":         {"the registry refused or broke off", "check the name, the credentials and the network", true},
+	"registry_denied":         {"the registry wants credentials, or other ones", "log in with `msb registry login REGISTRY`; a registry also answers so for an image that does not exist", false},
+	"disk_full":               {"a file system is full", "free space on the named file system, for example with `msb image prune`", true},
+	"permission_denied":       {"the operating system or msb's rules refuse this to you", "check owner and mode of the named path", false},
+	"home_unusable":           {"the home directory of msb cannot be used", "set MSB_HOME to a directory that is yours and writable", false},
+	"daemon_running":          {"another msbd serves this home directory", "use that one, or stop it first", false},
+	"daemon_unavailable":      {"no msbd answers and none could be started", "see the end of msbd.log in MSB_HOME, or run `msbd` in a terminal", true},
+	"peer_refused":            {"the peer on the socket is another user", "use your own service, or join the group of the host service", false},
+	"exec_not_found":          {"the command does not exist in the sandbox", "check the path and PATH inside the sandbox", false},
+	"exec_not_executable":     {"the command exists but cannot be executed", "check its mode, its format and the interpreter it names", false},
+	"exec_failed":             {"the command could not be started", "check working directory, user and limits", false},
+	"exec_lost":               {"the connection to a running command was lost; the sandbox itself goes on", "run it again", true},
+	"exec_timeout":            {"the command ran longer than its --timeout and was killed", "give it more time", false},
+	"command_failed":          {"the command ran and ended with a failure", "see what it wrote to its standard error", false},
+	"user_not_found":          {"the user or group does not exist in the image", "name one from the image's /etc/passwd or /etc/group, or use numbers", false},
+	"connect_failed":          {"a connection from inside the sandbox could not be made", "check name and port, and that something listens there", true},
+	"connect_denied":          {"the sandbox's network policy does not allow this connection", "allow it in the sandbox's network policy", false},
+	"volume_not_found":        {"no volume has this name", "`msb volume ls` shows the ones that exist", false},
+	"volume_already_exists":   {"a volume of this name exists", "choose another name, or remove it with `msb volume rm`", false},
+	"volume_in_use":           {"a sandbox uses the volume", "remove the named sandboxes first; a disk has one writer at a time", false},
+	"snapshot_not_found":      {"no snapshot has this name", "`msb snapshot ls` shows the ones that exist", false},
+	"snapshot_already_exists": {"a snapshot of this name exists", "choose another name, or remove it with `msb snapshot rm`", false},
+	"snapshot_in_use":         {"another snapshot was taken on top of this one", "remove the named snapshots first", false},
+	"snapshot_damaged":        {"the files of a snapshot are not what was written", "import it again, or remove it with `msb snapshot rm`; `msb snapshot verify` says what is wrong", false},
+	"path_not_found":          {"a path does not exist", "check the path", false},
+	"path_exists":             {"a path exists already, or a directory is not empty", "choose another path, or remove what is there", false},
+	"file_failed":             {"a file operation in the sandbox failed", "see errno: what the sandbox's system answered", false},
+	"port_in_use":             {"a port to publish is taken", "choose another host port, or 0 for any", true},
+	"creator_unwatchable":     {"the creating process cannot be watched from here", "create the sandbox detached", false},
+	"runtime_not_found":       {"msb is not installed where the client looks", "install msb, or set MSB_PATH", false},
+	"cancelled":               {"the operation was cancelled", "start it again", true},
+	"internal":                {"msb itself failed", "please report it with `msb doctor --bundle`", false},
 }

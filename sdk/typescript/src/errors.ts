@@ -34,6 +34,22 @@ export class InvalidLabelError extends MsbError {
 }
 register("invalid_label", InvalidLabelError);
 
+/** A selector cannot be understood, or is empty where that would mean everything. */
+export class InvalidSelectorError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "write it as in team in (ml,web),!debug,gpu", retryable: false, ...options, code: "invalid_selector" });
+  }
+}
+register("invalid_selector", InvalidSelectorError);
+
+/** A selection is not as large as --expect says. */
+export class SelectionUnexpectedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "look at it with --dry-run", retryable: false, ...options, code: "selection_unexpected" });
+  }
+}
+register("selection_unexpected", SelectionUnexpectedError);
+
 /** The request cannot be understood. */
 export class InvalidRequestError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {
@@ -146,10 +162,10 @@ export class ImageNotFoundError extends MsbError {
 }
 register("image_not_found", ImageNotFoundError);
 
-/** A sandbox uses the image. */
+/** A sandbox or a snapshot uses the image. */
 export class ImageInUseError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {
-    super(message, { hint: "remove the named sandboxes first, or untag it with --force", retryable: false, ...options, code: "image_in_use" });
+    super(message, { hint: "remove the named sandboxes and snapshots first, or untag it with --force", retryable: false, ...options, code: "image_in_use" });
   }
 }
 register("image_in_use", ImageInUseError);
@@ -345,6 +361,38 @@ export class VolumeInUseError extends MsbError {
   }
 }
 register("volume_in_use", VolumeInUseError);
+
+/** No snapshot has this name. */
+export class SnapshotNotFoundError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "`msb snapshot ls` shows the ones that exist", retryable: false, ...options, code: "snapshot_not_found" });
+  }
+}
+register("snapshot_not_found", SnapshotNotFoundError);
+
+/** A snapshot of this name exists. */
+export class SnapshotAlreadyExistsError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "choose another name, or remove it with `msb snapshot rm`", retryable: false, ...options, code: "snapshot_already_exists" });
+  }
+}
+register("snapshot_already_exists", SnapshotAlreadyExistsError);
+
+/** Another snapshot was taken on top of this one. */
+export class SnapshotInUseError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "remove the named snapshots first", retryable: false, ...options, code: "snapshot_in_use" });
+  }
+}
+register("snapshot_in_use", SnapshotInUseError);
+
+/** The files of a snapshot are not what was written. */
+export class SnapshotDamagedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "import it again, or remove it with `msb snapshot rm`; `msb snapshot verify` says what is wrong", retryable: false, ...options, code: "snapshot_damaged" });
+  }
+}
+register("snapshot_damaged", SnapshotDamagedError);
 
 /** A path does not exist. */
 export class PathNotFoundError extends MsbError {

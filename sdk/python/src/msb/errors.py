@@ -9,6 +9,8 @@ __all__ = [
     "InvalidNameError",
     "InvalidReferenceError",
     "InvalidLabelError",
+    "InvalidSelectorError",
+    "SelectionUnexpectedError",
     "InvalidRequestError",
     "ConfigFileError",
     "NotImplementedError",
@@ -48,6 +50,10 @@ __all__ = [
     "VolumeNotFoundError",
     "VolumeAlreadyExistsError",
     "VolumeInUseError",
+    "SnapshotNotFoundError",
+    "SnapshotAlreadyExistsError",
+    "SnapshotInUseError",
+    "SnapshotDamagedError",
     "PathNotFoundError",
     "PathExistsError",
     "FileFailedError",
@@ -88,6 +94,22 @@ class InvalidLabelError(MsbError):
 
     CODE = "invalid_label"
     HINT = "see docs/errors.md: keys 1 to 128 bytes, values up to 4096, 64 labels, no reserved prefix"
+    RETRYABLE = False
+
+
+class InvalidSelectorError(MsbError):
+    """A selector cannot be understood, or is empty where that would mean everything."""
+
+    CODE = "invalid_selector"
+    HINT = "write it as in team in (ml,web),!debug,gpu"
+    RETRYABLE = False
+
+
+class SelectionUnexpectedError(MsbError):
+    """A selection is not as large as --expect says."""
+
+    CODE = "selection_unexpected"
+    HINT = "look at it with --dry-run"
     RETRYABLE = False
 
 
@@ -204,10 +226,10 @@ class ImageNotFoundError(MsbError):
 
 
 class ImageInUseError(MsbError):
-    """A sandbox uses the image."""
+    """A sandbox or a snapshot uses the image."""
 
     CODE = "image_in_use"
-    HINT = "remove the named sandboxes first, or untag it with --force"
+    HINT = "remove the named sandboxes and snapshots first, or untag it with --force"
     RETRYABLE = False
 
 
@@ -400,6 +422,38 @@ class VolumeInUseError(MsbError):
 
     CODE = "volume_in_use"
     HINT = "remove the named sandboxes first; a disk has one writer at a time"
+    RETRYABLE = False
+
+
+class SnapshotNotFoundError(MsbError):
+    """No snapshot has this name."""
+
+    CODE = "snapshot_not_found"
+    HINT = "`msb snapshot ls` shows the ones that exist"
+    RETRYABLE = False
+
+
+class SnapshotAlreadyExistsError(MsbError):
+    """A snapshot of this name exists."""
+
+    CODE = "snapshot_already_exists"
+    HINT = "choose another name, or remove it with `msb snapshot rm`"
+    RETRYABLE = False
+
+
+class SnapshotInUseError(MsbError):
+    """Another snapshot was taken on top of this one."""
+
+    CODE = "snapshot_in_use"
+    HINT = "remove the named snapshots first"
+    RETRYABLE = False
+
+
+class SnapshotDamagedError(MsbError):
+    """The files of a snapshot are not what was written."""
+
+    CODE = "snapshot_damaged"
+    HINT = "import it again, or remove it with `msb snapshot rm`; `msb snapshot verify` says what is wrong"
     RETRYABLE = False
 
 
