@@ -45,6 +45,7 @@ pub mod injected {
         "sandbox/ssh",
         "sandbox/explain",
         "sandbox/inspect",
+        "sandbox/hold_disk",
         "supervisor/started",
         "supervisor/bury",
         "supervisor/create",

@@ -9,6 +9,7 @@ use crate::parse;
 
 /// Health and hooks.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Health options")]
 pub struct CareArgs {
     /// Command that says whether the workload is well: a line for /bin/sh, or a JSON list of words
     #[arg(long, value_name = "COMMAND")]

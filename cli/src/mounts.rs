@@ -15,6 +15,7 @@ const DEPTH_MAX: usize = 64;
 
 /// What is mounted and what of the root is changed.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Mount options")]
 pub struct MountArgs {
     /// Mount a directory or file of the host, or a named volume; options: ro rw noexec nosuid nodev
     #[arg(short, long = "volume", value_name = "SRC:DST[:OPTS]")]

@@ -114,6 +114,7 @@ impl Handler<HoldDisk> for SandboxActor {
     type Result = Result<Source, ApiError>;
 
     fn handle(&mut self, _: HoldDisk, _: &mut Self::Context) -> Self::Result {
+        faults::here("sandbox/hold_disk");
         self.handled += 1;
         let (name, state) = (&self.record.name, self.machine.shown());
         // Asleep and restarting ones start by themselves.

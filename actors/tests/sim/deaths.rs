@@ -111,8 +111,9 @@ fn a_creator_that_dies_between_request_and_answer_leaves_nothing() {
 
         // One that was dead before anybody looked is no different.
         world.launcher.fault(|faults| faults.silent_boot = false);
-        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let creator = super::creator(&child);
+        child.kill().unwrap();
         child.wait().unwrap();
         let spec = SandboxSpec { detached: false, ephemeral: true, ..detached("late") };
         // It may come up for a moment: its end begins at once all the same.
