@@ -51,6 +51,14 @@ type SandboxSummary struct {
 	Engine    string            `json:"engine"`
 }
 
+// SandboxNetwork is the network of one sandbox.
+type SandboxNetwork struct {
+	// Addresses of the guest and its gateway; nil: there is no network but loopback.
+	Addresses map[string]any `json:"addresses"`
+	// The policy in the order it is tried, one line for each rule and default.
+	Policy []string `json:"policy"`
+}
+
 // SandboxDetail is everything about one sandbox.
 type SandboxDetail struct {
 	SandboxSummary
@@ -59,7 +67,7 @@ type SandboxDetail struct {
 	BootID             string          `json:"boot_id"`
 	VMMPID             int             `json:"vmm_pid"`
 	EngineReason       string          `json:"engine_reason"`
-	Network            string          `json:"network"`
+	Network            SandboxNetwork  `json:"network"`
 	RootAllocatedBytes uint64          `json:"root_allocated_bytes"`
 	Directory          string          `json:"directory"`
 	HeartbeatFile      string          `json:"heartbeat_file"`

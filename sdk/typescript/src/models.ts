@@ -56,6 +56,14 @@ export interface SandboxSummary {
   engine?: string;
 }
 
+/** The network of one sandbox. */
+export interface SandboxNetwork {
+  /** Addresses of the guest and its gateway; absent: there is no network but loopback. */
+  addresses?: Record<string, unknown>;
+  /** The policy in the order it is tried, one line for each rule and default. */
+  policy: string[];
+}
+
 /** Everything about one sandbox. */
 export interface SandboxDetail extends SandboxSummary {
   spec: Record<string, unknown>;
@@ -63,7 +71,7 @@ export interface SandboxDetail extends SandboxSummary {
   boot_id?: string;
   vmm_pid?: number;
   engine_reason?: string;
-  network: string;
+  network: SandboxNetwork;
   root_allocated_bytes: number;
   directory: string;
   heartbeat_file: string;

@@ -19,6 +19,9 @@ use crate::home::Home;
 /// Time for what a killed client left to be gone.
 const GONE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Connections that a client's pool may have gained since it was last looked at.
+const POOL_SLACK: usize = 4;
+
 /// Runs every case; gives back those that failed.
 pub(super) fn run(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(cache::repository().join("sdk/conformance/suite.json"))?;
@@ -118,7 +121,8 @@ fn carry_out(sdk: &Sdk, case: &Value, driver: &mut Driver, home: &Home) -> Resul
         judge(sdk, step, &answer).with_context(what)?;
         if step["keeps_descriptors"] == true {
             let after = driver.descriptors()?;
-            if after > before {
+            // A pool may keep a connection more or less; what leaks does so at each of the calls.
+            if after > before + POOL_SLACK {
                 bail!("{}: {before} descriptors before, {after} after", what());
             }
         }

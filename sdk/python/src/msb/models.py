@@ -80,6 +80,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class SandboxNetwork:
+    """The network of one sandbox."""
+
+    addresses: dict[str, Any] | None = None
+    """Addresses of the guest and its gateway; none: there is no network but loopback."""
+    policy: list[str] = field(default_factory=list)
+    """The policy in the order it is tried, one line for each rule and default."""
+
+
+@dataclass(frozen=True)
 class SandboxDetail(SandboxSummary):
     """Everything about one sandbox."""
 
@@ -88,7 +98,7 @@ class SandboxDetail(SandboxSummary):
     boot_id: str | None = None
     vmm_pid: int | None = None
     engine_reason: str | None = None
-    network: str = ""
+    network: SandboxNetwork = field(default_factory=SandboxNetwork)
     root_allocated_bytes: int = 0
     directory: str = ""
     heartbeat_file: str = ""
