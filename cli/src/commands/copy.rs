@@ -98,19 +98,17 @@ pub async fn run(args: CopyArgs, context: &Context) -> Result<ExitStatus, Failur
         copy(&client, &source, &destination, &options, &context.printer).await
     };
     tokio::pin!(work);
-    let report = loop {
-        tokio::select! {
-            report = &mut work => break report?,
-            number = signals.ending() => {
-                options.control.cancel();
-                // It ends by itself when nothing unfinished is left; a second signal does not wait for that.
-                tokio::select! {
-                    _ = &mut work => {}
-                    _ = signals.ending() => {}
-                }
-                context.printer.note("the copy was given up");
-                return Err(Failure::Silent(ExitStatus::of_signal(number)));
+    let report = tokio::select! {
+        report = &mut work => report?,
+        number = signals.ending() => {
+            options.control.cancel();
+            // It ends by itself when nothing unfinished is left; a second signal does not wait for that.
+            tokio::select! {
+                _ = &mut work => {}
+                _ = signals.ending() => {}
             }
+            context.printer.note("the copy was given up");
+            return Err(Failure::Silent(ExitStatus::of_signal(number)));
         }
     };
     for warning in &report.warnings {
