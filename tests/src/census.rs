@@ -53,7 +53,8 @@ impl Process {
                 .find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.trim().parse().ok())
                 .unwrap_or_default()
         };
-        (kibibytes("Private_Clean:") + kibibytes("Private_Dirty:")) << 10
+        // Clean pages are the program's file: they turn private when the last other process of the same program ends, and cost nothing.
+        kibibytes("Private_Dirty:") << 10
     }
 }
 
