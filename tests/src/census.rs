@@ -44,7 +44,7 @@ impl Process {
         })
     }
 
-    /// Bytes of memory that are this process's alone (`Private_Clean` and `Private_Dirty` of `smaps_rollup`).
+    /// Bytes of memory that are this process's alone (`Private_Dirty` of `smaps_rollup`).
     #[must_use]
     pub fn private_memory_bytes(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).unwrap_or_default();

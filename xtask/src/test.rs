@@ -206,13 +206,15 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
             "the lab's packages are not installed, and this user cannot install them".to_owned(),
         ));
     }
-    let machine = lab::Machine { exact: false, cpus: 2, memory_mib: 4096, timeout_s: 1800 };
+    // One processor: with two, each a thread of QEMU, the emulated KVM sometimes ends in a loop that no interrupt gets through (seen on
+    // idle machines after some 40 s, both processors in kvm-amd.ko, the kernel telling of an RCU stall).
+    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
     let filter: Vec<String> = match &arguments.filter {
         Some(text) => vec![text.clone()],
         None => LAB_CASES.map(str::to_owned).to_vec(),
     };
     let mut code = lab::cases(&machine, arguments.build, &filter);
-    // Seen once in some thirty runs: both emulated processors stand still. A case that fails is never repeated.
+    // The emulation's fault, see above. A case that fails is never repeated.
     if let Err(error) = &code
         && error.is::<lab::Hung>()
     {

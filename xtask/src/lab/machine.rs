@@ -21,7 +21,7 @@ const EXIT_MARK: &str = "LAB-EXIT ";
 const WRITABLE_SIZE: u64 = 16 << 30;
 
 /// A machine whose console says nothing for this long hangs: no single case may take so long.
-const SILENCE: Duration = Duration::from_secs(600);
+const SILENCE: Duration = Duration::from_secs(300);
 
 /// The machine fell silent and was stopped. Nothing that runs inside as a program can do that to a kernel: it is the emulation's fault.
 #[derive(Debug, Clone, Copy)]
