@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::MailboxError;
+use actix::{Actor, Context, Handler, MailboxError};
 use msb_protocol::control::{
     ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, LabelRequest, MetricsHistory, MetricsSnapshot,
     SandboxDetail, SandboxSummary, SshHost,
@@ -27,7 +27,7 @@ use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 
 use crate::identity::ProcessIdentity;
 use crate::images::MakeUpper;
-use crate::inspect::{ActorReport, Inspect};
+use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
 use crate::metrics;
@@ -633,28 +633,30 @@ impl Daemon {
             }
             actors.push(row);
         }
-        let (images, snapshots, metrics) =
-            (&self.surroundings.images, &self.snapshots().actor, self.surroundings.metrics.actor());
-        let row = |name: &str, report: ActorReport, mailbox, restarts, last_cause| ActorRow {
-            name: name.into(),
-            parent: "supervisor".into(),
-            handled: report.handled,
-            mailbox,
-            restarts,
-            last_cause,
-            state: report.state,
-        };
-        let waiting = images.waiting();
-        let report = images.send(Inspect).await.map_err(mailbox)?;
-        actors.push(row("images", report, waiting, images.restarts(), images.last_cause()));
-        let waiting = snapshots.waiting();
-        let report = snapshots.send(Inspect).await.map_err(mailbox)?;
-        actors.push(row("snapshots", report, waiting, snapshots.restarts(), snapshots.last_cause()));
-        let waiting = metrics.waiting();
-        let report = metrics.send(Inspect).await.map_err(mailbox)?;
-        actors.push(row("metrics", report, waiting, metrics.restarts(), metrics.last_cause()));
+        actors.push(row_of("images", &self.surroundings.images).await?);
+        actors.push(row_of("snapshots", &self.snapshots().actor).await?);
+        actors.push(row_of("metrics", self.surroundings.metrics.actor()).await?);
         Ok(ActorTree { actors })
     }
+}
+
+/// What is shown of an actor that there is one of.
+async fn row_of<A>(name: &str, actor: &Kept<A>) -> Result<ActorRow, ApiError>
+where
+    A: Actor<Context = Context<A>> + Handler<Inspect>,
+{
+    // Before the question itself waits there.
+    let mailbox_len = actor.waiting();
+    let report = actor.send(Inspect).await.map_err(mailbox)?;
+    Ok(ActorRow {
+        name: name.into(),
+        parent: "supervisor".into(),
+        handled: report.handled,
+        mailbox: mailbox_len,
+        restarts: actor.restarts(),
+        last_cause: actor.last_cause(),
+        state: report.state,
+    })
 }
 
 fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {

@@ -21,6 +21,11 @@ fn otel<'a>(url: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     words.iter().chain(more).copied().collect()
 }
 
+/// A port that nobody listens on, until somebody does.
+fn unused_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 /// Whatever a backend does, every sample arrives, in its order, once for each time the backend said that it took it, with its own time.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_sample_arrives_with_its_own_time_after_refusals_and_cuts() {
@@ -70,12 +75,8 @@ async fn every_sample_arrives_with_its_own_time_after_refusals_and_cuts() {
 async fn a_backend_that_is_down_costs_the_oldest_and_is_counted() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&socket(&directory), 1);
-    // A port that nobody listens on, until somebody does.
     let backend = Backend::default();
-    let port = {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        taken.local_addr().unwrap().port()
-    };
+    let port = unused_port();
     let url = format!("http://127.0.0.1:{port}/v1/metrics");
     let exporter =
         Exporter::start(directory.path(), &[("MSB_HOST", &socket(&directory))], &otel(&url, &["--max-buffered", "3"]));
@@ -181,10 +182,7 @@ async fn a_thousand_sandboxes_fit_and_all_of_them_arrive() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&socket(&directory), 1_000);
     let backend = Backend::default();
-    let port = {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        taken.local_addr().unwrap().port()
-    };
+    let port = unused_port();
     let url = format!("http://127.0.0.1:{port}/v1/metrics");
     let words = [
         "otel",

@@ -683,18 +683,26 @@ impl Client {
             let response = connection::send(&mut connection, request(Method::GET, path, connection::empty())?).await?;
             Ok::<_, Error>(JsonLines::new(response, Some(connection)))
         };
-        match (ask(self).await, &self.locator) {
-            (Err(error), Some(locator)) if error.is_lost() => ask(&locator.connect().await?).await,
-            (outcome, _) => outcome,
+        match ask(self).await {
+            Err(error) if error.is_lost() => ask(&self.successor(error).await?).await,
+            outcome => outcome,
+        }
+    }
+
+    /// A client of the service that came after this one's, which was lost with this error; the error if nobody may be looked for.
+    async fn successor(&self, error: Error) -> Result<Self, Error> {
+        match &self.locator {
+            Some(locator) => locator.connect().await,
+            None => Err(error),
         }
     }
 
     /// Reads. A service that went away before it answered is no answer: the next one is asked, once.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         let ask = async |client: &Self| parse(&client.call(request(Method::GET, path, connection::empty())?).await?);
-        match (ask(self).await, &self.locator) {
-            (Err(error), Some(locator)) if error.is_lost() => ask(&locator.connect().await?).await,
-            (outcome, _) => outcome,
+        match ask(self).await {
+            Err(error) if error.is_lost() => ask(&self.successor(error).await?).await,
+            outcome => outcome,
         }
     }
 
@@ -727,15 +735,16 @@ impl Client {
     }
 
     pub(crate) async fn fresh(&self) -> Result<Connection, Error> {
-        match (connection::connect(&self.inner.socket, self.inner.owner).await, &self.locator) {
-            (Ok(stream), _) => connection::handshake(stream).await,
+        let failed = |error| open_failed(&self.inner.socket, error);
+        match connection::connect(&self.inner.socket, self.inner.owner).await {
+            Ok(stream) => connection::handshake(stream).await,
             // Nothing has been sent to anybody: whoever serves now is as good as the one of before.
-            (Err(error), Some(locator)) if is_absence(&error) => {
-                let next = locator.connect().await?;
+            Err(error) if is_absence(&error) => {
+                let next = self.successor(failed(&error)).await?;
                 let idle = next.idle().take();
-                idle.ok_or_else(|| open_failed(&self.inner.socket, &error))
+                idle.ok_or_else(|| failed(&error))
             }
-            (Err(error), _) => Err(open_failed(&self.inner.socket, &error)),
+            Err(error) => Err(failed(&error)),
         }
     }
 

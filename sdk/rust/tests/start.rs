@@ -15,6 +15,27 @@ use msb_sdk::Locator;
 /// Says to this program that it is to be the daemon, and where. `MSB_*` variables reach a daemon.
 const SOCKET_VARIABLE: &str = "MSB_TEST_DAEMON_SOCKET";
 
+/// A home and a runtime directory of the test's own.
+fn surroundings(directory: &std::path::Path) -> Surroundings {
+    Surroundings {
+        msb_home: Some(directory.join("home")),
+        xdg_runtime_dir: Some(directory.join("run")),
+        uid: rustix::process::getuid().as_raw(),
+        ..Default::default()
+    }
+}
+
+/// What a daemon of these tests says of itself.
+fn version_info() -> VersionInfo {
+    VersionInfo {
+        version: "0".into(),
+        api_version: 1,
+        guest_generation: 1,
+        pid: std::process::id(),
+        started_at: jiff::Timestamp::now(),
+    }
+}
+
 #[test]
 fn daemon_of_the_other_test() {
     let Some(socket) = std::env::var_os(SOCKET_VARIABLE) else { return };
@@ -24,13 +45,7 @@ fn daemon_of_the_other_test() {
         let socket = std::path::PathBuf::from(socket);
         std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-        let version = VersionInfo {
-            version: "0".into(),
-            api_version: 1,
-            guest_generation: 1,
-            pid: std::process::id(),
-            started_at: jiff::Timestamp::now(),
-        };
+        let version = version_info();
         let router = Router::new().route("/v1/version", get(move || async move { Json(version) }));
         let _ = tokio::time::timeout(Duration::from_secs(10), async { axum::serve(listener, router).await }).await;
     });
@@ -42,22 +57,11 @@ fn daemon_of_the_other_test() {
 async fn a_service_that_goes_away_under_a_reader_is_looked_for_once_more() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let dir = tempfile::tempdir().unwrap();
-    let surroundings = Surroundings {
-        msb_home: Some(dir.path().join("home")),
-        xdg_runtime_dir: Some(dir.path().join("run")),
-        uid: rustix::process::getuid().as_raw(),
-        ..Default::default()
-    };
+    let surroundings = surroundings(dir.path());
     let socket = surroundings.control_socket();
     std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let version = VersionInfo {
-        version: "0".into(),
-        api_version: 1,
-        guest_generation: 1,
-        pid: std::process::id(),
-        started_at: jiff::Timestamp::now(),
-    };
+    let version = version_info();
     let requests = tokio::spawn(async move {
         let mut requests = Vec::new();
         // How many requests each connection answers before it ends.
@@ -117,12 +121,7 @@ async fn a_service_that_goes_away_under_a_reader_is_looked_for_once_more() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_clients_at_once_start_one_daemon_in_a_session_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
-    let surroundings = Surroundings {
-        msb_home: Some(dir.path().join("home")),
-        xdg_runtime_dir: Some(dir.path().join("run")),
-        uid: rustix::process::getuid().as_raw(),
-        ..Default::default()
-    };
+    let surroundings = surroundings(dir.path());
     let program = dir.path().join("msbd");
     let script = format!(
         "#!/bin/sh\necho started $$ >> {dir}/starts\nexport {SOCKET_VARIABLE}={socket}\nexec {exe} --exact daemon_of_the_other_test --nocapture\n",
