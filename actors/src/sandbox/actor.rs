@@ -973,8 +973,13 @@ impl Handler<Ask> for SandboxActor {
                         (Denial::StillRunning(_), _) => ErrorCode::SandboxStillRunning,
                         (Denial::Busy(_), _) => ErrorCode::SandboxBusy,
                     };
-                    let doing = if then_start { "cannot be restarted" } else { "cannot do this" };
-                    ApiError::new(code, format!("sandbox {} {doing}: {denial}", self.record.name))
+                    let asked = match event {
+                        Event::Start { .. } => "started",
+                        Event::Remove { .. } => "removed",
+                        _ if then_start => "restarted",
+                        _ => "stopped",
+                    };
+                    ApiError::new(code, format!("sandbox {} cannot be {asked}: {denial}", self.record.name))
                 })
             }
             Ask::Detach => {

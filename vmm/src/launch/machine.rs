@@ -13,12 +13,13 @@ use std::time::Duration;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
-use msb_protocol::spec::{CPUS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
+use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, UPPER_SERIAL, VSOCK_SOCKET, VmSpec};
 use rustix::fs::{FlockOperation, flock};
 
 use super::volumes::{self, SharedPath};
 use super::{command_line, kernel_file};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::storage::{Concatenation, SparseFile};
 use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions, DiskFullObserver};
 use crate::devices::virtio::device::VirtioDevice;
@@ -185,11 +186,11 @@ pub(super) fn open_upper(path: &Path) -> Result<File, ApiError> {
     Ok(file)
 }
 
-/// Opens and builds everything of `spec`, which `check` has accepted. `listeners` are those of its published ports.
+/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports.
 ///
 /// # Errors
 /// What is wrong, for users.
-pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
+pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let lower = open_lower(&spec.lower)?;
@@ -201,7 +202,7 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
     let (link, guest_end) = UnixStream::pair().map_err(|error| internal(&error))?;
 
     let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
-    // A thread per disk: its system calls wait for the host's disk. vsock and rng never wait and share one.
+    // A thread per disk: its system calls wait for the host's disk. vsock, rng and balloon never wait and share one.
     let streams = start_loop("streams")?;
     let (root_loop, upper_loop) = (start_loop("blk-root")?, start_loop("blk-upper")?);
     let mut loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
@@ -258,7 +259,10 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
         network: network.as_ref().map(|(net, log)| (net.handle(), log.clone())),
     };
     let mut devices: Vec<Box<dyn VirtioDevice>> =
-        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams))];
+        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams.clone()))];
+    if engine == EngineChoice::Kvm {
+        devices.push(Box::new(Balloon::new(streams)));
+    }
     devices.extend(network.map(|(net, _)| Box::new(net) as Box<dyn VirtioDevice>));
     for disk in volumes::open_disks(&spec.disks, full_timeout, &on_disk_full)? {
         meters.disks.push(disk.device.counters());
