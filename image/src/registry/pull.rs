@@ -16,6 +16,7 @@ use crate::archive::{Platform, platform_of};
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::Dropped;
 use crate::limits::Limits;
 use crate::reference::ImageReference;
@@ -321,6 +322,7 @@ impl Pull<'_> {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<std::path::PathBuf, ImageError> {
+        faults::step("document: write");
         let path = self.scratch.join(name);
         std::fs::write(&path, bytes).map_err(|error| io_error("write", &path, error))?;
         Ok(path)

@@ -159,11 +159,8 @@ mod tests {
         const BUFFERED: usize = 60;
         let begin = Instant::now();
         let (refused, taken) = (Rc::default(), Rc::default());
-        let backend = Away {
-            until: begin + Duration::from_secs(AWAY_S),
-            refused: Rc::clone(&refused),
-            taken: Rc::clone(&taken),
-        };
+        let backend =
+            Away { until: begin + Duration::from_secs(AWAY_S), refused: Rc::clone(&refused), taken: Rc::clone(&taken) };
         let queue = Queue::new(BUFFERED);
         let own = SelfMetrics::silent();
         let counts = own.counts();

@@ -162,7 +162,6 @@ impl Sender {
         let client = builder.build().context("cannot set up the HTTP client")?;
         Ok(Self::Http { client, endpoint: options.endpoint, headers, gzip: options.gzip })
     }
-
 }
 
 impl Backend for Sender {

@@ -279,6 +279,11 @@ export class Client {
     return this.call("GET", "/v1/metrics");
   }
 
+  /** The newest samples at each interval, the first at once; a slow reader misses some. */
+  metricsStream(intervalMs = 1000): AsyncGenerator<MetricsSnapshot, void, void> {
+    return this.lines("GET", withQuery("/v1/metrics/stream", [["interval_ms", intervalMs]]));
+  }
+
   /** The images of the store, newest first. */
   async images(): Promise<ImageHandle[]> {
     return (await this.call<{ images: ImageHandle[] }>("GET", "/v1/images")).images;

@@ -28,7 +28,7 @@ from .models import (
     decode,
 )
 from .session import ExecHandle
-from .spec import check_name
+from .spec import check_name, milliseconds
 
 T = TypeVar("T")
 
@@ -231,6 +231,15 @@ class Client:
         """The newest sample of every sandbox, or of those that fit."""
         pairs = [("name", name), *(("label", label) for label in labels)]
         return await self._get(MetricsSnapshot, "/v1/metrics" + _query(pairs))
+
+    async def metrics_stream(
+        self, name: str | None = None, labels: Iterable[str] = (), *, interval: float = 1.0
+    ) -> AsyncIterator[MetricsSnapshot]:
+        """The newest samples at each interval in seconds, the first at once; a slow reader misses some."""
+        wanted = [("name", name), *(("label", label) for label in labels)]
+        pairs = [*wanted, ("interval_ms", milliseconds(interval, "interval"))]
+        async for line in self._lines("GET", "/v1/metrics/stream" + _query(pairs)):
+            yield decode(MetricsSnapshot, line)
 
     async def images(self) -> builtins.list[ImageHandle]:
         """The images of the store, newest first."""

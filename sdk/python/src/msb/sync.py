@@ -225,6 +225,10 @@ class Sandbox:
         """Its newest sample."""
         return _run(self.inner.metrics())
 
+    def metrics_stream(self, *, interval: float = 1.0) -> Iterator[SandboxMetrics]:
+        """Its newest sample at each interval in seconds, as long as it has one."""
+        return _iterate(self.inner.metrics_stream(interval=interval))
+
     def touch(self) -> None:
         """Counts as activity."""
         _run(self.inner.touch())
