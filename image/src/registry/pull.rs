@@ -1,7 +1,7 @@
 //! The pull: from a name to a record, layers in parallel.
 //!
 //! The caller's thread coordinates and reports; [`PullOptions::parallel`] threads fetch layers. The first failure cancels the rest. What is
-//! whole by then is in the store under the pull's holds, what is not stays in `partial/` for the next try.
+//! whole by then becomes an unfinished download again, unless somebody else needs it; all of those stay in `partial/` for the next try.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -138,6 +138,22 @@ impl Store {
     /// # Errors
     /// `RegistryNotFound`, `RegistryDenied`, `Registry`, `RegistryPlatform`, `Manifest`, `Digest`, `Size`, `Limit`, `Layer`, `DiskFull`, `Io`, `Cancelled`.
     pub fn pull(
+        &self,
+        reference: &ImageReference,
+        options: &PullOptions,
+        runtime: Handle,
+        cancelled: &CancellationToken,
+        progress: &mut dyn FnMut(PullEvent),
+    ) -> Result<PulledImage, ImageError> {
+        let outcome = self.pull_held(reference, options, runtime, cancelled, progress);
+        if outcome.is_err() {
+            self.give_back();
+        }
+        outcome
+    }
+
+    /// The pull, with everything that it holds let go of at its end.
+    fn pull_held(
         &self,
         reference: &ImageReference,
         options: &PullOptions,

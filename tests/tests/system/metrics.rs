@@ -187,6 +187,7 @@ fn vcpu_ms(home: &Home) -> f64 {
 #[track_caller]
 fn close(what: &str, told: f64, truth: f64, slack: f64) {
     let off = (told - truth).abs();
+    println!("{what}: told {told:.0}, it was {truth:.0}, {:.3} % off", off / truth.abs().max(1.0) * 100.0);
     assert!(off <= truth.abs() * 0.02 + slack, "{what}: told {told}, but it was {truth}");
 }
 
@@ -251,7 +252,8 @@ fn a_known_load_is_told_truly_to_everybody() {
     prometheus.holds(&now, written);
 
     // The real collector, over both protocols.
-    for Pipeline { points, .. } in &pipelines {
+    for (Pipeline { points, .. }, protocol) in pipelines.iter().zip(["gRPC", "HTTP"]) {
+        println!("a collector over {protocol}");
         let write = Some(("disk.io.direction", "write"));
         until("points at the collector", || {
             points.newest("microsandbox.disk.io", write) >= number(&before, "disk_write_bytes") + written

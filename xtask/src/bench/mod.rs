@@ -31,6 +31,9 @@ pub(crate) struct Arguments {
     /// Measure only this part (repeatable): boot, images, metrics
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
+    /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
+    #[arg(long, value_name = "FOLDER", conflicts_with = "exact")]
+    tree: Option<std::path::PathBuf>,
     /// Engine kvm in the lab that counts instructions, beside the peers' figures from there
     #[arg(long)]
     exact: bool,
@@ -51,8 +54,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         return exact::run(arguments.build);
     }
     debian::ensure(&[debian::BUILD, debian::RUN])?;
-    let tree = cache::development_tree();
-    install::install(&tree, arguments.build)?;
+    let tree = match &arguments.tree {
+        Some(tree) => std::fs::canonicalize(tree).with_context(|| format!("cannot use {}", tree.display()))?,
+        None => {
+            let tree = cache::development_tree();
+            install::install(&tree, arguments.build)?;
+            tree
+        }
+    };
     const PARTS: [&str; 3] = ["boot", "images", "metrics"];
     if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
         bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
