@@ -143,7 +143,7 @@ fn archives_of_every_tool_give_the_tree_that_umoci_unpacks() {
     );
     let oci = std::fs::read(archive("buildah-oci.tar")).unwrap();
     std::fs::write(archive("buildah-oci.tar.zst"), support::archive::zstd(&oci)).unwrap();
-    for name in [
+    let mut names = vec![
         "umoci.tar",
         "skopeo-docker.tar",
         "skopeo-oci.tar",
@@ -151,9 +151,33 @@ fn archives_of_every_tool_give_the_tree_that_umoci_unpacks() {
         "buildah-oci.tar",
         "buildah-docker.tar.gz",
         "buildah-oci.tar.zst",
-    ] {
+    ];
+    match std::env::var_os("MSB_TEST_DOCKER") {
+        Some(docker) => {
+            docker_saves(Path::new(&docker), &archive("skopeo-docker.tar"), &archive("docker.tar"), directory);
+            names.push("docker.tar");
+        }
+        None => skip("docker is not here: MSB_TEST_DOCKER names no folder"),
+    }
+    for name in names {
         check_root(&rows, &archive(name), name, directory);
     }
+}
+
+/// Has docker load an image and save it again; the daemon is its own and ends with this.
+fn docker_saves(programs: &Path, image: &Path, saved: &Path, directory: &Path) {
+    shell(
+        r#"export PATH="$1/usr/bin:$1/usr/sbin:$PATH" DOCKER_HOST="unix://$4/docker.sock"
+           mkdir -p "$4/docker"
+           dockerd --data-root "$4/docker/data" --exec-root "$4/docker/run" --pidfile "$4/docker/pid" -H "$DOCKER_HOST" \
+             --iptables=false --ip6tables=false --bridge=none --storage-driver=vfs >"$4/docker/log" 2>&1 &
+           daemon=$!
+           trap 'kill $daemon; wait $daemon || true' EXIT
+           for turn in $(seq 300); do docker version >/dev/null 2>&1 && break; sleep 0.2; done
+           docker load -q -i "$2" || { cat "$4/docker/log"; exit 1; }
+           docker save -o "$3" tool:v2"#,
+        &[programs, image, saved, directory],
+    );
 }
 
 /// A layout with the image `v2` alone, as umoci itself copies it.

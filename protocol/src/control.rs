@@ -696,6 +696,8 @@ pub struct MetricsQuery {
     pub names: Vec<String>,
     /// Only those whose labels fit every term.
     pub labels: Vec<String>,
+    /// Only those that fit every expression.
+    pub selectors: Vec<String>,
 }
 
 /// How to read the history of one sandbox.
@@ -751,8 +753,9 @@ pub struct HistoryPoint {
     pub network_packets: u64,
     /// Bytes the host allocates for the writable disk.
     pub root_allocated_bytes: u64,
-    /// What the guest said of itself; `memory_total_bytes` is not kept.
-    pub guest: GuestMetrics,
+    /// What the guest said of itself, absent before its first beat; `memory_total_bytes` is not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestMetrics>,
 }
 
 /// What a guest says of itself in its beat.

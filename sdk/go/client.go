@@ -333,6 +333,13 @@ func (c *Client) Metrics(ctx context.Context) (*MetricsSnapshot, error) {
 	return &snapshot, nil
 }
 
+// MetricsStream gives the newest samples at each interval, the first at once; a slow reader misses some. The iteration ends with the
+// context, or at the first error.
+func (c *Client) MetricsStream(ctx context.Context, interval time.Duration) iter.Seq2[MetricsSnapshot, error] {
+	values := url.Values{"interval_ms": {fmt.Sprint(interval.Milliseconds())}}
+	return lines[MetricsSnapshot](ctx, c, http.MethodGet, withQuery("/v1/metrics/stream", values), nil, "")
+}
+
 func (c *Client) session(ctx context.Context, target string, first any, stdin bool) (*ExecHandle, error) {
 	connection, err := c.dial(ctx)
 	if err != nil {

@@ -169,6 +169,23 @@ func (s *Sandbox) Metrics(ctx context.Context) (*SandboxMetrics, error) {
 	return nil, nil
 }
 
+// MetricsStream gives its newest sample at each interval, as long as it has one.
+func (s *Sandbox) MetricsStream(ctx context.Context, interval time.Duration) iter.Seq2[SandboxMetrics, error] {
+	return func(yield func(SandboxMetrics, error) bool) {
+		for snapshot, err := range s.client.MetricsStream(ctx, interval) {
+			if err != nil {
+				yield(SandboxMetrics{}, err)
+				return
+			}
+			for _, sample := range snapshot.Sandboxes {
+				if sample.ID == s.detail.ID && !yield(sample, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // Touch counts as activity.
 func (s *Sandbox) Touch(ctx context.Context) error {
 	return s.update(ctx, http.MethodPost, "/touch", struct{}{})

@@ -64,6 +64,7 @@ pub(crate) const CHECK: &[Package] = &[
     package("erofs-utils", "fsck.erofs", "checks the root images we write"),
     package("umoci", "umoci", "unpacks the same layers for comparison"),
     package("skopeo", "skopeo", "reads and converts the same images"),
+    package("buildah", "buildah", "makes archives as podman does"),
     package("docker-registry", "docker-registry", "the registry that images are pulled from"),
     package("apache2-utils", "htpasswd", "the password file of that registry"),
     package("openssl", "openssl", "the certificates of that registry"),

@@ -180,6 +180,7 @@ fn seeds_of(target: &str) -> Result<Vec<Vec<u8>>> {
             }
             seeds
         }
+        "registry_json" => registry_answers(),
         "archive" => vec![archive(false)?, archive(true)?, compressed(&archive(true)?)?],
         "mmio_registers" => {
             // Each register written and read, in the order of a driver's set-up (VIRTIO 1.2, section 4.2.3).
@@ -203,6 +204,63 @@ fn seeds_of(target: &str) -> Result<Vec<Vec<u8>>> {
         // The rings' inputs are descriptors and bytes of any kind: coverage finds its way from nothing.
         _ => vec![vec![0; 64], (0..=255).collect()],
     })
+}
+
+/// One answer for each path through the reading of what a registry says: both families, indexes, what is refused and why.
+fn registry_answers() -> Vec<Vec<u8>> {
+    let digest = digest(b"");
+    let blob = |kind: &str, rest: &str| format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":7{rest}}}"#);
+    let manifest = |own: &str, config: &str, layers: &[&str]| {
+        let layers: Vec<_> = layers.iter().map(|kind| blob(kind, "")).collect();
+        let layers = layers.join(",");
+        format!(r#"{{"schemaVersion":2,"mediaType":"{own}","config":{},"layers":[{layers}]}}"#, blob(config, ""))
+    };
+    let index = |own: &str, entries: &[String]| {
+        format!(r#"{{"schemaVersion":2,"mediaType":"{own}","manifests":[{}]}}"#, entries.join(","))
+    };
+    let (oci, docker) = ("application/vnd.oci.image", "application/vnd.docker.distribution");
+    let oci_manifest = format!("{oci}.manifest.v1+json");
+    let layers = ["", "+gzip", "+zstd"].map(|packing| format!("{oci}.layer.v1.tar{packing}"));
+    let platform = |os: &str, architecture: &str, rest: &str| {
+        blob(&oci_manifest, &format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"{rest}}}"#))
+    };
+    let attestation = blob(
+        &oci_manifest,
+        r#","platform":{"os":"unknown","architecture":"unknown"},"annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#,
+    );
+    let whole = manifest(&oci_manifest, &format!("{oci}.config.v1+json"), &layers.each_ref().map(String::as_str));
+    let seeds = [
+        manifest(
+            &format!("{docker}.manifest.v2+json"),
+            "application/vnd.docker.container.image.v1+json",
+            &["application/vnd.docker.image.rootfs.diff.tar.gzip"],
+        ),
+        index(&format!("{docker}.manifest.list.v2+json"), &[platform("linux", "amd64", "")]),
+        index(
+            &format!("{oci}.index.v1+json"),
+            &[attestation.clone(), platform("linux", "arm64", r#","variant":"v8""#), platform("linux", "amd64", "")],
+        ),
+        index(&format!("{oci}.index.v1+json"), &[blob(&format!("{oci}.index.v1+json"), "")]),
+        index(&format!("{oci}.index.v1+json"), &[attestation, platform("windows", "amd64", "")]),
+        whole.replace(r#""size":7"#, r#""size":99999999999999"#),
+        whole.replace(r#""size":7"#, r#""size":-7"#),
+        whole.replace("sha256", "sha512"),
+        whole.replace("layer.v1", "config.v1"),
+        whole.replace(r#""schemaVersion":2"#, r#""schemaVersion":1"#),
+        whole.replace(r#""layers""#, r#""manifests":[],"layers""#),
+        whole,
+        format!(
+            r#"{{"architecture":"amd64","os":"linux","variant":"v3","created":"2024-01-01T00:00:00Z","author":"a","config":{{"User":"1:1","Env":["A=b"],"Entrypoint":["/a"],"Cmd":["b"],"Volumes":{{"/v":{{}}}},"WorkingDir":"/w","Labels":{{"k":"v"}},"StopSignal":"SIGINT","ExposedPorts":{{"80/tcp":{{}}}}}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}},"history":[{{"created_by":"x","empty_layer":true}}]}}"#
+        ),
+        r#"{"token":"abc.def","expires_in":60}"#.to_owned(),
+        r#"{"access_token":"abc"}"#.to_owned(),
+        r#"{"errors":[{"code":"DENIED","message":"no"}]}"#.to_owned(),
+        r#"Bearer realm="https://a/t",service="s",scope="repository:a:pull""#.to_owned(),
+        "Basic realm=\"x\", Bearer realm=\"https://a\\\"b\"".to_owned(),
+        "120".to_owned(),
+        "Sun, 06 Nov 1994 08:49:37 GMT".to_owned(),
+    ];
+    seeds.map(String::into_bytes).to_vec()
 }
 
 /// What users type and write that is parsed.

@@ -16,6 +16,7 @@ mod debian;
 mod demo;
 mod dependencies;
 mod dist;
+mod docker;
 mod docs;
 mod fuzz;
 mod home;

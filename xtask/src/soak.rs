@@ -59,6 +59,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_SIM_SANDBOXES", "10000"), ("MSB_SIM_SECONDS", "3600"), ("MSB_SIM_STRICT", "1")],
     },
     Proof {
+        name: "load",
+        proves: "1 GiB written, 64 MiB received and 30 s of a busy vCPU are told within 2 % to everybody who reads metrics",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "a_known_load_is_told_truly"],
+        environment: &[("MSB_TEST_LOAD", "full"), ("RUST_TEST_NOCAPTURE", "1")],
+    },
+    Proof {
         name: "execs",
         proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, observers, program, sdk};
+use crate::{
+    binaries, cache, debian, dependencies, docker, docs, fuzz, house, images, install, lab, observers, program, sdk,
+};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -142,7 +144,8 @@ fn documents(_: &Arguments) -> Result<Outcome> {
 fn unit(_: &Arguments) -> Result<Outcome> {
     // Some unit tests hold our output against independent programs; without them they would say "skipped".
     debian::ensure(&[debian::BUILD, debian::CHECK, debian::CLIENTS])?;
-    program::run(binaries::cargo().args([
+    let mut tests = binaries::cargo();
+    tests.args([
         "test",
         "--workspace",
         "--exclude",
@@ -151,7 +154,12 @@ fn unit(_: &Arguments) -> Result<Outcome> {
         binaries::COMPANION_FEATURES,
         "--locked",
         "--no-fail-fast",
-    ]))?;
+    ]);
+    match docker::fetch() {
+        Ok(folder) => drop(tests.env("MSB_TEST_DOCKER", folder)),
+        Err(error) => println!("note: no docker, so what it saves is not loaded: {error:#}"),
+    }
+    program::run(&mut tests)?;
     Ok(Outcome::Passed)
 }
 

@@ -146,8 +146,8 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
-    use crate::point::tests::{fleet, snapshot};
-    use crate::point::{AttributeChoice, Memory, collect};
+    use crate::collect::tests::{fleet, snapshot};
+    use crate::collect::{AttributeChoice, Memory, collect};
 
     fn sums<'a>(request: &'a ExportMetricsServiceRequest, name: &str) -> Vec<&'a wire::NumberDataPoint> {
         let metrics = &request.resource_metrics[0].scope_metrics[0].metrics;

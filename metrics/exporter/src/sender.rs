@@ -14,6 +14,7 @@ use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
 use crate::endpoint::{Endpoint, Protocol};
+use crate::export::Backend;
 use crate::retry::{self, Outcome};
 
 /// Largest answer that is read from a backend, in bytes.
@@ -161,9 +162,10 @@ impl Sender {
         let client = builder.build().context("cannot set up the HTTP client")?;
         Ok(Self::Http { client, endpoint: options.endpoint, headers, gzip: options.gzip })
     }
+}
 
-    /// One attempt.
-    pub(crate) async fn send(&mut self, request: ExportMetricsServiceRequest) -> Outcome {
+impl Backend for Sender {
+    async fn send(&mut self, request: ExportMetricsServiceRequest) -> Outcome {
         match self {
             Self::Grpc { client, metadata, timeout } => {
                 let mut message = tonic::Request::new(request);

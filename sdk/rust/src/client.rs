@@ -902,7 +902,9 @@ fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
 
 fn metrics_pairs(query: &MetricsQuery) -> Vec<(&'static str, String)> {
     let names = query.names.iter().map(|name| ("name", name.clone()));
-    names.chain(query.labels.iter().map(|label| ("label", label.clone()))).collect()
+    let labels = query.labels.iter().map(|label| ("label", label.clone()));
+    let selectors = query.selectors.iter().map(|selector| ("selector", selector.clone()));
+    names.chain(labels).chain(selectors).collect()
 }
 
 pub(crate) fn with_query(path: &str, pairs: &[(&str, String)]) -> String {

@@ -293,7 +293,7 @@ impl Sandbox {
     }
 
     fn metrics_query(&self) -> MetricsQuery {
-        MetricsQuery { names: vec![self.name.to_string()], labels: Vec::new() }
+        MetricsQuery { names: vec![self.name.to_string()], ..MetricsQuery::default() }
     }
 }
 

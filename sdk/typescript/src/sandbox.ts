@@ -114,6 +114,13 @@ export class Sandbox implements AsyncDisposable {
     return (await this.client.metrics()).sandboxes.find((sample) => sample.id === this.known.id);
   }
 
+  /** Its newest sample at each interval, as long as it has one. */
+  async *metricsStream(intervalMs = 1000): AsyncGenerator<SandboxMetrics, void, void> {
+    for await (const { sandboxes } of this.client.metricsStream(intervalMs)) {
+      yield* sandboxes.filter((sample) => sample.id === this.known.id);
+    }
+  }
+
   /** Counts as activity. */
   async touch(): Promise<void> {
     this.known = await this.client.touch(this.name);

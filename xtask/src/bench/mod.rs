@@ -7,6 +7,8 @@
 //! With `--exact` the same for engine kvm, in the lab's clock ([`exact`]).
 
 mod exact;
+mod images;
+mod metrics;
 
 use std::io::Write;
 use std::path::Path;
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::home::Home;
-use crate::{binaries, cache, debian, images, install, program};
+use crate::{binaries, cache, debian, images as test_images, install, program};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -26,6 +28,12 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
+    /// Measure only this part (repeatable): boot, images, metrics
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
+    /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
+    #[arg(long, value_name = "FOLDER", conflicts_with = "exact")]
+    tree: Option<std::path::PathBuf>,
     /// Engine kvm in the lab that counts instructions, beside the peers' figures from there
     #[arg(long)]
     exact: bool,
@@ -46,21 +54,46 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         return exact::run(arguments.build);
     }
     debian::ensure(&[debian::BUILD, debian::RUN])?;
-    let tree = cache::development_tree();
-    install::install(&tree, arguments.build)?;
-    let images = images::small()?;
-    let home = Home::new("bench", &tree)?;
-    let archive = images.join("busybox.tar");
-    succeed(&mut home.msb(&["image", "load", "-i", &archive.to_string_lossy()]))?;
-
-    let mut rows = vec![cold_start(&home, &tree, arguments.rounds)?];
-    rows.extend(loading(&home)?);
-    rows.extend(idle(&home, arguments.sandboxes)?);
+    let tree = match &arguments.tree {
+        Some(tree) => std::fs::canonicalize(tree).with_context(|| format!("cannot use {}", tree.display()))?,
+        None => {
+            let tree = cache::development_tree();
+            install::install(&tree, arguments.build)?;
+            tree
+        }
+    };
+    const PARTS: [&str; 3] = ["boot", "images", "metrics"];
+    if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
+        bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
+    }
+    let wanted = |part: &str| arguments.only.is_empty() || arguments.only.iter().any(|name| name == part);
+    let rounds = arguments.rounds.max(1);
+    let mut rows = Vec::new();
+    if wanted("boot") {
+        rows.extend(boot(&tree, rounds, arguments.sandboxes)?);
+    }
+    if wanted("images") {
+        rows.extend(images::rows(&tree, rounds)?);
+    }
+    if wanted("metrics") {
+        rows.extend(metrics::rows(&tree)?);
+    }
     println!("\n{:<64} {:>24}  {:<22} holds", "what", "measured", "promise");
     for row in &rows {
         println!("{:<64} {:>24}  {:<22} {}", row.what, row.measured, row.promise, if row.holds { "yes" } else { "NO" });
     }
     Ok(())
+}
+
+/// A sandbox's start and rest.
+fn boot(tree: &Path, rounds: usize, sandboxes: usize) -> Result<Vec<Row>> {
+    let home = Home::new("bench", tree)?;
+    let archive = test_images::small()?.join("busybox.tar");
+    succeed(&mut home.msb(&["image", "load", "-i", &archive.to_string_lossy()]))?;
+    let mut rows = vec![cold_start(&home, tree, rounds)?];
+    rows.extend(loading(&home)?);
+    rows.extend(idle(&home, sandboxes)?);
+    Ok(rows)
 }
 
 /// `msb run busybox -- true` against the same QEMU, kernel and initramfs started by hand. By hand there is no agent link, so the agent

@@ -20,15 +20,17 @@ from .models import (
     EventRecord,
     ImageDetail,
     ImageHandle,
+    ImagePruneReport,
     LogRecord,
     MetricsSnapshot,
+    PullEvent,
     SandboxDetail,
     SandboxSummary,
     VersionInfo,
     decode,
 )
 from .session import ExecHandle
-from .spec import check_name
+from .spec import check_name, milliseconds
 
 T = TypeVar("T")
 
@@ -127,11 +129,17 @@ class Client:
         return decode(SandboxDetail, await self._call("POST", target, body))
 
     async def _lines(
-        self, method: str, target: str, stream: AsyncIterable[bytes] | None = None, content_type: str = ""
+        self,
+        method: str,
+        target: str,
+        stream: AsyncIterable[bytes] | None = None,
+        content_type: str = "application/json",
+        body: object = None,
     ) -> AsyncIterator[Any]:
         connection = await self._connection()
         try:
-            headers = await _http.send(connection, method, target, stream=stream, content_type=content_type)
+            sent = None if body is None else json.dumps(body).encode()
+            headers = await _http.send(connection, method, target, sent, stream, content_type)
             async for line in connection.lines(headers):
                 yield json.loads(line)
         except ValueError as error:
@@ -232,6 +240,15 @@ class Client:
         pairs = [("name", name), *(("label", label) for label in labels)]
         return await self._get(MetricsSnapshot, "/v1/metrics" + _query(pairs))
 
+    async def metrics_stream(
+        self, name: str | None = None, labels: Iterable[str] = (), *, interval: float = 1.0
+    ) -> AsyncIterator[MetricsSnapshot]:
+        """The newest samples at each interval in seconds, the first at once; a slow reader misses some."""
+        wanted = [("name", name), *(("label", label) for label in labels)]
+        pairs = [*wanted, ("interval_ms", milliseconds(interval, "interval"))]
+        async for line in self._lines("GET", "/v1/metrics/stream" + _query(pairs)):
+            yield decode(MetricsSnapshot, line)
+
     async def images(self) -> builtins.list[ImageHandle]:
         """The images of the store, newest first."""
         return decode(list[ImageHandle], (await self._call("GET", "/v1/images")).get("images"))
@@ -252,6 +269,44 @@ class Client:
             if done is not None:
                 return decode(list[ImageHandle], done.get("images"))
         raise DaemonUnavailableError("the load ended without an answer")
+
+    async def pull_image(self, reference: str, platform: str | None = None) -> AsyncIterator[PullEvent]:
+        """Pulls an image and tells how far it is; the last event is `done`, a failure is raised."""
+        request = {"reference": reference} if platform is None else {"reference": reference, "platform": platform}
+        async for event in self._lines("POST", "/v1/images/pull", body=request):
+            done = _finished(event)
+            yield decode(PullEvent, event)
+            if done is not None:
+                return
+        raise DaemonUnavailableError("the pull ended without an answer")
+
+    async def save_images(self, references: Iterable[str], format: str = "docker") -> AsyncIterator[bytes]:
+        """The pieces of an archive (`docker` or `oci`) of these images."""
+        connection = await self._connection()
+        try:
+            request = json.dumps({"references": [*references], "format": format}).encode()
+            headers = await _http.send(connection, "POST", "/v1/images/save", request)
+            async for piece in connection.body(headers):
+                yield piece
+        finally:
+            connection.abort()
+
+    async def prune_images(
+        self,
+        *,
+        dry_run: bool = False,
+        all: bool = False,
+        older_than: float | None = None,
+        keep_bytes: int | None = None,
+        labels: Iterable[str] = (),
+    ) -> ImagePruneReport:
+        """Removes images that nothing needs; `older_than` is in seconds."""
+        request: dict[str, Any] = {"dry_run": dry_run, "all": all, "labels": [*labels]}
+        if older_than is not None:
+            request["older_than_ms"] = milliseconds(older_than, "older_than")
+        if keep_bytes is not None:
+            request["keep_bytes"] = keep_bytes
+        return decode(ImagePruneReport, await self._call("POST", "/v1/images/prune", request))
 
 
 def _finished(event: Any) -> dict[str, Any] | None:

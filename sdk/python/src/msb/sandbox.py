@@ -172,6 +172,13 @@ class Sandbox:
         snapshot = await self.client.metrics()
         return next((sample for sample in snapshot.sandboxes if sample.id == self.detail.id), None)
 
+    async def metrics_stream(self, *, interval: float = 1.0) -> AsyncIterator[SandboxMetrics]:
+        """Its newest sample at each interval in seconds, as long as it has one."""
+        async for snapshot in self.client.metrics_stream(self.name, interval=interval):
+            for sample in snapshot.sandboxes:
+                if sample.id == self.detail.id:
+                    yield sample
+
     async def touch(self) -> None:
         """Counts as activity."""
         self.detail = await self.client.touch(self.name)
