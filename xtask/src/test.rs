@@ -208,7 +208,7 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     }
     // One processor: with two, each a thread of QEMU, the emulated KVM sometimes ends in a loop that no interrupt gets through (seen on
     // idle machines after some 40 s, both processors in kvm-amd.ko, the kernel telling of an RCU stall).
-    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
+    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: lab::System::Bare };
     let filter: Vec<String> = match &arguments.filter {
         Some(text) => vec![text.clone()],
         None => LAB_CASES.map(str::to_owned).to_vec(),
