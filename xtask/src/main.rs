@@ -18,6 +18,7 @@ mod dependencies;
 mod dist;
 mod docs;
 mod fuzz;
+mod generation;
 mod home;
 mod house;
 mod images;

@@ -146,7 +146,9 @@ mod tests {
     fn a_request_is_read_as_it_was_written_and_nothing_else_is() {
         let run = BootId(uuid::Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0001));
         assert_eq!(parse_request(&request(41, run)), Some((41, run)));
-        for bad in ["", "41", "41 x\n", "-1 01900000-0000-7000-8000-000000000001\n", "41 01900000-0000-7000-8000-000000000001"] {
+        for bad in
+            ["", "41", "41 x\n", "-1 01900000-0000-7000-8000-000000000001\n", "41 01900000-0000-7000-8000-000000000001"]
+        {
             assert_eq!(parse_request(bad), None, "{bad:?}");
         }
     }
@@ -156,7 +158,13 @@ mod tests {
         let manager = Manager { systemd_run: "/usr/bin/systemd-run".into(), user: true };
         let words: Vec<_> =
             manager.command("msb-x.scope").get_args().map(|word| word.to_string_lossy().into_owned()).collect();
-        for word in ["--user", "--scope", "--unit=msb-x.scope", "--property=Before=msb-flush.service", "--property=Wants=msb-flush.service"] {
+        for word in [
+            "--user",
+            "--scope",
+            "--unit=msb-x.scope",
+            "--property=Before=msb-flush.service",
+            "--property=Wants=msb-flush.service",
+        ] {
             assert!(words.iter().any(|found| found == word), "{word}: {words:?}");
         }
         assert_eq!(words.last().map(String::as_str), Some("--"));

@@ -215,7 +215,8 @@ fn disable_units(context: &Context) {
 
 /// A folder of msb's own. It is looked at twice before it goes: a home that holds no daemon's lock is not one.
 fn remove_own(path: &Path) -> Result<(), Failure> {
-    let known = ["msbd.lock", "msbd.sock", "state", "vm", "images", "users"].iter().any(|name| path.join(name).exists());
+    let known =
+        ["msbd.lock", "msbd.sock", "state", "vm", "images", "users"].iter().any(|name| path.join(name).exists());
     let empty = path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
     if !known && !empty {
         return Err(invalid(format!(

@@ -48,7 +48,12 @@ pub(super) fn keep(users: &Arc<Users>, uid: u32, mut child: Child) {
             *count
         };
         let pause = back_off(crashes);
-        tracing::error!(uid, ?status, pause_ms = pause.as_millis(), "the service of a user has died and is started again");
+        tracing::error!(
+            uid,
+            ?status,
+            pause_ms = pause.as_millis(),
+            "the service of a user has died and is started again"
+        );
         std::thread::sleep(pause);
         // Somebody who connected meanwhile has started it already.
         if let Err(error) = users.door(uid, false) {

@@ -1,9 +1,7 @@
 //! A service of one's own: carl is not in group msb.
 
 use crate::Next;
-use crate::machine::{
-    CARL, drop_in, group, lives, processes, session, succeeds, wait_until,
-};
+use crate::machine::{CARL, drop_in, group, lives, processes, session, succeeds, wait_until};
 
 /// A line in carl's manager, without a session.
 fn systemctl(words: &str) -> String {
@@ -52,7 +50,9 @@ pub(crate) fn a_service_of_ones_own_is_started_by_its_socket(_: u32) -> Next {
     succeeds("kill", &["-STOP", pid.trim()]);
     let took = wait_until("his manager replaces his service", || {
         let now = systemctl("show --value --property MainPID msbd.service");
-        now != pid && now.trim() != "0" && systemctl("show --value --property ActiveState msbd.service").trim() == "active"
+        now != pid
+            && now.trim() != "0"
+            && systemctl("show --value --property ActiveState msbd.service").trim() == "active"
     });
     println!("a service that hangs is replaced after {:.1} s", took.as_secs_f64());
     assert_eq!(session(CARL, "msb exec box -- echo on"), "on\n");

@@ -90,12 +90,8 @@ pub(crate) fn load(user: &str) {
 /// Runs a detached sandbox that sleeps.
 #[track_caller]
 pub(crate) fn sleeper(user: &str, name: &str, options: &[&str]) {
-    let words: Vec<&str> = ["run", "-d", "--name", name]
-        .iter()
-        .chain(options)
-        .chain(&["busybox", "sleep", "86400"])
-        .copied()
-        .collect();
+    let words: Vec<&str> =
+        ["run", "-d", "--name", name].iter().chain(options).chain(&["busybox", "sleep", "86400"]).copied().collect();
     msb(user, &words);
 }
 
@@ -129,7 +125,8 @@ pub(crate) fn processes(program: &str, user: Option<&str>) -> Vec<u32> {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
             let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
             let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
-            let owner = status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.to_owned();
+            let owner =
+                status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.to_owned();
             (name.trim() == program && uid.as_ref().is_none_or(|uid| *uid == owner) && lives(pid)).then_some(pid)
         })
         .collect()
@@ -177,7 +174,7 @@ pub(crate) fn boot() -> ! {
 /// What a failure is understood by.
 pub(crate) fn account() {
     for (program, words) in [
-        ("journalctl", &["--boot", "--no-pager", "--lines=150", "--output=short-monotonic"][..]),
+        ("journalctl", &["--boot", "--no-pager", "--lines=80", "--output=short-monotonic"][..]),
         ("systemd-cgls", &["--no-pager", "--full"]),
         ("systemctl", &["--no-pager", "--failed"]),
     ] {
