@@ -38,8 +38,12 @@ fn exec_works_on_an_agent_of_the_first_generation_and_a_newer_call_is_refused() 
     let machine = home.inspect("old")["vmm_pid"].clone();
 
     upgrade(&home);
-    home.msb(["exec", "old", "--", "sh", "-c", "echo on; cat"]).input("stdin").run().succeeds().prints("on\nstdin");
-    home.msb(["exec", "old", "--", "sh", "-c", "exit 3"]).run().exits(3);
+    home.msb(["exec", "-i", "old", "--", "sh", "-c", "echo on; cat"])
+        .input("stdin")
+        .run()
+        .succeeds()
+        .prints("on\nstdin");
+    let _ = home.msb(["exec", "old", "--", "sh", "-c", "exit 3"]).run().exits(3);
     assert_eq!(home.succeeds(&["logs", "old"]), "begun\n");
     assert_eq!(home.inspect("old")["vmm_pid"], machine);
     let said = home.fails(&["cp", "old:/etc/passwd", "passwd"], 1, "unsupported_operation");

@@ -15,10 +15,6 @@ fn machines() -> Vec<u32> {
     processes("msb-vmm", Some(CARL))
 }
 
-fn stay(pid: u32) -> bool {
-    lives(pid)
-}
-
 pub(crate) fn a_service_of_ones_own_is_started_by_its_socket(_: u32) -> Next {
     succeeds("loginctl", &["enable-linger", CARL]);
     wait_until("his manager runs", || {
@@ -41,7 +37,7 @@ pub(crate) fn a_service_of_ones_own_is_started_by_its_socket(_: u32) -> Next {
     let pid = systemctl("show --value --property MainPID msbd.service");
     succeeds("kill", &["-KILL", pid.trim()]);
     assert_eq!(session(CARL, "msb exec box -- echo on"), "on\n");
-    assert!(stay(machine));
+    assert!(lives(machine));
 
     drop_in("msbd.service", "user", "[Service]\nWatchdogSec=5s\n");
     systemctl("daemon-reload");
@@ -56,7 +52,7 @@ pub(crate) fn a_service_of_ones_own_is_started_by_its_socket(_: u32) -> Next {
     });
     println!("a service that hangs is replaced after {:.1} s", took.as_secs_f64());
     assert_eq!(session(CARL, "msb exec box -- echo on"), "on\n");
-    assert!(stay(machine) && machines() == [machine]);
+    assert_eq!(machines(), [machine]);
 
     session(CARL, "msb exec box -- sh -c 'echo written just before > /root/note'");
     systemctl("stop msb.slice");
@@ -89,14 +85,12 @@ pub(crate) fn logging_out_ends_what_does_not_linger(_: u32) -> Next {
     assert_eq!(session(CARL, line), "back\nwritten before the logout\n");
     wait_until("his machines end again", || machines().is_empty() && processes("systemd", Some(CARL)).is_empty());
 
-    // A service that msb has started by itself belongs to no unit, and Debian's logind lets it be. Its sockets go with the runtime
-    // directory and come again.
+    // A service that msb has started by itself belongs to no unit but the session it was started in, and Debian's logind lets that be for as
+    // long as something runs in it.
     succeeds("rm", &["-rf", "/home/carl/.config/systemd"]);
     session(CARL, "msb start box >/dev/null");
-    wait_until("he is logged out and his runtime directory gone", || {
-        processes("systemd", Some(CARL)).is_empty()
-            && !std::path::Path::new(&format!("/run/user/{}", succeeds("id", &["-u", CARL]).trim())).exists()
-    });
+    // Longer than logind waits before it stops the manager of a user who has left.
+    std::thread::sleep(std::time::Duration::from_secs(20));
     let machine = machines();
     assert_eq!(machine.len(), 1, "{machine:?}");
     assert_eq!(session(CARL, "msb exec box -- echo on"), "on\n");
