@@ -19,6 +19,7 @@ mod dist;
 mod docker;
 mod docs;
 mod fuzz;
+mod generation;
 mod home;
 mod house;
 mod images;

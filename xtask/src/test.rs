@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    binaries, cache, debian, dependencies, docker, docs, fuzz, house, images, install, lab, observers, program, sdk,
+    binaries, cache, debian, dependencies, docker, docs, fuzz, generation, house, images, install, lab, observers,
+    program, sdk,
 };
 
 #[derive(clap::Args)]
@@ -191,11 +192,19 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
         Ok(folder) => drop(tests.env("MSB_TEST_OBSERVERS", folder)),
         Err(error) => println!("note: no collector, so the case that asks one is skipped: {error:#}"),
     }
+    match generation::first_agent() {
+        Ok(initramfs) => drop(tests.env("MSB_TEST_FIRST_AGENT", initramfs)),
+        Err(error) => println!("note: no agent of generation 1, so the case that asks one is skipped: {error:#}"),
+    }
+    tests.env("MSB_TEST_EARLIER", std::env::join_paths(generation::earlier()?)?);
     // A booting guest under software emulation keeps a processor busy; more of them at once than processors only makes each slower.
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     tests.args(["--", &format!("--test-threads={threads}")]);
     tests.args(arguments.filter.iter());
     program::run(&mut tests).context("whole-system tests")?;
+    if arguments.filter.is_none() && !arguments.build.fast {
+        generation::keep(&tree)?;
+    }
     Ok(Outcome::Passed)
 }
 
@@ -216,22 +225,38 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     }
     // One processor: with two, each a thread of QEMU, the emulated KVM sometimes ends in a loop that no interrupt gets through (seen on
     // idle machines after some 40 s, both processors in kvm-amd.ko, the kernel telling of an RCU stall).
-    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
-    let filter: Vec<String> = match &arguments.filter {
-        Some(text) => vec![text.clone()],
+    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: lab::System::Bare };
+    let cases = match arguments.filter.as_deref() {
+        Some("systemd") => Vec::new(),
+        Some(text) => vec![text.to_owned()],
         None => LAB_CASES.map(str::to_owned).to_vec(),
     };
-    let mut code = lab::cases(&machine, arguments.build, &filter);
+    if !cases.is_empty() {
+        in_the_machine("the cases", || lab::cases(&machine, arguments.build, &cases))?;
+    }
+    if matches!(arguments.filter.as_deref(), None | Some("systemd")) {
+        in_the_machine("the service's cases", || lab::service_cases(&machine, arguments.build, &SERVICE_CASES))?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// The service's cases that run in every test run: package, two users, scopes, restarts, the slice's stop. `cargo xtask soak --only systemd`
+/// runs all of them.
+const SERVICE_CASES: [&str; 3] = ["host", "scopes", "slice"];
+
+/// Runs cases in the lab; once more if the machine hung.
+fn in_the_machine(what: &str, run: impl Fn() -> Result<i32>) -> Result<()> {
+    let mut code = run();
     // The emulation's fault, see above. A case that fails is never repeated.
     if let Err(error) = &code
         && error.is::<lab::Hung>()
     {
         println!("{error}; once more");
-        code = lab::cases(&machine, arguments.build, &filter);
+        code = run();
     }
     match code? {
-        0 => Ok(Outcome::Passed),
-        code => bail!("the cases ended with status {code}"),
+        0 => Ok(()),
+        code => bail!("{what} ended with status {code}"),
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-use crate::lab::{self, Machine};
+use crate::lab::{self, Machine, System};
 use crate::{binaries, debian};
 
 /// One line of the table.
@@ -70,7 +70,7 @@ const COUNTS: &[(&str, &str)] = &[
 /// Measures and prints; fails only when something cannot be measured at all.
 pub(super) fn run(build: binaries::Arguments) -> Result<()> {
     debian::ensure(lab::PACKAGES)?;
-    let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
+    let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: System::Bare };
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
     let code = lab::measure(&machine, build, SCRIPT, &mut |line| {
