@@ -188,7 +188,7 @@ pub struct VmStatus {
     #[serde(default)]
     pub main_started: bool,
     /// Whether its vCPUs are halted.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
     /// Phases so far.
     #[serde(default)]
