@@ -418,6 +418,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
         agent_generation: Some(1),
         main_end: None,
         main_started: true,
+        paused: false,
         phases: vec![phase.clone()],
         jail: JailReport { in_force: vec!["seccomp".into()], missing: vec![] },
     };
