@@ -2,6 +2,8 @@
 //!
 //! The work is done by this program started again, so that it can be killed; therefore it has no test harness.
 
+#![expect(clippy::print_stdout, reason = "says how many steps there were")]
+
 mod support;
 
 use std::os::unix::process::ExitStatusExt as _;
