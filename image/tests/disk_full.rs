@@ -1,6 +1,8 @@
 //! A disk without room at every step of a pull: file systems of every size from too small for anything to large enough, and with every
 //! number of files. Whatever fails says so, the store is sound and has no image, and with room the next pull goes on with what came.
 
+#![expect(clippy::print_stdout, reason = "says how much room was needed")]
+
 mod support;
 
 use std::path::{Path, PathBuf};
