@@ -74,6 +74,8 @@ pub(super) fn run(build: binaries::Arguments) -> Result<()> {
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
     let code = lab::measure(&machine, build, SCRIPT, &mut |line| {
+        // As they come: a machine that ends early has still said something.
+        println!("{line}");
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
             ["FIGURE", key, value] => {
@@ -86,7 +88,7 @@ pub(super) fn run(build: binaries::Arguments) -> Result<()> {
                     phases.push(((*name).to_owned(), value / 1000.0));
                 }
             }
-            _ => println!("{line}"),
+            _ => {}
         }
     })?;
     println!(
