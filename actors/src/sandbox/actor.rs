@@ -1095,7 +1095,8 @@ impl Handler<Explain> for SandboxActor {
     fn handle(&mut self, Explain(target): Explain, _: &mut Self::Context) -> Self::Result {
         faults::here("sandbox/explain");
         self.handled += 1;
-        let running = matches!(self.machine.state(), State::Running { .. } | State::Paused { .. } | State::Draining { .. });
+        let running =
+            matches!(self.machine.state(), State::Running { .. } | State::Paused { .. } | State::Draining { .. });
         MessageResult(running.then(|| {
             let (reply, answer) = oneshot::channel();
             self.command(VmCommand::ExplainNetwork(target, reply));

@@ -672,7 +672,8 @@ impl Machine {
             ) => {
                 self.state = State::Running { run, ready_at_ms };
                 // While it is halted nothing is active and nothing is idle.
-                let event = if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
+                let event =
+                    if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
                 let mut effects = self.transition(event, at)?;
                 if let State::Running { .. } = self.state {
                     self.state = State::Paused { run, ready_at_ms };
@@ -799,9 +800,7 @@ impl Machine {
             (
                 State::Running { run, ready_at_ms } | State::Paused { run, ready_at_ms },
                 Event::VmEnded { cause, success },
-            ) => {
-                Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
-            }
+            ) => Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at)),
             (
                 State::PreStop { run, cause: wanted, then, ran_ms, .. }
                 | State::Draining { run, cause: wanted, then, ran_ms, .. }

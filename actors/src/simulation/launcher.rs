@@ -205,7 +205,14 @@ impl Launcher for FakeLauncher {
         let identity =
             ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
         let (inbox, inputs) = mpsc::unbounded_channel();
-        let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), listeners, inbox, paused: AtomicBool::new(false), gone: Mutex::new(None) });
+        let vm = Arc::new(FakeVm {
+            spec: *spec,
+            identity: identity.clone(),
+            listeners,
+            inbox,
+            paused: AtomicBool::new(false),
+            gone: Mutex::new(None),
+        });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
         let (commands, queue) = mpsc::channel(16);
         if faults.early_ready {

@@ -41,10 +41,7 @@ fn a_paused_sandbox_is_stopped_killed_and_removed_like_any_other() {
         for (text, force) in [("stopped", false), ("killed", true)] {
             world.create(detached(text)).await;
             world.daemon.pause(&name(text)).await.unwrap();
-            assert_eq!(
-                world.daemon.remove(&name(text), false).await.unwrap_err().code,
-                ErrorCode::SandboxStillRunning
-            );
+            assert_eq!(world.daemon.remove(&name(text), false).await.unwrap_err().code, ErrorCode::SandboxStillRunning);
             let stopped = world.daemon.stop(&name(text), None, force).await.unwrap();
             let cause = stopped.summary.last_end.unwrap().cause;
             assert_eq!(cause, if force { EndCause::Killed } else { EndCause::StopRequested });
