@@ -452,6 +452,12 @@ fn the_vmm_border_of_generation_1_is_frozen() {
     );
 }
 
+#[test]
+fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
+    let json = |request| serde_json::to_string(&RequestFrame { id: 1, request }).unwrap();
+    hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
+}
+
 /// `serde::Serialize` is not object safe; this is all the test needs of it.
 mod erased {
     pub(super) trait Json {
