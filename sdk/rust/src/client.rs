@@ -40,8 +40,8 @@ use crate::error::Error;
 use crate::locate::Locator;
 use crate::session::Session;
 
-/// Time for a service that accepts a connection to say its version.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a service that accepts a connection to say its version: systemd may hold its socket and just be starting it.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest line of a streamed answer, in bytes.
 const LINE_LEN_MAX: usize = 8 << 20;
 
@@ -101,6 +101,11 @@ impl Client {
     }
 
     pub(crate) async fn open(socket: &Path, owner: Option<u32>) -> Result<Self, OpenError> {
+        Self::open_within(socket, owner, VERSION_TIMEOUT).await
+    }
+
+    /// As [`Client::open`], for a service that may take this long to say its version.
+    pub(crate) async fn open_within(socket: &Path, owner: Option<u32>, patience: Duration) -> Result<Self, OpenError> {
         let stream = connection::connect(socket, owner).await.map_err(OpenError::Io)?;
         let mut idle = connection::handshake(stream).await.map_err(OpenError::Lost)?;
         let request = request(Method::GET, "/v1/version", connection::empty()).map_err(OpenError::Answer)?;
@@ -108,7 +113,7 @@ impl Client {
             let response = connection::send(&mut idle, request).await?;
             connection::collect(response).await
         };
-        let body = match tokio::time::timeout(VERSION_TIMEOUT, answer).await {
+        let body = match tokio::time::timeout(patience, answer).await {
             Ok(Err(error)) if error.is_lost() => return Err(OpenError::Lost(error)),
             Ok(body) => body.map_err(OpenError::Answer)?,
             Err(_) => {

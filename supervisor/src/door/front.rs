@@ -25,9 +25,7 @@ pub const RUN_DIR: &str = "/run/msb";
 /// Who may use the service.
 pub const GROUP: &str = "msb";
 /// Time for a user's service to open its door.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time for a user's service to end when it is told to; one that hangs is killed.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(80);
 /// util-linux's, which every Debian has.
 const SETPRIV: &str = "/usr/bin/setpriv";
 /// Time for a user's sandboxes to stop when the host goes down.
@@ -268,16 +266,7 @@ impl Users {
         let deadline = Instant::now() + START_TIMEOUT;
         match self.connect(uid) {
             Ok(door) if !fresh => return Ok(door),
-            Ok(door) => {
-                say(&door, Word::End, None)?;
-                let patience = Instant::now() + END_TIMEOUT;
-                while self.connect(uid).is_ok() && Instant::now() < patience {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                if let Ok(door) = self.connect(uid) {
-                    keeper::kill_peer(uid, &door)?;
-                }
-            }
+            Ok(door) => keeper::end_peer(uid, &door)?,
             Err(_) => {}
         }
         let mut child = self.start(uid)?;

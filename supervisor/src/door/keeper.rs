@@ -29,6 +29,8 @@ const BACK_OFF: Duration = Duration::from_millis(200);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 /// A service that has lived for this long had a good start.
 const STEADY: Duration = Duration::from_secs(60);
+/// Time for a service to end when it is told to.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two looks at a service where nobody watches the door itself.
 const IDLE: Duration = Duration::from_secs(3_600);
 
@@ -106,16 +108,25 @@ fn ended_within(process: &OwnedFd, time: Duration) -> io::Result<bool> {
     }
 }
 
-/// Kills the process of this user that listens at the other end, which an earlier front door has started, and waits for its end.
-pub(super) fn kill_peer(uid: u32, door: &UnixStream) -> io::Result<()> {
+/// Ends the service of this user that listens at the other end, which an earlier front door has started. One that hangs is killed.
+pub(super) fn end_peer(uid: u32, door: &UnixStream) -> io::Result<()> {
     let peer = rustix::net::sockopt::socket_peercred(door)?;
     if peer.uid.as_raw() != uid {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    tracing::error!(uid, "the service of a user does not end when it is told to, and is killed");
-    let process = pidfd_open(peer.pid, PidfdFlags::empty())?;
-    pidfd_send_signal(&process, Signal::KILL)?;
-    ended_within(&process, Duration::from_secs(10))?;
+    let process = match pidfd_open(peer.pid, PidfdFlags::empty()) {
+        Ok(process) => process,
+        // It has just ended by itself.
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    // One that cannot be told is ending already, or is killed.
+    let _ = say(door, Word::End, None);
+    if !ended_within(&process, END_TIMEOUT)? {
+        tracing::error!(uid, "the service of a user does not end when it is told to, and is killed");
+        pidfd_send_signal(&process, Signal::KILL)?;
+        ended_within(&process, END_TIMEOUT)?;
+    }
     Ok(())
 }
 

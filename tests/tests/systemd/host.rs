@@ -69,16 +69,11 @@ pub(crate) fn machines_have_scopes_and_outlive_the_service(_: u32) -> Next {
     wait_until("her service is started again", || processes("msbd", Some(ANN)).iter().any(|pid| *pid != before[0]));
     still_there("a kill of her service", (first, second));
     assert_eq!(inspect(ANN, "box")["boot_id"], boot);
+    let place = format!("/sys/fs/cgroup{}", group(second));
+    assert!(Path::new(&place).exists(), "{place}");
     msb(ANN, &["rm", "-f", "second"]);
-    wait_until("the scope of a sandbox that is gone goes", || {
-        !Path::new("/sys/fs/cgroup").join(group_name(second)).exists()
-    });
+    wait_until("the scope of a sandbox that is gone goes", || !Path::new(&place).exists());
     Next::Go
-}
-
-/// The place of a dead process's group cannot be asked for: what is left of its name.
-fn group_name(pid: u32) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_else(|_| "msb.slice/gone".into())
 }
 
 #[track_caller]
