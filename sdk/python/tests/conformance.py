@@ -192,12 +192,6 @@ class Driver:
             "used_by": image.used_by,
         }
 
-    async def image_pull(self, arguments: Arguments) -> Any:
-        await Image.pull(arguments["reference"], client=await self.client())
-
-    async def image_prune(self, _: Arguments) -> Any:
-        return {"dry_run": (await Image.prune(dry_run=True, client=await self.client())).dry_run}
-
     async def image_remove(self, arguments: Arguments) -> Any:
         await Image.remove(arguments["reference"], force=arguments.get("force", False), client=await self.client())
 

@@ -12,7 +12,6 @@ use msb_sdk::protocol::control::{
 };
 use msb_sdk::protocol::error::{ApiError, ErrorCode};
 use msb_sdk::protocol::id::SandboxName;
-use msb_sdk::protocol::images::{PruneRequest, PullRequest};
 use msb_sdk::protocol::spec::RestartPolicy;
 use msb_sdk::{Client, Error, Exec, ExecOutput, Image, Sandbox, Session, SessionEvent};
 use serde::Deserialize;
@@ -157,14 +156,6 @@ impl Driver {
                     "layer_details": image.layer_details.len(), "user": image.config.user,
                     "working_dir": image.config.working_dir, "used_by": image.used_by,
                 }))
-            }
-            "image_pull" => {
-                let request = PullRequest { reference: args.reference, ..PullRequest::default() };
-                Image::start_pull(&client, &request).await?.finish().await.map(|_| Value::Null)
-            }
-            "image_prune" => {
-                let report = client.prune_images(&PruneRequest { dry_run: true, ..PruneRequest::default() }).await?;
-                Ok(json!({ "dry_run": report.dry_run }))
             }
             "image_remove" => client.remove_image(&args.reference, args.force).await.map(|_| Value::Null),
             "touch" => Ok(detail_value(&client.touch(&args.name()?).await?)),

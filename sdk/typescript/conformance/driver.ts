@@ -164,10 +164,6 @@ const calls: Record<string, (args: Arguments) => Promise<unknown>> = {
       used_by: image.used_by,
     };
   },
-  image_pull: async (args) => {
-    await Image.pull(args.reference, { client: await client() });
-  },
-  image_prune: async () => ({ dry_run: (await Image.prune({ dryRun: true, client: await client() })).dry_run }),
   image_remove: async (args) => Image.remove(args.reference, { force: args.force ?? false, client: await client() }),
 };
 

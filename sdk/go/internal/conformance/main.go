@@ -265,7 +265,7 @@ func (d *driver) call(ctx context.Context, name string, a arguments) (any, error
 		return detailValue(box.Detail()), nil
 	case "remove":
 		return nil, client.Remove(ctx, a.name(), a.Force)
-	case "image_load", "image_list", "image_inspect", "image_remove", "image_pull", "image_prune":
+	case "image_load", "image_list", "image_inspect", "image_remove":
 		return image(ctx, client, name, a)
 	}
 	box, err := client.Get(ctx, a.name())
@@ -300,19 +300,6 @@ func image(ctx context.Context, client *msb.Client, name string, a arguments) (a
 			"references": image.References, "layers": image.Layers, "layer_details": len(image.LayerDetails),
 			"user": image.Config.User, "working_dir": image.Config.WorkingDir, "used_by": image.UsedBy,
 		}, nil
-	case "image_pull":
-		for _, err := range client.PullImage(ctx, msb.PullOptions{Reference: a.Reference}) {
-			if err != nil {
-				return nil, err
-			}
-		}
-		return nil, nil
-	case "image_prune":
-		report, err := client.PruneImages(ctx, msb.PruneOptions{DryRun: true})
-		if err != nil {
-			return nil, err
-		}
-		return value{"dry_run": report.DryRun}, nil
 	default:
 		return nil, client.RemoveImage(ctx, a.Reference, a.Force)
 	}
