@@ -147,47 +147,6 @@ type ImageHandle struct {
 	Pinned          bool       `json:"pinned"`
 }
 
-// PullLayer is one layer of an image that is being pulled.
-type PullLayer struct {
-	Digest string `json:"digest"`
-	Bytes  uint64 `json:"bytes"`
-}
-
-// PullEvent is something that happened in a pull. Type says what, and which of the other fields mean something: resolved (Digest, Platform,
-// Layers), layer (Digest, Bytes), layer_done (Digest, Known), retry (What, Reason, WaitMs), warning (Message), done (Image, WasPresent).
-type PullEvent struct {
-	Type       string       `json:"type"`
-	Digest     string       `json:"digest"`
-	Platform   string       `json:"platform"`
-	Layers     []PullLayer  `json:"layers"`
-	Bytes      uint64       `json:"bytes"`
-	Known      bool         `json:"known"`
-	What       string       `json:"what"`
-	Reason     string       `json:"reason"`
-	WaitMs     uint64       `json:"wait_ms"`
-	Message    string       `json:"message"`
-	Image      *ImageHandle `json:"image"`
-	WasPresent bool         `json:"was_present"`
-}
-
-// PrunedImage is an image that a prune took, or would take.
-type PrunedImage struct {
-	Digest     string   `json:"digest"`
-	References []string `json:"references"`
-}
-
-// ImagePruneReport is what a prune took, or would take.
-type ImagePruneReport struct {
-	DryRun           bool          `json:"dry_run"`
-	ImageRefsRemoved uint64        `json:"image_refs_removed"`
-	ManifestsRemoved uint64        `json:"manifests_removed"`
-	LayersRemoved    uint64        `json:"layers_removed"`
-	FsmetaRemoved    uint64        `json:"fsmeta_removed"`
-	PartialsRemoved  uint64        `json:"partials_removed"`
-	BytesReclaimed   uint64        `json:"bytes_reclaimed"`
-	Images           []PrunedImage `json:"images"`
-}
-
 // ImageDetail is everything about one image.
 type ImageDetail struct {
 	ImageHandle

@@ -9,11 +9,8 @@ import type {
   EventRecord,
   ImageDetail,
   ImageHandle,
-  ImagePruneReport,
   LogRecord,
   MetricsSnapshot,
-  PruneOptions,
-  PullEvent,
   SandboxDetail,
   SandboxSummary,
   VersionInfo,
@@ -300,37 +297,6 @@ export class Client {
   /** Removes an image; `force` untags it even where sandboxes use it. */
   async removeImage(reference: string, force = false): Promise<void> {
     await this.call("DELETE", withQuery("/v1/image", [["reference", reference], ["force", force]]));
-  }
-
-  /** Pulls an image and tells how far it is; the last event is `done`, a failure is thrown. */
-  async *pullImage(reference: string, platform?: string): AsyncGenerator<PullEvent, void, void> {
-    const body = { reference, ...(platform === undefined ? {} : { platform }) };
-    for await (const event of this.lines<PullEvent | { type: "error"; error: unknown }>("POST", "/v1/images/pull", { body })) {
-      if (event.type === "error") throw errorFromValue(event.error, "the pull failed");
-      yield event;
-      if (event.type === "done") return;
-    }
-    throw failure("daemon_unavailable", "the pull ended without an answer");
-  }
-
-  /** The pieces of an archive of these images. */
-  async *saveImages(references: readonly string[], format: "docker" | "oci" = "docker"): AsyncGenerator<Uint8Array, void, void> {
-    let response: IncomingMessage | undefined;
-    try {
-      response = await this.answer("POST", "/v1/images/save", { body: { references, format } });
-      for await (const piece of response as AsyncIterable<Uint8Array>) yield piece;
-    } catch (error) {
-      throw this.typed(error);
-    } finally {
-      response?.destroy();
-    }
-  }
-
-  /** Removes what no sandbox, snapshot, pin or pull needs. */
-  pruneImages(options: PruneOptions = {}): Promise<ImagePruneReport> {
-    const { dryRun = false, all = false, olderThanMs, keepBytes, labels = [] } = options;
-    const more = { ...(olderThanMs === undefined ? {} : { older_than_ms: olderThanMs }), ...(keepBytes === undefined ? {} : { keep_bytes: keepBytes }) };
-    return this.call("POST", "/v1/images/prune", { dry_run: dryRun, all, labels, ...more });
   }
 
   /** Loads an archive (docker or OCI, also compressed) into the store. */

@@ -151,41 +151,6 @@ export interface ImageHandle {
   pinned: boolean;
 }
 
-/** Something that happened in a pull; the last one is `done`. */
-export type PullEvent =
-  | { type: "resolved"; digest: string; platform: string; layers: { digest: string; bytes: number }[] }
-  | { type: "layer"; digest: string; bytes: number }
-  | { type: "layer_done"; digest: string; known: boolean }
-  | { type: "retry"; what: string; reason: string; wait_ms: number }
-  | { type: "warning"; message: string }
-  | { type: "done"; image: ImageHandle; was_present: boolean };
-
-/** What a prune took, or would take. */
-export interface ImagePruneReport {
-  dry_run: boolean;
-  image_refs_removed: number;
-  manifests_removed: number;
-  layers_removed: number;
-  fsmeta_removed: number;
-  partials_removed: number;
-  bytes_reclaimed: number;
-  images: { digest: string; references: string[] }[];
-}
-
-/** What a prune may take. */
-export interface PruneOptions {
-  /** Changes nothing. */
-  dryRun?: boolean;
-  /** Pinned images too. */
-  all?: boolean;
-  /** Only images that were not used for so long. */
-  olderThanMs?: number;
-  /** Ends when no more than this stays. */
-  keepBytes?: number;
-  /** Only images with all of these: `KEY=VALUE`, or `KEY` for any value. */
-  labels?: readonly string[];
-}
-
 /** What an image says about running it. */
 export interface ImageConfigDetail {
   digest: string;

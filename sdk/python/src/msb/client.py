@@ -20,10 +20,8 @@ from .models import (
     EventRecord,
     ImageDetail,
     ImageHandle,
-    ImagePruneReport,
     LogRecord,
     MetricsSnapshot,
-    PullEvent,
     SandboxDetail,
     SandboxSummary,
     VersionInfo,
@@ -129,17 +127,11 @@ class Client:
         return decode(SandboxDetail, await self._call("POST", target, body))
 
     async def _lines(
-        self,
-        method: str,
-        target: str,
-        stream: AsyncIterable[bytes] | None = None,
-        content_type: str = "application/json",
-        body: object = None,
+        self, method: str, target: str, stream: AsyncIterable[bytes] | None = None, content_type: str = ""
     ) -> AsyncIterator[Any]:
         connection = await self._connection()
         try:
-            sent = None if body is None else json.dumps(body).encode()
-            headers = await _http.send(connection, method, target, sent, stream, content_type)
+            headers = await _http.send(connection, method, target, stream=stream, content_type=content_type)
             async for line in connection.lines(headers):
                 yield json.loads(line)
         except ValueError as error:
@@ -269,44 +261,6 @@ class Client:
             if done is not None:
                 return decode(list[ImageHandle], done.get("images"))
         raise DaemonUnavailableError("the load ended without an answer")
-
-    async def pull_image(self, reference: str, platform: str | None = None) -> AsyncIterator[PullEvent]:
-        """Pulls an image and tells how far it is; the last event is `done`, a failure is raised."""
-        request = {"reference": reference} if platform is None else {"reference": reference, "platform": platform}
-        async for event in self._lines("POST", "/v1/images/pull", body=request):
-            done = _finished(event)
-            yield decode(PullEvent, event)
-            if done is not None:
-                return
-        raise DaemonUnavailableError("the pull ended without an answer")
-
-    async def save_images(self, references: Iterable[str], format: str = "docker") -> AsyncIterator[bytes]:
-        """The pieces of an archive (`docker` or `oci`) of these images."""
-        connection = await self._connection()
-        try:
-            request = json.dumps({"references": [*references], "format": format}).encode()
-            headers = await _http.send(connection, "POST", "/v1/images/save", request)
-            async for piece in connection.body(headers):
-                yield piece
-        finally:
-            connection.abort()
-
-    async def prune_images(
-        self,
-        *,
-        dry_run: bool = False,
-        all: bool = False,
-        older_than: float | None = None,
-        keep_bytes: int | None = None,
-        labels: Iterable[str] = (),
-    ) -> ImagePruneReport:
-        """Removes images that nothing needs; `older_than` is in seconds."""
-        request: dict[str, Any] = {"dry_run": dry_run, "all": all, "labels": [*labels]}
-        if older_than is not None:
-            request["older_than_ms"] = milliseconds(older_than, "older_than")
-        if keep_bytes is not None:
-            request["keep_bytes"] = keep_bytes
-        return decode(ImagePruneReport, await self._call("POST", "/v1/images/prune", request))
 
 
 def _finished(event: Any) -> dict[str, Any] | None:

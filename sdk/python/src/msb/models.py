@@ -176,58 +176,6 @@ class MetricsSnapshot:
 
 
 @dataclass(frozen=True)
-class PullLayer:
-    """One layer of an image that is being pulled."""
-
-    digest: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class PullEvent:
-    """Something that happened in a pull: `type` says what, and which of the other fields mean something.
-
-    `resolved` (digest, platform, layers), `layer` (digest, bytes), `layer_done` (digest, known), `retry` (what, reason, wait_ms),
-    `warning` (message), `done` (image, was_present).
-    """
-
-    type: str
-    digest: str = ""
-    platform: str = ""
-    layers: list[PullLayer] = field(default_factory=list)
-    bytes: int = 0
-    known: bool = False
-    what: str = ""
-    reason: str = ""
-    wait_ms: int = 0
-    message: str = ""
-    image: ImageHandle | None = None
-    was_present: bool = False
-
-
-@dataclass(frozen=True)
-class PrunedImage:
-    """An image that a prune took, or would take."""
-
-    digest: str
-    references: list[str]
-
-
-@dataclass(frozen=True)
-class ImagePruneReport:
-    """What a prune took, or would take."""
-
-    dry_run: bool
-    image_refs_removed: int
-    manifests_removed: int
-    layers_removed: int
-    fsmeta_removed: int
-    bytes_reclaimed: int
-    partials_removed: int = 0
-    images: list[PrunedImage] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class ImageHandle:
     """One image in a list."""
 

@@ -19,18 +19,7 @@ from typing import Any, TypeVar, Unpack
 from . import client as client_module
 from . import image as image_module
 from . import sandbox as sandbox_module
-from .models import (
-    EventRecord,
-    ImageDetail,
-    ImageHandle,
-    ImagePruneReport,
-    LogRecord,
-    ProcessEnd,
-    PullEvent,
-    SandboxDetail,
-    SandboxMetrics,
-    SandboxSummary,
-)
+from .models import EventRecord, ImageDetail, ImageHandle, LogRecord, ProcessEnd, SandboxDetail, SandboxMetrics, SandboxSummary
 from .sandbox import ExecOptions, SandboxOptions
 from .session import OUTPUT_LEN_MAX, ExecEvent, ExecHandle, ExecOutput
 
@@ -304,48 +293,3 @@ class Image:
     def remove(reference: str, *, force: bool = False, client: Client | None = None) -> None:
         """Removes an image."""
         _run(image_module.Image.remove(reference, force=force, client=_inner(client)))
-
-    @staticmethod
-    def pull(reference: str, *, platform: str | None = None, client: Client | None = None) -> ImageHandle:
-        """Pulls an image from its registry."""
-        return _run(image_module.Image.pull(reference, platform=platform, client=_inner(client)))
-
-    @staticmethod
-    def pull_stream(
-        reference: str, *, platform: str | None = None, client: Client | None = None
-    ) -> Iterator[PullEvent]:
-        """Pulls an image and tells how far each layer is."""
-        return _iterate(image_module.Image.pull_stream(reference, platform=platform, client=_inner(client)))
-
-    @staticmethod
-    def save(
-        references: str | Iterable[str],
-        path: str | os.PathLike[str],
-        *,
-        format: str = "docker",
-        client: Client | None = None,
-    ) -> None:
-        """Writes an archive of one or several images."""
-        _run(image_module.Image.save(references, path, format=format, client=_inner(client)))
-
-    @staticmethod
-    def prune(
-        *,
-        dry_run: bool = False,
-        all: bool = False,
-        older_than: float | None = None,
-        keep_bytes: int | None = None,
-        labels: Iterable[str] = (),
-        client: Client | None = None,
-    ) -> ImagePruneReport:
-        """Removes what no sandbox, snapshot, pin or pull needs."""
-        return _run(
-            image_module.Image.prune(
-                dry_run=dry_run,
-                all=all,
-                older_than=older_than,
-                keep_bytes=keep_bytes,
-                labels=labels,
-                client=_inner(client),
-            )
-        )
