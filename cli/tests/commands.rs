@@ -270,7 +270,6 @@ fn what_is_not_built_says_so() {
         &["pause", "web"],
         &["resume", "web"],
         &["template", "ls"],
-        &["mcp"],
     ] {
         let output = msb(&service, words).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
