@@ -398,7 +398,7 @@ func inside(base, member, name string) (string, error) {
 func unpackOne(root *os.Root, archive *tar.Reader, header *tar.Header, place, base, name string) (err error) {
 	for folder := path.Dir(place); folder != "." && folder != base; folder = path.Dir(folder) {
 		if found, err := root.Lstat(folder); err != nil || !found.IsDir() {
-			return failure("invalid_archive", err, "the sandbox sent %.200q, which leads through a link or a file", header.Name)
+			return failure("path_exists", err, "a link or a file is where %.200q needs a directory", header.Name)
 		}
 	}
 	there, err := root.Lstat(place)

@@ -250,7 +250,9 @@ async function inside(base: string, member: string, name: string | undefined): P
   let folder = base;
   for (const part of parts.slice(0, -1)) {
     folder = path.join(folder, part);
-    if ((await kindOf(folder))?.isDirectory() !== true) throw refused(`${JSON.stringify(member.slice(0, 200))} leads through a link or a file`);
+    if ((await kindOf(folder))?.isDirectory() !== true) {
+      throw failure("path_exists", `a link or a file is where ${JSON.stringify(member.slice(0, 200))} needs a directory`);
+    }
   }
   return path.join(folder, parts.at(-1) ?? "");
 }

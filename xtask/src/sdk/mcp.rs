@@ -18,12 +18,13 @@ pub(super) fn run(start: &[String], home: &Home, tree: &Path, archives: &Path) -
     let archive = archives.join("busybox.tar");
     program::output(&mut home.msb(&["image", "load", "-q", "-i", &archive.to_string_lossy()]))?;
     let mut failed = Vec::new();
-    let proofs: [(&str, fn(&[String], &Home, &Path) -> Result<()>); 2] = [
-        ("a client of the registry lists the tools and uses each", each_tool),
-        ("a client that is killed in the middle leaves nothing behind", killed),
+    let proofs = [
+        ("a client of the registry lists the tools and uses each", each_tool(start, home, tree)),
+        ("a client that is killed in the middle leaves nothing behind", killed(start, home, tree)),
     ];
-    for (name, proof) in proofs {
-        match proof(start, home, tree) {
+    let count = proofs.len();
+    for (name, outcome) in proofs {
+        match outcome {
             Ok(()) => println!("  {:<10} passed  {name}", "mcp"),
             Err(error) => {
                 println!("  {:<10} FAILED  {name}: {error:#}", "mcp");
@@ -31,7 +32,7 @@ pub(super) fn run(start: &[String], home: &Home, tree: &Path, archives: &Path) -
             }
         }
     }
-    println!("  {:<10} {} cases, {:.0} s", "mcp", proofs.len(), began.elapsed().as_secs_f64());
+    println!("  {:<10} {} cases, {:.0} s", "mcp", count, began.elapsed().as_secs_f64());
     Ok(failed)
 }
 

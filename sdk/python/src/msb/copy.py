@@ -239,7 +239,7 @@ def _inside(base: str, member: str, name: str | None) -> str | None:
     for part in parts[:-1]:
         path = os.path.join(path, part)
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise InvalidArchiveError(f"the sandbox sent {member[:200]!r}, which leads through a link or a file")
+            raise PathExistsError(f"a link or a file is where {member[:200]!r} needs a directory")
     return os.path.join(path, parts[-1])
 
 
