@@ -5,7 +5,7 @@ use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
     bulk, completion, config, copy, create, debug, doctor, events, exec, image, inspect, install, itself, label, list,
-    logs, net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
+    logs, mcp, net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -205,8 +205,8 @@ pub enum Command {
 
     /// Print the completion script of a shell
     Completion(completion::CompletionArgs),
-    /// Serve the tools of agents over MCP (not built yet)
-    Mcp(Unbuilt),
+    /// Give agents sandboxes as tools: an MCP server on stdin and stdout
+    Mcp(mcp::McpArgs),
     /// Look inside the service
     Debug {
         /// What to look at.

@@ -271,7 +271,6 @@ fn what_is_not_built_says_so() {
         &["snapshot", "create", "new", "--from", "old", "--memory"][..],
         &["fork", "web"],
         &["template", "ls"],
-        &["mcp"],
     ] {
         let output = msb(&service, words).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();

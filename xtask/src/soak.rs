@@ -95,6 +95,12 @@ const PROOFS: &[Proof] = &[
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],
         environment: &[("MSB_TEST_EXECS", "1000")],
     },
+    Proof {
+        name: "sdk",
+        proves: "10,000 commands through one client of each SDK leak no descriptor and no memory",
+        cargo: &["xtask", "leaks", "--execs", "10000"],
+        environment: &[],
+    },
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {

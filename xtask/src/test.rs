@@ -20,7 +20,7 @@ pub(crate) struct Arguments {
     /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, sdk, lab, fuzz, licences
     #[arg(long, value_name = "TIER")]
     only: Vec<String>,
-    /// Run only the whole-system tests whose name contains this
+    /// Run only the whole-system tests whose name contains this; in the tier sdk: rust, python, typescript, go or mcp
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
     #[command(flatten)]
@@ -209,7 +209,7 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
 }
 
 fn sdks(arguments: &Arguments) -> Result<Outcome> {
-    sdk::run(arguments.build)?;
+    sdk::run(arguments.build, arguments.filter.as_deref())?;
     Ok(Outcome::Passed)
 }
 

@@ -19,6 +19,7 @@ pub mod itself;
 pub mod label;
 pub mod list;
 pub mod logs;
+pub mod mcp;
 pub mod metrics;
 pub mod net;
 pub mod pause;
@@ -98,7 +99,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Uninstall(args) => uninstall::run(args, context).await,
         Command::Metrics(args) => metrics::run(args, context).await,
         Command::Top(args) => top::run(args, context).await,
-        Command::Mcp(_) => unbuilt("msb mcp"),
+        Command::Mcp(args) => mcp::run(args, context).await,
     }
 }
 

@@ -17,9 +17,9 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HistoryQuery, HostInfo, ImageDetail,
-    ImageList, ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
-    MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList, ShutdownRequest, StartRequest,
-    StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ImageList, ImageSummary, LabelRequest, ListQuery, LoadEvent, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
+    MetricsSnapshot, NetworkDecision, NetworkLogQuery, PingReport, SandboxDetail, SandboxList, ShutdownRequest,
+    StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{ArchiveRequest, FileAnswer, FileCallRequest, WatchRecord};
@@ -134,6 +134,11 @@ impl Client {
         Ok(Self { inner: Arc::new(inner), locator: None })
     }
 
+    /// Who found the service; none if the user named the socket.
+    pub(crate) fn locator(&self) -> Option<&Locator> {
+        self.locator.as_deref()
+    }
+
     /// The same client, which looks for another service when its own has gone.
     pub(crate) fn found_by(self, locator: &Locator) -> Self {
         Self { locator: Some(Arc::new(locator.clone())), ..self }
@@ -237,10 +242,29 @@ impl Client {
     /// # Errors
     /// `invalid_selector` and others of the service.
     pub async fn select(&self, labels: &[String], selectors: &[String]) -> Result<SandboxList, Error> {
-        let labels = labels.iter().map(|label| ("label", label.clone()));
-        let selectors = selectors.iter().map(|selector| ("selector", selector.clone()));
-        let pairs: Vec<_> = labels.chain(selectors).collect();
+        let query = ListQuery { labels: labels.to_vec(), selectors: selectors.to_vec(), ..ListQuery::default() };
+        self.list_page(&query).await
+    }
+
+    /// The sandboxes that a query asks for; with a limit, a page of them.
+    ///
+    /// # Errors
+    /// `invalid_label`, `invalid_selector`, `invalid_request` for the limit.
+    pub async fn list_page(&self, query: &ListQuery) -> Result<SandboxList, Error> {
+        let labels = query.labels.iter().map(|label| ("label", label.clone()));
+        let selectors = query.selectors.iter().map(|selector| ("selector", selector.clone()));
+        let mut pairs: Vec<_> = labels.chain(selectors).collect();
+        pairs.extend(query.limit.map(|limit| ("limit", limit.to_string())));
+        pairs.extend(query.after.map(|after| ("after", after.to_string())));
         self.get(&with_query("/v1/sandboxes", &pairs)).await
+    }
+
+    /// Asks a running sandbox's agent for a sign of life. It is no activity, and wakes nothing.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, `agent_timeout`.
+    pub async fn ping(&self, name: &SandboxName) -> Result<PingReport, Error> {
+        self.post(&sandbox(name, "/ping"), &serde_json::json!({})).await
     }
 
     /// Everything about one sandbox.

@@ -202,6 +202,14 @@ impl Locator {
         }
     }
 
+    /// The command line's program: beside the daemon's, else in `PATH`, else by its name alone.
+    #[must_use]
+    pub fn command_program(&self) -> PathBuf {
+        let beside = self.daemon_program().ok().and_then(|daemon| Some(daemon.parent()?.to_owned()));
+        let mut dirs = beside.iter().chain(&self.search_path).map(|dir| dir.join("msb"));
+        dirs.find(|program| program.is_file()).map_or_else(|| "msb".into(), |program| absolute(&program))
+    }
+
     async fn start(&self) -> Result<Client, Error> {
         let program = self.daemon_program()?;
         let layout = HomeLayout::new(self.surroundings.home_dir());

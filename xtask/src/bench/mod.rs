@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::home::Home;
-use crate::{binaries, cache, debian, images as test_images, install, program};
+use crate::{binaries, cache, debian, images as test_images, install, program, sdk};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -37,6 +37,9 @@ pub(crate) struct Arguments {
     /// Engine kvm in the lab that counts instructions, beside the peers' figures from there
     #[arg(long)]
     exact: bool,
+    /// The SDKs: a command through each beside the raw API, and from creation to the first byte beside `msb run`
+    #[arg(long, conflicts_with = "exact")]
+    sdks: bool,
     #[command(flatten)]
     build: binaries::Arguments,
 }
@@ -52,6 +55,11 @@ struct Row {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.exact {
         return exact::run(arguments.build);
+    }
+    if arguments.sdks {
+        let rows = sdk::measure::pairs(arguments.build, arguments.rounds)?;
+        print(&rows.into_iter().map(Row::from).collect::<Vec<_>>());
+        return Ok(());
     }
     debian::ensure(&[debian::BUILD, debian::RUN])?;
     let tree = match &arguments.tree {
@@ -78,11 +86,28 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted("metrics") {
         rows.extend(metrics::rows(&tree)?);
     }
+    print(&rows);
+    Ok(())
+}
+
+fn print(rows: &[Row]) {
     println!("\n{:<64} {:>24}  {:<22} holds", "what", "measured", "promise");
-    for row in &rows {
+    for row in rows {
         println!("{:<64} {:>24}  {:<22} {}", row.what, row.measured, row.promise, if row.holds { "yes" } else { "NO" });
     }
-    Ok(())
+}
+
+impl From<sdk::measure::Pair> for Row {
+    fn from(pair: sdk::measure::Pair) -> Self {
+        let (ours, other) = (pair.ours.as_secs_f64() * 1000.0, pair.other.as_secs_f64() * 1000.0);
+        let ratio = ours / other;
+        Self {
+            what: pair.what,
+            measured: format!("{ours:.1} ms; {other:.1} ms; {ratio:.2}"),
+            promise: if pair.ratio_max < 1.5 { "at most 5 % above" } else { "at most 1.5 times" },
+            holds: ratio <= pair.ratio_max,
+        }
+    }
 }
 
 /// A sandbox's start and rest.
