@@ -184,19 +184,19 @@ type ImageLayerDetail struct {
 
 // HistoryPoint is one moment of a sandbox. Counters are cumulative since the boot of their run.
 type HistoryPoint struct {
-	At                   time.Time    `json:"at"`
-	BootID               string       `json:"boot_id"`
-	CPUUtilization       float64      `json:"cpu_utilization"`
-	CPUTimeUS            uint64       `json:"cpu_time_us"`
-	MemoryResidentBytes  uint64       `json:"memory_resident_bytes"`
-	MemoryLimitBytes     uint64       `json:"memory_limit_bytes"`
-	DiskReadBytes        uint64       `json:"disk_read_bytes"`
-	DiskWrittenBytes     uint64       `json:"disk_written_bytes"`
-	DiskOperations       uint64       `json:"disk_operations"`
-	NetworkReceivedBytes uint64       `json:"network_received_bytes"`
-	NetworkSentBytes     uint64       `json:"network_sent_bytes"`
-	NetworkPackets       uint64       `json:"network_packets"`
-	RootAllocatedBytes   uint64       `json:"root_allocated_bytes"`
+	At                   time.Time `json:"at"`
+	BootID               string    `json:"boot_id"`
+	CPUUtilization       float64   `json:"cpu_utilization"`
+	CPUTimeUS            uint64    `json:"cpu_time_us"`
+	MemoryResidentBytes  uint64    `json:"memory_resident_bytes"`
+	MemoryLimitBytes     uint64    `json:"memory_limit_bytes"`
+	DiskReadBytes        uint64    `json:"disk_read_bytes"`
+	DiskWrittenBytes     uint64    `json:"disk_written_bytes"`
+	DiskOperations       uint64    `json:"disk_operations"`
+	NetworkReceivedBytes uint64    `json:"network_received_bytes"`
+	NetworkSentBytes     uint64    `json:"network_sent_bytes"`
+	NetworkPackets       uint64    `json:"network_packets"`
+	RootAllocatedBytes   uint64    `json:"root_allocated_bytes"`
 	// Guest is nil before its first beat.
 	Guest *GuestMetrics `json:"guest,omitempty"`
 }
