@@ -127,7 +127,7 @@ impl Bars {
         if let Ok(style) = ProgressStyle::with_template(RUNNING) {
             bar.set_style(style.progress_chars("=> "));
         }
-        bar.set_prefix(label.clone());
+        bar.set_prefix(label);
         // A bar that is not drawn before its first byte would come and push the others down.
         bar.tick();
         parts.shown.insert(key.to_owned(), bar);

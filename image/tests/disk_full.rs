@@ -61,7 +61,11 @@ fn with_limit(place: &Path, limit: &str, reference: &str, proxy: &Proxy, total: 
     let before = proxy.seen().body_bytes;
     pull(&store, reference).unwrap();
     let fetched = (proxy.seen().body_bytes - before) as u64;
-    assert!(fetched + kept <= total + 8_000, "{limit}: {fetched} fetched although {kept} of {total} were here");
+    // The proxy may still count a buffer of each connection that the first pull gave up.
+    assert!(
+        fetched + kept <= total + 4 * (16 << 10) + 8_000,
+        "{limit}: {fetched} fetched although {kept} of {total} were here"
+    );
     store.flush();
     assert_sound(&store);
     let left: Vec<PathBuf> = ["tmp", "partial"].iter().flat_map(|name| files_below(&images.join(name))).collect();

@@ -105,6 +105,10 @@ fn at_every_step(work: &str, mut again: impl FnMut(&Store, u64)) -> Vec<String> 
         let directory = tempfile::tempdir().unwrap();
         let home = directory.path();
         let status = other_process(home, work, "MSB_IMAGE_KILL", Path::new(&(index + 1).to_string()));
+        // Bytes do not come in the same pieces each time, so that one or two steps of the first run may be missing at the end.
+        if status.success() && index + 4 > steps.len() {
+            continue;
+        }
         assert_eq!(status.signal(), Some(9), "step {}, {step}: {status}", index + 1);
         let store = Store::open(home).unwrap();
         assert_sound(&store);

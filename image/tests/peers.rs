@@ -143,7 +143,7 @@ fn archives_of_every_tool_give_the_tree_that_umoci_unpacks() {
     );
     let oci = std::fs::read(archive("buildah-oci.tar")).unwrap();
     std::fs::write(archive("buildah-oci.tar.zst"), support::archive::zstd(&oci)).unwrap();
-    let mut names = vec![
+    for name in [
         "umoci.tar",
         "skopeo-docker.tar",
         "skopeo-oci.tar",
@@ -151,17 +151,21 @@ fn archives_of_every_tool_give_the_tree_that_umoci_unpacks() {
         "buildah-oci.tar",
         "buildah-docker.tar.gz",
         "buildah-oci.tar.zst",
-    ];
-    match std::env::var_os("MSB_TEST_DOCKER") {
-        Some(docker) => {
-            docker_saves(Path::new(&docker), &archive("skopeo-docker.tar"), &archive("docker.tar"), directory);
-            names.push("docker.tar");
-        }
-        None => skip("docker is not here: MSB_TEST_DOCKER names no folder"),
-    }
-    for name in names {
+    ] {
         check_root(&rows, &archive(name), name, directory);
     }
+    // Docker itself cannot unpack the second layer, in which a file takes a folder's place: "unlinkat: not a directory".
+    let Some(docker) = std::env::var_os("MSB_TEST_DOCKER") else {
+        return skip("docker is not here: MSB_TEST_DOCKER names no folder");
+    };
+    let first = directory.join("first");
+    shell(r#"umoci unpack --image "$1:v1" "$2""#, &[&layout, &first]);
+    run(Command::new("skopeo")
+        .args(["copy", "-q"])
+        .arg(format!("oci:{}:v1", layout.display()))
+        .arg(format!("docker-archive:{}:tool:v2", archive("first.tar").display())));
+    docker_saves(Path::new(&docker), &archive("first.tar"), &archive("docker.tar"), directory);
+    check_root(&of_directory(&first.join("rootfs")), &archive("docker.tar"), "docker.tar", directory);
 }
 
 /// Has docker load an image and save it again; the daemon is its own and ends with this.

@@ -65,6 +65,8 @@ pub(crate) const CHECK: &[Package] = &[
     package("umoci", "umoci", "unpacks the same layers for comparison"),
     package("skopeo", "skopeo", "reads and converts the same images"),
     package("buildah", "buildah", "makes archives as podman does"),
+    package("attr", "setfattr", "gives the files of those archives attributes"),
+    package("acl", "setfacl", "gives the files of those archives access lists"),
     package("docker-registry", "docker-registry", "the registry that images are pulled from"),
     package("apache2-utils", "htpasswd", "the password file of that registry"),
     package("openssl", "openssl", "the certificates of that registry"),

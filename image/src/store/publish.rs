@@ -97,6 +97,10 @@ impl Store {
         for (digest, file) in &image.blobs {
             faults::step("image: name a blob");
             rename_if_there(file, &self.paths().blob(*digest))?;
+            if !self.flights().is_under_way(*digest) {
+                // What an earlier load that was killed left is a download that nobody needs to finish any more.
+                let _ = fs::remove_file(self.paths().partial(*digest));
+            }
         }
         for layer in &image.layers {
             let Some(files) = &layer.files else { continue };

@@ -10,7 +10,7 @@ use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::vmm::{NetworkCount, Sample};
 
-use crate::point::{Collection, CountKey, Host, Identity, Reading};
+use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading};
 
 /// Label keys whose values are remembered for the cap on cardinality; labels of further keys are left out when there is a cap.
 const KEYS_MAX: usize = 256;
@@ -135,9 +135,9 @@ impl Memory {
             restarts: sandbox.restarts,
             status: sandbox.status,
             cpu_utilization: sandbox.cpu_utilization,
-            sample: Sample { network: Vec::new(), ..sandbox.sample.clone() },
+            sample: Counters::from(&sandbox.sample),
             counts: counts.into(),
-            guest: sandbox.guest,
+            guest: sandbox.guest.map(Guest::from),
             is_last: sandbox.last,
             is_new,
             is_old: taken_ns.saturating_sub(at_ns) > old_after_ns,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::buffer::Buffer;
@@ -31,8 +31,8 @@ impl Queue {
 
 /// Who takes requests: the real one is [`Sender`](crate::sender::Sender).
 pub(crate) trait Backend {
-    /// One attempt.
-    fn send(&mut self, request: ExportMetricsServiceRequest) -> impl Future<Output = Outcome>;
+    /// One attempt with an encoded request.
+    fn send(&mut self, request: Bytes) -> impl Future<Output = Outcome>;
 }
 
 /// Sends what is in the queue.
@@ -124,7 +124,9 @@ mod tests {
     use std::cell::RefCell;
     use std::rc::Rc;
 
+    use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
     use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+    use prost::Message as _;
 
     use super::*;
     use crate::collect::tests::fleet;
@@ -140,11 +142,12 @@ mod tests {
     }
 
     impl Backend for Away {
-        async fn send(&mut self, request: ExportMetricsServiceRequest) -> Outcome {
+        async fn send(&mut self, request: Bytes) -> Outcome {
             if Instant::now() < self.until {
                 self.refused.borrow_mut().push(Instant::now());
                 return Outcome::Later { pause: None, message: "connection refused".into() };
             }
+            let request = ExportMetricsServiceRequest::decode(request).unwrap();
             let metrics = &request.resource_metrics[0].scope_metrics[0].metrics;
             let uptime = metrics.iter().find(|metric| metric.name == "microsandbox.uptime").unwrap();
             let Some(Data::Gauge(gauge)) = &uptime.data else { panic!("a gauge") };

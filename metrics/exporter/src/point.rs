@@ -77,6 +77,64 @@ pub(crate) struct Identity {
 /// Which counter of the network: its metric and its attributes.
 pub(crate) type CountKey = (Metric, Vec<(String, String)>);
 
+/// What points are made of in a [`Sample`]. A sample itself is half as large again.
+#[derive(Clone, Debug)]
+pub(crate) struct Counters {
+    pub at_ns: u64,
+    pub uptime_ms: u64,
+    pub cpu_time_us: u64,
+    pub memory_limit_bytes: u64,
+    pub memory_resident_bytes: u64,
+    pub disk_read_bytes: u64,
+    pub disk_written_bytes: u64,
+    pub disk_read_operations: u64,
+    pub disk_write_operations: u64,
+    pub root_allocated_bytes: u64,
+    pub network_received_bytes: u64,
+    pub network_sent_bytes: u64,
+    pub network_received_packets: u64,
+    pub network_sent_packets: u64,
+}
+
+impl From<&Sample> for Counters {
+    fn from(sample: &Sample) -> Self {
+        Self {
+            at_ns: sample.at_ns,
+            uptime_ms: sample.uptime_ms,
+            cpu_time_us: sample.cpu_time_us,
+            memory_limit_bytes: sample.memory_limit_bytes,
+            memory_resident_bytes: sample.memory_resident_bytes,
+            disk_read_bytes: sample.disk_read_bytes,
+            disk_written_bytes: sample.disk_written_bytes,
+            disk_read_operations: sample.disk_read_operations,
+            disk_write_operations: sample.disk_write_operations,
+            root_allocated_bytes: sample.root_allocated_bytes,
+            network_received_bytes: sample.network_received_bytes,
+            network_sent_bytes: sample.network_sent_bytes,
+            network_received_packets: sample.network_received_packets,
+            network_sent_packets: sample.network_sent_packets,
+        }
+    }
+}
+
+/// What points are made of in what the guest says.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    pub memory_used_bytes: u64,
+    pub root_used_bytes: u64,
+    pub root_free_bytes: u64,
+}
+
+impl From<GuestMetrics> for Guest {
+    fn from(guest: GuestMetrics) -> Self {
+        Self {
+            memory_used_bytes: guest.memory_used_bytes,
+            root_used_bytes: guest.root_used_bytes,
+            root_free_bytes: guest.root_free_bytes,
+        }
+    }
+}
+
 /// What was read of one sandbox at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Reading {
@@ -86,11 +144,10 @@ pub(crate) struct Reading {
     pub restarts: u32,
     pub status: SandboxState,
     pub cpu_utilization: f64,
-    /// Without the counters of the network, which are the next field.
-    pub sample: Sample,
+    pub sample: Counters,
     /// One for each of [`Identity::counts`].
     pub counts: Box<[u64]>,
-    pub guest: Option<GuestMetrics>,
+    pub guest: Option<Guest>,
     /// The last one of its run.
     pub is_last: bool,
     /// Not seen before this collection.
@@ -172,6 +229,11 @@ impl Reading {
     /// How many points it makes, and a few more.
     pub(crate) fn points_len(&self) -> usize {
         FIXED_POINTS + self.who.phases.len() + self.counts.len()
+    }
+
+    /// What all of its points carry.
+    pub(crate) fn attributes(&self) -> &[(String, String)] {
+        &self.who.attributes
     }
 
     /// Bytes that the attributes of one of its points take.
