@@ -39,8 +39,8 @@ pub(crate) fn keep(tree: &Path) -> Result<()> {
         for part in ["bin", "share"] {
             program::output(program::command("cp").arg("--recursive").arg(tree.join(part)).arg(folder.join(part)))?;
         }
-        std::fs::remove_file(folder.join("bin/msb-metrics"))?;
-        Ok(())
+        // Nothing that an upgrade leaves running.
+        Ok(std::fs::remove_file(folder.join("bin/msb-metrics"))?)
     })?;
     Ok(())
 }

@@ -311,6 +311,7 @@ impl SandboxActor {
         let was_running = matches!(self.machine.state(), State::Running { .. });
         let at = Moment { now_ms: self.now_ms(), next_boot_id: BootId::generate() };
         let before = self.machine.run();
+        let adopted = matches!(event, Event::Adopted { .. });
         let effects = self.machine.step(event, at)?;
         if let State::Running { run, .. } = self.machine.state()
             && !was_running
@@ -323,7 +324,8 @@ impl SandboxActor {
                 self.record.boot_error = None;
             }
             self.activity.touch_start();
-            self.beats = Some(BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms));
+            let watch = BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms);
+            self.beats = Some(if adopted { watch.adopted() } else { watch });
             self.arm_beats(ctx);
             self.begin_care(run.boot_id, ctx);
         } else if was_running && !matches!(self.machine.state(), State::Running { .. }) {

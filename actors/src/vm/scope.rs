@@ -68,7 +68,7 @@ impl Manager {
             }
             command.arg("--user");
         }
-        command.args(["--scope", "--quiet", "--collect", "--slice", SLICE]);
+        command.args(["--scope", "--quiet", "--collect", "--description=Sandboxes of msb", "--slice", SLICE]);
         command.arg(format!("--unit={unit}"));
         // Whoever has stopped the slice and starts a sandbox again has what stops that with a flush again, too.
         command.arg(format!("--property=Wants={FLUSH_UNIT}"));

@@ -44,6 +44,9 @@ pub(crate) fn two_users_share_a_host(_: u32) -> Next {
     // Whose the machine is.
     let machine = std::fs::metadata(format!("/proc/{}", process(ANN, "box"))).expect("the machine's process");
     assert_eq!(succeeds("id", &["-u", ANN]).trim(), machine.uid().to_string());
+    let boot = inspect(ANN, "box")["boot_id"].clone();
+    let scope = format!("/msb.slice/msb-{}.scope", boot.as_str().expect("a boot id"));
+    assert_eq!(group(process(ANN, "box")), scope);
     Next::Go
 }
 
@@ -51,7 +54,6 @@ pub(crate) fn machines_have_scopes_and_outlive_the_service(_: u32) -> Next {
     sleeper(ANN, "second", &[]);
     let (first, second) = (process(ANN, "box"), process(ANN, "second"));
     let boot = inspect(ANN, "box")["boot_id"].clone();
-    assert_eq!(group(first), format!("/msb.slice/msb-{}.scope", boot.as_str().expect("a boot id")));
     assert_ne!(group(first), group(second));
 
     succeeds("systemctl", &["restart", "msbd.service"]);
@@ -62,11 +64,10 @@ pub(crate) fn machines_have_scopes_and_outlive_the_service(_: u32) -> Next {
         property("msbd.service", "ActiveState") == "active" && property("msbd.service", "MainPID") != front
     });
     still_there("a kill of the front door", (first, second));
-    let before = processes("msbd", Some(ANN));
-    assert_eq!(before.len(), 1, "{before:?}");
-    succeeds("kill", &["-KILL", &before[0].to_string()]);
+    let before = service_of_ann();
+    succeeds("kill", &["-KILL", &before.to_string()]);
     // Nobody has to ask for it to come back.
-    wait_until("her service is started again", || processes("msbd", Some(ANN)).iter().any(|pid| *pid != before[0]));
+    wait_until("her service is started again", || processes("msbd", Some(ANN)).iter().any(|pid| *pid != before));
     still_there("a kill of her service", (first, second));
     assert_eq!(inspect(ANN, "box")["boot_id"], boot);
     let place = format!("/sys/fs/cgroup{}", group(second));
@@ -74,6 +75,16 @@ pub(crate) fn machines_have_scopes_and_outlive_the_service(_: u32) -> Next {
     msb(ANN, &["rm", "-f", "second"]);
     wait_until("the scope of a sandbox that is gone goes", || !Path::new(&place).exists());
     Next::Go
+}
+
+/// The process of her service, once it serves.
+#[track_caller]
+fn service_of_ann() -> u32 {
+    wait_until("her service runs", || processes("msbd", Some(ANN)).len() == 1);
+    assert_eq!(msb(ANN, &["exec", "box", "--", "echo", "on"]), "on\n");
+    let found = processes("msbd", Some(ANN));
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0]
 }
 
 #[track_caller]
@@ -111,12 +122,12 @@ pub(crate) fn a_service_that_hangs_is_replaced(_: u32) -> Next {
         now != front && now != "0" && property("msbd.service", "ActiveState") == "active"
     });
     println!("a front door that hangs is replaced after {:.1} s", took.as_secs_f64());
-    let own = processes("msbd", Some(ANN));
-    assert_eq!(own.len(), 1, "{own:?}");
-    succeeds("kill", &["-STOP", &own[0].to_string()]);
+    // The new door starts her service anew, too.
+    let own = service_of_ann();
+    succeeds("kill", &["-STOP", &own.to_string()]);
     let took = wait_until("her service is replaced", || {
         let now = processes("msbd", Some(ANN));
-        !now.is_empty() && !now.contains(&own[0])
+        !now.is_empty() && !now.contains(&own)
     });
     println!("a user's service that hangs is replaced after {:.1} s", took.as_secs_f64());
     assert_eq!(msb(ANN, &["exec", "box", "--", "echo", "on"]), "on\n");
