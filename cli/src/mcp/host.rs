@@ -101,7 +101,7 @@ impl Server {
         context: RequestContext<RoleServer>,
     ) -> CallToolResult {
         self.answer("sandbox_metrics", &context, async {
-            let query = MetricsQuery { names: arguments.name.into_iter().collect(), labels: Vec::new() };
+            let query = MetricsQuery { names: arguments.name.into_iter().collect(), ..MetricsQuery::default() };
             let snapshot = self.client().await?.metrics_of(&query).await?;
             let shown = |sandbox: &msb_protocol::control::SandboxMetrics| -> Value {
                 json!({
