@@ -32,7 +32,7 @@ use crate::journal::SandboxRecord;
 use crate::kept::Kept;
 use crate::metrics;
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
-use crate::sandbox::actor::{Ask, Explain, LetGo, OpenSsh, Relabel};
+use crate::sandbox::actor::{Ask, Explain, Halt, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
 use crate::sandbox::network;
 use crate::sandbox::plan;
@@ -311,6 +311,27 @@ impl Daemon {
         let event = if force { Event::Kill } else { Event::Stop { grace_ms, then: Then::Settle } };
         self.ask(&sandbox, Ask::Event(event)).await?;
         Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
+    }
+
+    /// Halts a running sandbox where it is; answered once nothing in it runs.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, `unsupported_operation` on an engine that cannot.
+    pub async fn pause(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        self.halt(name, Halt::Pause).await
+    }
+
+    /// Lets a halted sandbox go on.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn resume(&self, name: &SandboxName) -> Result<SandboxDetail, ApiError> {
+        self.halt(name, Halt::Resume).await
+    }
+
+    async fn halt(&self, name: &SandboxName, halt: Halt) -> Result<SandboxDetail, ApiError> {
+        self.find(name).await?.send(halt).await??;
+        self.inspect(name).await
     }
 
     /// Stops every sandbox with a flush because the host goes down, and waits until none runs. Gives how many ran.
@@ -660,6 +681,10 @@ where
 }
 
 fn not_running(name: &SandboxName, state: SandboxState) -> ApiError {
+    if state == SandboxState::Paused {
+        let hint = format!("let it go on with `msb resume {name}`");
+        return ApiError::new(ErrorCode::SandboxPaused, format!("sandbox {name} is paused")).with_hint(hint);
+    }
     ApiError::new(ErrorCode::SandboxNotRunning, format!("sandbox {name} is {}", state.as_str()))
 }
 

@@ -46,6 +46,7 @@ pub mod injected {
         "sandbox/explain",
         "sandbox/inspect",
         "sandbox/hold_disk",
+        "sandbox/pause",
         "supervisor/started",
         "supervisor/bury",
         "supervisor/create",

@@ -9,6 +9,8 @@ mod deaths;
 mod faults;
 #[path = "sim/load.rs"]
 mod load;
+#[path = "sim/pause.rs"]
+mod pause;
 
 use std::collections::BTreeSet;
 use std::future::Future;

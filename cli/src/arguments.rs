@@ -119,10 +119,10 @@ pub enum Command {
     Label(label::LabelArgs),
     /// Copy a running sandbox, memory included (not built yet)
     Fork(Unbuilt),
-    /// Halt a sandbox where it is (not built yet)
-    Pause(Unbuilt),
-    /// Let a halted sandbox go on (not built yet)
-    Resume(Unbuilt),
+    /// Halt running sandboxes where they are
+    Pause(crate::commands::pause::PauseArgs),
+    /// Let halted sandboxes go on
+    Resume(crate::commands::pause::PauseArgs),
 
     /// Pull, load, save, list, inspect and remove images
     Image {

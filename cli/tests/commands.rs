@@ -116,6 +116,9 @@ fn operations_on_several_go_on_after_a_failure() {
         &["remove", "nobody"],
         &["detach", "web"],
         &["touch", "web", "nobody"],
+        &["pause", "web", "old"],
+        &["resume", "web", "--format", "json"],
+        &["pause"],
         &["wait", "web"],
         &["wait", "web", "--format", "json"],
     ]));
@@ -267,8 +270,6 @@ fn what_is_not_built_says_so() {
     for words in [
         &["snapshot", "create", "new", "--from", "old", "--memory"][..],
         &["fork", "web"],
-        &["pause", "web"],
-        &["resume", "web"],
         &["template", "ls"],
         &["mcp"],
     ] {

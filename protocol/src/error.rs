@@ -54,6 +54,7 @@ error_table! {
     SandboxNotFound "sandbox_not_found" 404 false "no sandbox has this name" "`msb ls` shows the ones that exist"
     SandboxAlreadyExists "sandbox_already_exists" 409 false "a sandbox of this name exists" "choose another name, remove it with `msb rm`, or use --replace"
     SandboxNotRunning "sandbox_not_running" 409 false "the sandbox is not running" "start it with `msb start`"
+    SandboxPaused "sandbox_paused" 409 false "the sandbox is paused: nothing in it can answer" "let it go on with `msb resume`"
     SandboxStillRunning "sandbox_still_running" 409 false "the sandbox is running" "stop it with `msb stop`, or use --force"
     SandboxBusy "sandbox_busy" 409 true "another operation on the sandbox is under way" "try again in a moment"
     BootFailed "boot_failed" 500 true "the virtual machine did not come up" "`msb logs NAME` begins with what was seen"

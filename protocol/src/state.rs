@@ -12,6 +12,8 @@ pub enum SandboxState {
     Starting,
     /// The agent answers.
     Running,
+    /// Halted where it is: its memory is kept, nothing in it runs.
+    Paused,
     /// Told to end; its workload has been given its grace time.
     Draining,
     /// The guest flushes its disks and turns itself off.
@@ -34,6 +36,7 @@ impl SandboxState {
             Self::Created => "created",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Draining => "draining",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
@@ -46,7 +49,7 @@ impl SandboxState {
     /// Whether a VM process exists or is about to.
     #[must_use]
     pub fn is_live(self) -> bool {
-        matches!(self, Self::Starting | Self::Running | Self::Draining | Self::Stopping)
+        matches!(self, Self::Starting | Self::Running | Self::Paused | Self::Draining | Self::Stopping)
     }
 
     /// Whether the sandbox may be removed as it is.
@@ -206,7 +209,7 @@ mod tests {
     #[test]
     fn texts_are_those_of_json() {
         use SandboxState::*;
-        for state in [Created, Starting, Running, Draining, Stopping, Stopped, Asleep, Restarting, Crashed] {
+        for state in [Created, Starting, Running, Paused, Draining, Stopping, Stopped, Asleep, Restarting, Crashed] {
             assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
         }
         use EndCause::*;

@@ -9,7 +9,8 @@ pub const GUEST_GENERATION: u32 = 2;
 /// The oldest guest border this build still speaks.
 pub const GUEST_GENERATION_MIN: u32 = 1;
 /// The VMM border of this build.
-pub const VMM_GENERATION: u32 = 1;
+/// 2: `Pause` and `Resume`.
+pub const VMM_GENERATION: u32 = 2;
 /// The control API of this build; it is the `v1` of the routes.
 pub const CONTROL_API_VERSION: u32 = 1;
 

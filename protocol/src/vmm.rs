@@ -66,6 +66,10 @@ pub enum Request {
         /// What to record.
         cause: EndCause,
     },
+    /// Halt the vCPUs; answered once none runs. Engine kvm, once the agent is ready. Since generation 2.
+    Pause,
+    /// Let them go on. Since generation 2.
+    Resume,
     /// The daemon has begun a stop: record this cause when the guest says goodbye.
     ExpectEnd {
         /// What to record.
@@ -183,6 +187,9 @@ pub struct VmStatus {
     /// Whether the main workload was started.
     #[serde(default)]
     pub main_started: bool,
+    /// Whether its vCPUs are halted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// Phases so far.
     #[serde(default)]
     pub phases: Vec<Phase>,

@@ -418,6 +418,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
         agent_generation: Some(1),
         main_end: None,
         main_started: true,
+        paused: false,
         phases: vec![phase.clone()],
         jail: JailReport { in_force: vec!["seccomp".into()], missing: vec![] },
     };
@@ -449,6 +450,12 @@ fn the_vmm_border_of_generation_1_is_frozen() {
             ("ended", json(&event(Event::Ended { record: Box::new(record) }))),
         ],
     );
+}
+
+#[test]
+fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
+    let json = |request| serde_json::to_string(&RequestFrame { id: 1, request }).unwrap();
+    hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
 }
 
 /// `serde::Serialize` is not object safe; this is all the test needs of it.

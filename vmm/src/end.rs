@@ -181,6 +181,7 @@ mod tests {
             state,
             agent_generation: None,
             main_started: false,
+            paused: false,
             main_end: None,
             goodbye: false,
             goodbye_at: None,

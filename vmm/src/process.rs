@@ -141,6 +141,9 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
 
     let mut engine = make_engine(chosen.engine, qemu);
     run.set_stopper(engine.stopper());
+    if let Some(halter) = engine.halter() {
+        run.set_halter(halter);
+    }
     let control = Control::start(ControlOptions {
         listener,
         first: launcher.take().map(|launcher| launcher.connection),
@@ -257,6 +260,7 @@ fn launch_status(run: &Run, chosen: &Chosen) -> VmStatus {
         agent_generation: None,
         main_end: None,
         main_started: false,
+        paused: false,
         phases: run.phase_report(),
         jail: JailReport::default(),
     }

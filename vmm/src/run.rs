@@ -8,13 +8,14 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use msb_protocol::error::ApiError;
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{BootId, SandboxId};
+use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::vmm::{Event, Phase as PhaseReport, VmState};
 
 use crate::devices::virtio::notifier::Notifier;
-use crate::engine::Stopper;
+use crate::engine::{HaltError, Halter, Stopper};
 use crate::launch::phases::Phases;
 use crate::logs::console::ConsoleLog;
 
@@ -45,6 +46,8 @@ pub struct Facts {
     pub agent_generation: Option<u32>,
     /// Whether the main workload was started.
     pub main_started: bool,
+    /// Its vCPUs are halted on request.
+    pub paused: bool,
     /// How it ended.
     pub main_end: Option<ProcessEnd>,
     /// The agent said goodbye: the reset that follows is a clean end.
@@ -73,6 +76,7 @@ struct Shared {
     phases: Phases,
     console: ConsoleLog,
     stopper: OnceLock<Arc<dyn Stopper>>,
+    halter: OnceLock<Arc<dyn Halter>>,
 }
 
 /// The shared state of a run; clones are the same run.
@@ -96,6 +100,7 @@ impl Run {
                 state: VmState::Booting,
                 agent_generation: None,
                 main_started: false,
+                paused: false,
                 main_end: None,
                 goodbye: false,
                 goodbye_at: None,
@@ -110,6 +115,7 @@ impl Run {
             phases,
             console,
             stopper: OnceLock::new(),
+            halter: OnceLock::new(),
         })))
     }
 
@@ -146,6 +152,44 @@ impl Run {
     /// Sets how the machine is stopped; once.
     pub fn set_stopper(&self, stopper: Arc<dyn Stopper>) {
         let _ = self.0.stopper.set(stopper);
+    }
+
+    /// Sets how the machine is halted, if its engine can; once.
+    pub fn set_halter(&self, halter: Arc<dyn Halter>) {
+        let _ = self.0.halter.set(halter);
+    }
+
+    /// Halts the machine or lets it go on, once its agent is ready.
+    ///
+    /// # Errors
+    /// `unsupported_operation`, `sandbox_not_running`, `sandbox_busy`.
+    pub fn set_paused(&self, paused: bool, engine: EngineChoice) -> Result<(), ApiError> {
+        let Some(halter) = self.0.halter.get() else {
+            let message = format!("engine {} cannot pause a sandbox", engine.as_str());
+            return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
+        };
+        let facts = self.facts();
+        if facts.state != VmState::Ready {
+            return Err(ApiError::new(ErrorCode::SandboxNotRunning, "the guest is not up, or on its way down"));
+        }
+        if paused {
+            halter.halt().map_err(|error| match error {
+                HaltError::Ended => ApiError::new(ErrorCode::SandboxNotRunning, error.to_string()),
+                HaltError::Stuck => ApiError::new(ErrorCode::SandboxBusy, error.to_string()),
+            })?;
+            // A guest that said goodbye just before is on its way down: it must come to its end.
+            let mut facts = lock(&self.0.facts);
+            if facts.state != VmState::Ready {
+                drop(facts);
+                halter.go_on();
+                return Err(ApiError::new(ErrorCode::SandboxNotRunning, "the guest is on its way down"));
+            }
+            facts.paused = true;
+        } else {
+            lock(&self.0.facts).paused = false;
+            halter.go_on();
+        }
+        Ok(())
     }
 
     /// Stops the machine, if it exists yet.

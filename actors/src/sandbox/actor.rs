@@ -11,6 +11,7 @@
 //! bytes, and never decides anything that the machine could.
 
 mod care;
+mod pause;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -49,6 +50,7 @@ use crate::supervisor::{DeathGuard, Surroundings};
 use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
 pub use care::Relabel;
+pub use pause::Halt;
 
 /// Messages that wait for one sandbox before their senders are told `sandbox_busy`.
 const MAILBOX_LEN: usize = 64;
@@ -196,6 +198,8 @@ pub struct SandboxActor {
     first: Option<Event>,
     first_effects: Vec<Effect>,
     vm: Option<VmHandle>,
+    /// What the VM process of this run speaks.
+    vmm_generation: u32,
     image: Option<PreparedImage>,
     /// Published ports, bound from the boot until the sandbox rests.
     ports: BoundPorts,
@@ -266,6 +270,7 @@ impl SandboxActor {
             first,
             first_effects,
             vm: None,
+            vmm_generation: 0,
             image: None,
             ports: BoundPorts::default(),
             port_watch: None,
@@ -293,6 +298,16 @@ impl SandboxActor {
 
     /// One event. What it changes is durable before any of its effects happens and before anybody sees it.
     fn feed(&mut self, event: Event, ctx: &mut Context<Self>) -> Result<(), Denial> {
+        self.feed_and(event, None, ctx)
+    }
+
+    /// As [`Self::feed`]; `waiting` hears when the change is durable, and is dropped if nothing changed.
+    fn feed_and(
+        &mut self,
+        event: Event,
+        waiting: Option<oneshot::Sender<Result<(), ApiError>>>,
+        ctx: &mut Context<Self>,
+    ) -> Result<(), Denial> {
         let was_running = matches!(self.machine.state(), State::Running { .. });
         let at = Moment { now_ms: self.now_ms(), next_boot_id: BootId::generate() };
         let before = self.machine.run();
@@ -300,16 +315,23 @@ impl SandboxActor {
         if let State::Running { run, .. } = self.machine.state()
             && !was_running
         {
-            self.runs_ready += 1;
-            self.failure = None;
-            self.record.started_at = Some(self.surroundings.clock.wall());
-            self.record.boot_error = None;
+            // One that was halted goes on: its time before that still counts, its idleness begins anew.
+            if !matches!(event, Event::Resumed) {
+                self.runs_ready += 1;
+                self.failure = None;
+                self.record.started_at = Some(self.surroundings.clock.wall());
+                self.record.boot_error = None;
+            }
             self.activity.touch_start();
             self.beats = Some(BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms));
             self.arm_beats(ctx);
             self.begin_care(run.boot_id, ctx);
         } else if was_running && !matches!(self.machine.state(), State::Running { .. }) {
             self.end_care(ctx);
+            if matches!(self.machine.state(), State::Paused { .. }) {
+                // Nothing beats in a halted VM.
+                self.beats = None;
+            }
         }
         for effect in &effects {
             match effect {
@@ -349,7 +371,7 @@ impl SandboxActor {
             }
             _ => None,
         };
-        self.steps.push_back(Step::new(change, effects));
+        self.steps.push_back(Step { waiting, ..Step::new(change, effects) });
         self.advance(ctx);
         Ok(())
     }
@@ -610,6 +632,7 @@ impl SandboxActor {
                 Effect::MakeDisks => self.make_disks(ctx),
                 Effect::SpawnVm => self.spawn_vm(ctx),
                 Effect::ReleaseImage => self.image = None,
+                Effect::ResumeVm => self.resume_vm(),
                 Effect::RunHook => self.run_hook(ctx),
                 Effect::Shutdown { cause, grace_ms } => self.command(VmCommand::Shutdown { cause, grace_ms }),
                 Effect::KillVm { cause } => self.command(VmCommand::Kill { cause }),
@@ -805,7 +828,7 @@ impl SandboxActor {
                     status.state,
                     msb_protocol::vmm::VmState::Booting | msb_protocol::vmm::VmState::SettingUp
                 );
-                self.tell(Event::Adopted { ready }, ctx);
+                self.tell(Event::Adopted { ready, paused: status.paused }, ctx);
                 self.hear_events(ctx);
                 self.watch_creator(ctx);
                 return;
@@ -887,6 +910,7 @@ impl SandboxActor {
 
     fn note_status(&mut self, status: &msb_protocol::vmm::VmStatus) {
         self.record.engine = Some(status.engine);
+        self.vmm_generation = status.generation;
         self.record.engine_reason.clone_from(&status.engine_reason);
         self.record.jail = status.jail.clone();
         if !status.phases.is_empty() {
@@ -970,6 +994,7 @@ impl Handler<Ask> for SandboxActor {
                 self.feed(event, ctx).map_err(|denial| {
                     let code = match (denial, event) {
                         (Denial::Gone, _) => ErrorCode::SandboxNotFound,
+                        (Denial::Paused, _) => ErrorCode::SandboxPaused,
                         (Denial::StillRunning(_), _) => ErrorCode::SandboxStillRunning,
                         (Denial::Busy(_), _) => ErrorCode::SandboxBusy,
                     };
@@ -1070,7 +1095,8 @@ impl Handler<Explain> for SandboxActor {
     fn handle(&mut self, Explain(target): Explain, _: &mut Self::Context) -> Self::Result {
         faults::here("sandbox/explain");
         self.handled += 1;
-        let running = matches!(self.machine.state(), State::Running { .. } | State::Draining { .. });
+        let running =
+            matches!(self.machine.state(), State::Running { .. } | State::Paused { .. } | State::Draining { .. });
         MessageResult(running.then(|| {
             let (reply, answer) = oneshot::channel();
             self.command(VmCommand::ExplainNetwork(target, reply));

@@ -1,7 +1,9 @@
 //! The life of one sandbox as a pure function: (state, event) → (state, effects). No actix, no tokio, no clock, no I/O.
 //!
 //! ```text
-//!                Start              AgentReady              Stop, idle, creator gone, max duration
+//!                                          paused
+//!                                     Paused ▲ │ Resumed; any stop resumes it first
+//!                Start              AgentReady │ ▼            Stop, idle, creator gone, max duration
 //!   created ───────────► starting ─────────────► running ────────────────────────────► draining
 //!                        │ planned                 │ │                                     │ MainExited,
 //!                        │ image leased            │ │ MainExited                          │ grace over
@@ -20,6 +22,7 @@
 //! * **starting** is a chain of phases. A failure before the VM exists takes apart what the earlier phases made, newest first,
 //!   and a sandbox that never ran vanishes; a failure after it is an end of a run like any other.
 //! * **draining** begins with the pre-stop hook, if there is one; then the workload has its grace time. **stopping**: the workload is over, the guest flushes and turns itself off.
+//! * **paused** has a VM in which nothing runs: no beats, no checks, no idleness. Its maximum duration goes on.
 //! * **settle** is the only place that decides what follows an end ([`Policy`]).
 //! * **recovering** (a daemon that starts finds a record of a live run) shows as the state it was found in.
 //!
@@ -145,6 +148,13 @@ pub enum State {
         /// When it became ready, on the machine's clock.
         ready_at_ms: u64,
     },
+    /// Its vCPUs are halted.
+    Paused {
+        /// The run.
+        run: Run,
+        /// When it became ready, on the machine's clock.
+        ready_at_ms: u64,
+    },
     /// The pre-stop hook runs; the workload does not know yet.
     PreStop {
         /// The run.
@@ -256,6 +266,10 @@ pub enum Event {
     PhaseFailed,
     /// The agent is ready.
     AgentReady,
+    /// The VM was halted on request. Refused where that can no longer be: whoever halted it lets it go on.
+    Paused,
+    /// The VM goes on, on request.
+    Resumed,
     /// The main workload ended by itself.
     MainExited,
     /// The VM process is gone.
@@ -298,6 +312,8 @@ pub enum Event {
     Adopted {
         /// Whether its agent is ready.
         ready: bool,
+        /// Whether it is halted.
+        paused: bool,
     },
 }
 
@@ -305,7 +321,7 @@ impl Event {
     fn by(self) -> By {
         match self {
             Self::Start { by, .. } => by,
-            Self::Stop { .. } | Self::Kill | Self::Remove { .. } => By::User,
+            Self::Stop { .. } | Self::Kill | Self::Remove { .. } | Self::Paused | Self::Resumed => By::User,
             Self::CreatorGone => By::Creator,
             Self::AgentReady | Self::MainExited | Self::VmEnded { .. } => By::Guest,
             Self::Tick { .. }
@@ -338,6 +354,8 @@ pub enum Effect {
     SpawnVm,
     /// Give the lease back.
     ReleaseImage,
+    /// Let the halted VM go on.
+    ResumeVm,
     /// Run the pre-stop hook; answer with `HookDone`.
     RunHook,
     /// Ask the agent to end the workload, flush and turn off.
@@ -376,6 +394,9 @@ pub enum Denial {
     /// It must rest for this.
     #[error("it is {0}")]
     StillRunning(&'static str),
+    /// It is halted, and only a person lets it go on.
+    #[error("it is paused")]
+    Paused,
     /// It is being removed.
     #[error("it is being removed")]
     Gone,
@@ -423,6 +444,7 @@ impl Machine {
                 recovering(run, SandboxState::Starting, abandon.map(|cause| (cause, Then::Settle)))
             }
             State::Running { run, .. } => recovering(run, SandboxState::Running, None),
+            State::Paused { run, .. } => recovering(run, SandboxState::Paused, None),
             // The hook runs anew: whether it came to its end is not known.
             State::PreStop { run, cause, then, .. } | State::Draining { run, cause, then, .. } => {
                 recovering(run, SandboxState::Draining, Some((cause, then)))
@@ -481,6 +503,7 @@ impl Machine {
             State::Created => SandboxState::Created,
             State::Starting { .. } => SandboxState::Starting,
             State::Running { .. } => SandboxState::Running,
+            State::Paused { .. } => SandboxState::Paused,
             State::PreStop { .. } | State::Draining { .. } => SandboxState::Draining,
             State::Stopping { .. } => SandboxState::Stopping,
             State::Stopped | State::Removed => SandboxState::Stopped,
@@ -497,6 +520,7 @@ impl Machine {
         match self.state {
             State::Starting { run, .. }
             | State::Running { run, .. }
+            | State::Paused { run, .. }
             | State::PreStop { run, .. }
             | State::Draining { run, .. }
             | State::Stopping { run, .. }
@@ -540,6 +564,9 @@ impl Machine {
                     .zip(last_activity_ms)
                     .map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
                 [lifetime, idle].into_iter().flatten().min()
+            }
+            State::Paused { ready_at_ms, .. } => {
+                self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit))
             }
             State::PreStop { until_ms, .. } | State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => {
                 Some(until_ms)
@@ -585,6 +612,7 @@ impl Machine {
                 Ok(self.begin(at, hold_main, by != By::User))
             }
             (State::Starting { .. } | State::Running { .. }, Event::Start { .. }) => Ok(Vec::new()),
+            (State::Paused { .. }, Event::Start { .. }) => Err(Denial::Paused),
             (_, Event::Start { .. }) => Err(Denial::Busy(word)),
             (State::Restarting { at_ms }, Event::Tick { .. }) if at.now_ms >= at_ms => {
                 self.restarts = self.restarts.saturating_add(1);
@@ -623,6 +651,35 @@ impl Machine {
             (State::Starting { run, phase: StartPhase::VmSpawned, abandon }, Event::VmEnded { cause, success }) => {
                 let mut effects = vec![Effect::FailStart];
                 effects.extend(self.settle(run, abandon, cause, success, Then::Settle, 0, at));
+                Ok(effects)
+            }
+
+            // Halted, and on again.
+            (State::Running { run, ready_at_ms }, Event::Paused) => {
+                self.state = State::Paused { run, ready_at_ms };
+                Ok(Vec::new())
+            }
+            (State::Paused { run, ready_at_ms }, Event::Resumed) => {
+                self.state = State::Running { run, ready_at_ms };
+                Ok(Vec::new())
+            }
+            (State::Paused { .. }, Event::Paused) | (State::Running { .. }, Event::Resumed) => Ok(Vec::new()),
+            (_, Event::Paused | Event::Resumed) => Err(Denial::Busy(word)),
+            // A halted guest cannot be asked for anything: it goes on and is then stopped as a running one.
+            (
+                State::Paused { run, ready_at_ms },
+                Event::Stop { .. } | Event::HostStop | Event::CreatorGone | Event::Tick { .. } | Event::MainExited,
+            ) => {
+                self.state = State::Running { run, ready_at_ms };
+                // While it is halted nothing is active and nothing is idle.
+                let event =
+                    if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
+                let mut effects = self.transition(event, at)?;
+                if let State::Running { .. } = self.state {
+                    self.state = State::Paused { run, ready_at_ms };
+                } else {
+                    effects.insert(0, Effect::ResumeVm);
+                }
                 Ok(effects)
             }
 
@@ -726,7 +783,7 @@ impl Machine {
             (State::Starting { run, phase, .. }, Event::CreatorGone) if !self.detached => {
                 Ok(self.abandon(run, phase, EndCause::CreatorGone, at))
             }
-            (State::Running { run, ready_at_ms }, Event::Kill) => {
+            (State::Running { run, ready_at_ms } | State::Paused { run, ready_at_ms }, Event::Kill) => {
                 Ok(self.kill(run, EndCause::Killed, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
             }
             (
@@ -740,9 +797,10 @@ impl Machine {
             }
 
             // The end of a run.
-            (State::Running { run, ready_at_ms }, Event::VmEnded { cause, success }) => {
-                Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at))
-            }
+            (
+                State::Running { run, ready_at_ms } | State::Paused { run, ready_at_ms },
+                Event::VmEnded { cause, success },
+            ) => Ok(self.settle(run, None, cause, success, Then::Settle, at.now_ms.saturating_sub(ready_at_ms), at)),
             (
                 State::PreStop { run, cause: wanted, then, ran_ms, .. }
                 | State::Draining { run, cause: wanted, then, ran_ms, .. }
@@ -751,22 +809,28 @@ impl Machine {
             ) => Ok(self.settle(run, Some(wanted), cause, success, then, ran_ms, at)),
 
             // A new daemon.
-            (State::Recovering { run, ending: None, .. }, Event::Adopted { ready }) => {
+            (State::Recovering { run, ending: None, .. }, Event::Adopted { ready, paused }) => {
                 self.ever_spawned = true;
                 if self.removing {
                     return Ok(self.kill(run, EndCause::Killed, Then::Settle, 0, at));
                 }
-                self.state = if ready {
+                self.state = if ready && paused {
+                    State::Paused { run, ready_at_ms: at.now_ms }
+                } else if ready {
                     State::Running { run, ready_at_ms: at.now_ms }
                 } else {
                     State::Starting { run, phase: StartPhase::VmSpawned, abandon: None }
                 };
                 Ok(Vec::new())
             }
-            (State::Recovering { run, ending: Some((cause, then)), .. }, Event::Adopted { ready }) => {
+            (State::Recovering { run, ending: Some((cause, then)), .. }, Event::Adopted { ready, paused }) => {
                 self.ever_spawned = true;
                 if ready {
-                    Ok(self.drain(run, at.now_ms, cause, None, then, at))
+                    let mut effects = self.drain(run, at.now_ms, cause, None, then, at);
+                    if paused {
+                        effects.insert(0, Effect::ResumeVm);
+                    }
+                    Ok(effects)
                 } else {
                     Ok(self.kill(run, cause, then, 0, at))
                 }
@@ -797,6 +861,7 @@ impl Machine {
             }
             (
                 State::Running { run, .. }
+                | State::Paused { run, .. }
                 | State::PreStop { run, .. }
                 | State::Draining { run, .. }
                 | State::Stopping { run, .. },

@@ -41,6 +41,7 @@ fn all_states() -> Vec<(&'static str, State)> {
         ("starting/disks_made, abandoned", starting(StartPhase::DisksMade, Some(EndCause::StopRequested))),
         ("starting/vm_spawned", starting(StartPhase::VmSpawned, None)),
         ("running", State::Running { run: run(), ready_at_ms: 0 }),
+        ("paused", State::Paused { run: run(), ready_at_ms: 0 }),
         (
             "pre_stop/idle",
             State::PreStop {
@@ -98,7 +99,10 @@ fn all_events() -> Vec<(&'static str, Event)> {
         ("tick, all due", Event::Tick { last_activity_ms: Some(0) }),
         ("remove", Event::Remove { force: false }),
         ("remove by force", Event::Remove { force: true }),
-        ("adopted", Event::Adopted { ready: true }),
+        ("paused", Event::Paused),
+        ("resumed", Event::Resumed),
+        ("adopted", Event::Adopted { ready: true, paused: false }),
+        ("adopted, paused", Event::Adopted { ready: true, paused: true }),
     ]
 }
 
@@ -113,6 +117,7 @@ fn show_effects(effects: &[Effect]) -> String {
         .filter_map(|effect| match effect {
             Effect::Record { .. } => None,
             Effect::RunHook => Some("run_hook".into()),
+            Effect::ResumeVm => Some("resume_vm".into()),
             Effect::Shutdown { cause, .. } => Some(format!("shutdown({})", cause.as_str())),
             Effect::KillVm { cause } => Some(format!("kill_vm({})", cause.as_str())),
             Effect::EndRun { cause, .. } => Some(format!("end_run({})", cause.as_str())),
@@ -328,7 +333,7 @@ fn a_pre_stop_hook_comes_before_every_stop_but_a_forced_one_and_has_its_own_time
     let mut machine = running(hooked.clone(), true);
     machine.step(Event::Stop { grace_ms: None, then: Then::Settle }, at(1)).unwrap();
     let (mut machine, _) = Machine::recover(hooked, &machine.stored(), 500);
-    assert!(machine.step(Event::Adopted { ready: true }, at(500)).unwrap().contains(&Effect::RunHook));
+    assert!(machine.step(Event::Adopted { ready: true, paused: false }, at(500)).unwrap().contains(&Effect::RunHook));
 }
 
 #[test]
@@ -423,7 +428,7 @@ fn a_recovered_record_looks_for_its_vm_and_goes_on_from_what_it_finds() {
     let live = running(policy(), true);
     let (mut machine, effects) = Machine::recover(policy(), &live.stored(), 500);
     assert_eq!((effects, machine.shown()), (vec![Effect::Adopt], SandboxState::Running));
-    machine.step(Event::Adopted { ready: true }, at(500)).unwrap();
+    machine.step(Event::Adopted { ready: true, paused: false }, at(500)).unwrap();
     assert_eq!(machine.state, State::Running { run: live.run().unwrap(), ready_at_ms: 500 });
 
     let (mut machine, _) = Machine::recover(policy(), &live.stored(), 500);
@@ -443,6 +448,44 @@ fn a_recovered_record_looks_for_its_vm_and_goes_on_from_what_it_finds() {
         500,
     );
     assert_eq!(machine.shown(), SandboxState::Restarting);
+}
+
+#[test]
+fn a_paused_sandbox_is_neither_idle_nor_started_and_every_stop_resumes_it_first() {
+    let mut machine = running(policy(), false);
+    let since = machine.run();
+    machine.step(Event::Paused, at(1_000)).unwrap();
+    assert_eq!((machine.shown(), machine.run()), (SandboxState::Paused, since));
+    // Idle after 5 s, over after 60 s: only the second counts.
+    assert_eq!(machine.deadline_ms(Some(0)), Some(60_000));
+    assert!(machine.step(Event::Tick { last_activity_ms: Some(0) }, at(50_000)).unwrap().is_empty());
+    assert_eq!(machine.step(Event::Start { by: By::User, hold_main: false }, at(2_000)), Err(Denial::Paused));
+    assert!(machine.step(Event::AgentSilent, at(2_000)).unwrap().is_empty());
+    for (event, now_ms) in [
+        (Event::Stop { grace_ms: None, then: Then::Settle }, 2_000),
+        (Event::CreatorGone, 2_000),
+        (Event::HostStop, 2_000),
+        (Event::Tick { last_activity_ms: Some(0) }, 60_000),
+    ] {
+        let mut machine = machine.clone();
+        let effects = machine.step(event, at(now_ms)).unwrap();
+        assert!(
+            matches!(effects[..], [Effect::Record { .. }, Effect::ResumeVm, Effect::Shutdown { .. }]),
+            "{event:?} {effects:?}"
+        );
+        assert_eq!(machine.shown(), SandboxState::Draining);
+    }
+    let mut killed = machine.clone();
+    assert!(killed.step(Event::Kill, at(2_000)).unwrap().contains(&Effect::KillVm { cause: EndCause::Killed }));
+    let (mut adopted, _) = Machine::recover(policy(), &machine.stored(), 500);
+    assert_eq!(adopted.shown(), SandboxState::Paused);
+    adopted.step(Event::Adopted { ready: true, paused: true }, at(500)).unwrap();
+    assert_eq!(adopted.shown(), SandboxState::Paused);
+    machine.step(Event::Resumed, at(40_000)).unwrap();
+    assert_eq!((machine.shown(), machine.run()), (SandboxState::Running, since));
+    // A stop that came first wins: whoever halted the VM must let it go on.
+    machine.step(Event::Stop { grace_ms: None, then: Then::Settle }, at(40_001)).unwrap();
+    assert_eq!(machine.step(Event::Paused, at(40_002)), Err(Denial::Busy("draining")));
 }
 
 fn event_strategy() -> impl Strategy<Value = Event> {
@@ -469,6 +512,8 @@ fn event_strategy() -> impl Strategy<Value = Event> {
         Just(Event::CreatorGone),
         Just(Event::Unhealthy),
         Just(Event::HookDone),
+        Just(Event::Paused),
+        Just(Event::Resumed),
         Just(Event::HostStop),
         Just(Event::AgentSilent),
         prop::option::of(0u64..100_000).prop_map(|last_activity_ms| Event::Tick { last_activity_ms }),
@@ -502,7 +547,7 @@ impl World {
                     assert!(self.leased, "a lease is given back that nobody holds");
                     self.leased = false;
                 }
-                Effect::KillVm { .. } | Effect::Shutdown { .. } | Effect::RunHook => {
+                Effect::KillVm { .. } | Effect::Shutdown { .. } | Effect::RunHook | Effect::ResumeVm => {
                     assert!(self.vm, "nobody is there to be stopped")
                 }
                 Effect::EndRun { boot_id, .. } => {
@@ -550,7 +595,7 @@ proptest! {
                     None => continue,
                 },
                 Event::PhaseFailed if world.phase_under_way.take().is_none() => continue,
-                Event::AgentReady | Event::MainExited if !world.vm => continue,
+                Event::AgentReady | Event::MainExited | Event::Paused | Event::Resumed if !world.vm => continue,
                 Event::VmEnded { .. } if !std::mem::take(&mut world.vm) => continue,
                 other => other,
             };

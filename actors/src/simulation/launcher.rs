@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use msb_protocol::error::{ApiError, ErrorCode};
@@ -12,6 +12,7 @@ use msb_protocol::id::BootId;
 use msb_protocol::network::VmNetwork;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{NetworkExplanation, Phase, Sample, VmSpec, VmState, VmStatus};
 use tokio::sync::mpsc;
 
@@ -50,6 +51,7 @@ struct FakeVm {
     identity: ProcessIdentity,
     listeners: Vec<Arc<OwnedFd>>,
     inbox: mpsc::UnboundedSender<Input>,
+    paused: AtomicBool,
     gone: Mutex<Option<Gone>>,
 }
 
@@ -203,7 +205,14 @@ impl Launcher for FakeLauncher {
         let identity =
             ProcessIdentity { pid, start_ticks: u64::from(pid), host_boot_id: identity::host_boot_id().into() };
         let (inbox, inputs) = mpsc::unbounded_channel();
-        let vm = Arc::new(FakeVm { spec: *spec, identity: identity.clone(), listeners, inbox, gone: Mutex::new(None) });
+        let vm = Arc::new(FakeVm {
+            spec: *spec,
+            identity: identity.clone(),
+            listeners,
+            inbox,
+            paused: AtomicBool::new(false),
+            gone: Mutex::new(None),
+        });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
         let (commands, queue) = mpsc::channel(16);
         if faults.early_ready {
@@ -270,7 +279,7 @@ fn no_policy() -> ApiError {
 
 fn status(vm: &FakeVm, state: VmState) -> VmStatus {
     VmStatus {
-        generation: 1,
+        generation: VMM_GENERATION,
         version: "fake".into(),
         sandbox_id: vm.spec.sandbox_id,
         boot_id: vm.spec.boot_id,
@@ -281,6 +290,7 @@ fn status(vm: &FakeVm, state: VmState) -> VmStatus {
         agent_generation: Some(1),
         main_end: None,
         main_started: true,
+        paused: vm.paused.load(Ordering::Relaxed),
         phases: Vec::new(),
         jail: Default::default(),
     }
@@ -335,6 +345,8 @@ async fn live(
             .as_ref()
             .map_or(u64::MAX, |(at, _)| *at)
             .min(if ready && faults.no_beats || !ready && !can_boot { u64::MAX } else { next_ms });
+        // Nothing happens in a halted VM.
+        let wake_ms = if vm.paused.load(Ordering::Relaxed) { u64::MAX } else { wake_ms };
         tokio::select! {
             biased;
             input = inputs.recv() => match input {
@@ -361,6 +373,15 @@ async fn live(
                 VmCommand::Shutdown { .. } => {}
                 VmCommand::Kill { .. } if stubborn > 0 => stubborn -= 1,
                 VmCommand::Kill { cause } => break end(cause, None),
+                VmCommand::Pause(reply) => {
+                    vm.paused.store(true, Ordering::Relaxed);
+                    let _ = reply.send(Ok(()));
+                }
+                VmCommand::Resume(reply) => {
+                    vm.paused.store(false, Ordering::Relaxed);
+                    next_ms = next_ms.max(clock.now_ms());
+                    let _ = reply.send(Ok(()));
+                }
                 VmCommand::ConsoleTail(reply) => drop(reply.send(Ok(String::new()))),
                 VmCommand::ExplainNetwork(_, reply) => drop(reply.send(Err(no_policy()))),
             },

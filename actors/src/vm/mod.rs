@@ -55,6 +55,10 @@ pub enum VmCommand {
         /// What to record.
         cause: EndCause,
     },
+    /// Halt the vCPUs.
+    Pause(oneshot::Sender<Result<(), ApiError>>),
+    /// Let them go on.
+    Resume(oneshot::Sender<Result<(), ApiError>>),
     /// Which network rule would decide about a target.
     ExplainNetwork(String, oneshot::Sender<Result<NetworkExplanation, ApiError>>),
     /// The end of the console's output.

@@ -168,6 +168,7 @@ struct Driver {
 
 enum Pending {
     Status,
+    Done(oneshot::Sender<Result<(), ApiError>>),
     ConsoleTail(oneshot::Sender<Result<String, ApiError>>),
     Explanation(oneshot::Sender<Result<NetworkExplanation, ApiError>>),
 }
@@ -479,6 +480,10 @@ impl Driver {
                             None => return true,
                         }
                     }
+                    (Pending::Done(reply), result) => {
+                        let _ = reply.send(result.map(drop));
+                        return true;
+                    }
                     (Pending::ConsoleTail(reply), result) => {
                         let _ = reply.send(result.and_then(|reply| match reply {
                             Reply::ConsoleTail { text } => Ok(text),
@@ -557,6 +562,8 @@ impl Driver {
                 }
                 Ok(())
             }
+            VmCommand::Pause(reply) => self.request(Request::Pause, Some(Pending::Done(reply))).await,
+            VmCommand::Resume(reply) => self.request(Request::Resume, Some(Pending::Done(reply))).await,
             VmCommand::ExplainNetwork(target, reply) => {
                 self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await
             }

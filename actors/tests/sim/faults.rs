@@ -71,6 +71,8 @@ async fn drive(world: &World) {
     let all = msb_actors::metrics::snapshot::Choice::default();
     insist(world, "metrics", || daemon.metrics(&all)).await;
     insist(world, "history", || daemon.metrics_history(&old, u64::MAX, 100)).await;
+    insist(world, "pause", || daemon.pause(&new)).await;
+    insist(world, "resume", || daemon.resume(&new)).await;
     insist(world, "stop", || daemon.stop(&new, None, false)).await;
     snapshot(world).await;
     insist(world, "start", || daemon.start(&new, false)).await;

@@ -21,6 +21,7 @@ pub mod list;
 pub mod logs;
 pub mod metrics;
 pub mod net;
+pub mod pause;
 pub mod prune;
 pub mod pull;
 pub mod registry;
@@ -85,8 +86,8 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Version => version::run(context).await,
         Command::Copy(args) => copy::run(args, context).await,
         Command::Fork(_) => unbuilt("msb fork"),
-        Command::Pause(_) => unbuilt("msb pause"),
-        Command::Resume(_) => unbuilt("msb resume"),
+        Command::Pause(args) => pause::pause(args, context).await,
+        Command::Resume(args) => pause::resume(args, context).await,
         Command::Pull(args) => pull::run(args, context).await,
         Command::Save(args) => save::run(args, context).await,
         Command::Registry { command } => registry::run(command, context).await,

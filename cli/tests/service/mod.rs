@@ -74,6 +74,8 @@ fn router() -> Router {
         .route("/v1/sandboxes/{name}/start", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/restart", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/stop", post(stop))
+        .route("/v1/sandboxes/{name}/pause", post(pause))
+        .route("/v1/sandboxes/{name}/resume", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/detach", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/touch", post(move |path| act(path, SandboxState::Running)))
         .route("/v1/sandboxes/{name}/wait", get(wait))
@@ -279,6 +281,13 @@ async fn stop(path: Path<String>, Json(request): Json<StopRequest>) -> Response 
     }
     assert!(!(request.force && request.grace_ms.is_some()));
     act(path, SandboxState::Stopped).await
+}
+
+async fn pause(path: Path<String>) -> Response {
+    if path.0 == "old" {
+        return refuse(ErrorCode::SandboxNotRunning, "sandbox old is stopped: there is nothing to pause");
+    }
+    act(path, SandboxState::Paused).await
 }
 
 async fn remove(Path(name): Path<String>, Query(pairs): Query<Vec<(String, String)>>) -> Response {

@@ -278,6 +278,22 @@ impl Client {
         self.post(&sandbox(name, "/restart"), request).await
     }
 
+    /// Halts a running sandbox where it is; answers once nothing in it runs.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, `unsupported_operation`.
+    pub async fn pause(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/pause"), &serde_json::json!({})).await
+    }
+
+    /// Lets a halted sandbox go on.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`.
+    pub async fn resume(&self, name: &SandboxName) -> Result<SandboxDetail, Error> {
+        self.post(&sandbox(name, "/resume"), &serde_json::json!({})).await
+    }
+
     /// Lets a sandbox outlive its creator.
     ///
     /// # Errors

@@ -119,6 +119,16 @@ pub(crate) async fn restart(
     Ok(Json(state.daemon.restart(&sandbox, request.grace_ms).await?))
 }
 
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/pause", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail, description = "once nothing in it runs"), (status = "4XX", body = ApiError)))]
+pub(crate) async fn pause(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.pause(&name(&sandbox)?).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/resume", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
+pub(crate) async fn resume(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
+    Ok(Json(state.daemon.resume(&name(&sandbox)?).await?))
+}
+
 #[utoipa::path(post, path = "/v1/sandboxes/{name}/detach", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]
 pub(crate) async fn detach(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<SandboxDetail> {
     Ok(Json(state.daemon.detach(&name(&sandbox)?).await?))

@@ -19,6 +19,7 @@ mod machine;
 mod metrics;
 mod network;
 mod output;
+mod pause;
 mod registry;
 mod sdk;
 mod security;

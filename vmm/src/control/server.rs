@@ -310,6 +310,8 @@ impl Server {
                 self.run.kill(cause);
                 Ok(Reply::Done)
             }
+            Request::Pause => self.run.set_paused(true, self.engine).map(|()| Reply::Done),
+            Request::Resume => self.run.set_paused(false, self.engine).map(|()| Reply::Done),
             Request::ExpectEnd { cause } => {
                 self.run.expect_end(cause);
                 Ok(Reply::Done)
@@ -347,6 +349,7 @@ impl Server {
             agent_generation: facts.agent_generation,
             main_end: facts.main_end,
             main_started: facts.main_started,
+            paused: facts.paused,
             phases: self.run.phase_report(),
             jail: lock(&self.late).jail.clone(),
         }

@@ -144,6 +144,26 @@ pub trait Stopper: Send + Sync {
     fn stop(&self);
 }
 
+/// Why a machine was not halted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum HaltError {
+    /// It has ended.
+    #[error("the machine has ended")]
+    Ended,
+    /// A vCPU did not leave the guest in time; all of them go on.
+    #[error("a vCPU did not leave the guest in time")]
+    Stuck,
+}
+
+/// Halts a running machine's vCPUs and lets them go on, from any thread.
+pub trait Halter: Send + Sync {
+    /// Returns once no vCPU runs guest code, until [`Halter::go_on`]. Devices go on: what they do is in guest memory when it does.
+    fn halt(&self) -> Result<(), HaltError>;
+
+    /// Lets every vCPU go on. Does nothing to a machine that is not halted.
+    fn go_on(&self);
+}
+
 /// One engine with one machine in it.
 pub trait Engine: Send {
     /// `kvm` or `qemu`, as in specs and messages.
@@ -151,6 +171,11 @@ pub trait Engine: Send {
 
     /// A handle that ends the machine; usable from the moment `boot` is called.
     fn stopper(&self) -> Arc<dyn Stopper>;
+
+    /// What halts the machine, if this engine can.
+    fn halter(&self) -> Option<Arc<dyn Halter>> {
+        None
+    }
 
     /// Builds the machine up to the point where the guest's first instruction may run. Called once.
     /// The jail is closed between `boot` and `run`: whatever needs spawning or opening is done here.

@@ -42,8 +42,8 @@ use When::{Any, OneOf, OwnProcess, With, Without};
 /// One line of the table.
 struct Line(c_long, u8, When, &'static str);
 
-/// `ioctl` requests of vCPU threads: enter the guest, and say where it was when KVM gave up.
-const VCPU_REQUESTS: &[u64] = &[io(0x80), ior(0x81, size_of::<kvm_bindings::kvm_regs>())];
+/// `ioctl` requests of vCPU threads: enter the guest, say where it was when KVM gave up, tell the guest's watchdogs that it was halted.
+const VCPU_REQUESTS: &[u64] = &[io(0x80), ior(0x81, size_of::<kvm_bindings::kvm_regs>()), io(0xad)];
 
 /// `_IO(KVMIO, number)`.
 const fn io(number: u64) -> u64 {
@@ -137,7 +137,7 @@ const TABLE: &[Line] = &[
     Line(libc::SYS_seccomp, ALL, Any, "narrowing only: a filter cannot loosen"),
     Line(libc::SYS_landlock_restrict_self, ALL, Any, "narrowing only"),
     // vCPUs.
-    Line(libc::SYS_ioctl, VCPU, OneOf(1, VCPU_REQUESTS), "KVM_RUN, KVM_GET_REGS"),
+    Line(libc::SYS_ioctl, VCPU, OneOf(1, VCPU_REQUESTS), "KVM_RUN, KVM_GET_REGS, KVM_KVMCLOCK_CTRL"),
     // Disks.
     Line(libc::SYS_pread64, SERVICE | DEVICE, Any, "block reads"),
     Line(libc::SYS_preadv, SERVICE | DEVICE, Any, "block reads into guest memory"),
@@ -347,6 +347,6 @@ mod tests {
 
     #[test]
     fn kvm_requests_have_the_numbers_of_the_kernel_headers() {
-        assert_eq!(VCPU_REQUESTS, [0xae80, 0x8090_ae81]);
+        assert_eq!(VCPU_REQUESTS, [0xae80, 0x8090_ae81, 0xaead]);
     }
 }

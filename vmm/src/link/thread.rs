@@ -109,7 +109,9 @@ impl Link {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            if self.session.state() == LinkState::Up && self.clock.is_due(Instant::now()) {
+            // A halted guest reads nothing; it is told when it goes on and the next look comes.
+            let listens = self.session.state() == LinkState::Up && !self.run.facts().paused;
+            if listens && self.clock.is_due(Instant::now()) {
                 self.send(HostBody::ClockSync(ClockSync { realtime_ns: realtime_ns() }))?;
             }
         }

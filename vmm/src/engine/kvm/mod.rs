@@ -19,7 +19,7 @@ pub mod vcpu;
 
 use std::sync::Arc;
 
-use super::{BootError, Engine, EngineEnd, Machine, Stopper};
+use super::{BootError, Engine, EngineEnd, Halter, Machine, Stopper};
 use crate::arch::x86_64::layout::MMIO_SLOT_COUNT;
 use crate::launch::phases::Phases;
 use crate::run::GUEST_ENDED;
@@ -61,6 +61,10 @@ impl Engine for KvmEngine {
 
     fn stopper(&self) -> Arc<dyn Stopper> {
         Arc::<Ending>::clone(&self.ending)
+    }
+
+    fn halter(&self) -> Option<Arc<dyn Halter>> {
+        Some(Arc::<Ending>::clone(&self.ending))
     }
 
     fn boot(&mut self, machine: Machine) -> Result<(), BootError> {

@@ -3,6 +3,7 @@
 //! ```text
 //!  parked ──gate──► jail ──► KVM_RUN ◄──► exit: port or memory access ─► bus
 //!                               │
+//!                               ├ kick while halting ─► parked until it goes on
 //!                               └ shutdown, reset line, KVM error, kick while over ─► Ending, thread returns its vCPU
 //! ```
 //!
@@ -224,8 +225,14 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, ending: &Ending) -> Option<EngineEnd> {
             }
             Err(error) if error.errno() == libc::EINTR => {
                 counts.interrupted += 1;
-                // Cleared before `is_over` is asked again: a kick that comes in between has set `over` first.
+                // Cleared before `is_over` and `is_halting` are asked: a kick that comes in between has set them first. An access
+                // that was being answered is complete: KVM does that before it looks at the byte.
                 vcpu.set_kvm_immediate_exit(0);
+                if ending.is_halting() {
+                    // A guest without the clock it is told by refuses to hear that it stood still; then its watchdogs may complain.
+                    let _ = vcpu.kvmclock_ctrl();
+                    ending.park();
+                }
             }
             // A vCPU that waits for its start signal.
             Err(error) if error.errno() == libc::EAGAIN => counts.other += 1,
