@@ -30,6 +30,8 @@ var (
 	ErrSandboxAlreadyExists = &Error{Code: "sandbox_already_exists"}
 	// ErrSandboxNotRunning: the sandbox is not running.
 	ErrSandboxNotRunning = &Error{Code: "sandbox_not_running"}
+	// ErrSandboxPaused: the sandbox is paused: nothing in it can answer.
+	ErrSandboxPaused = &Error{Code: "sandbox_paused"}
 	// ErrSandboxStillRunning: the sandbox is running.
 	ErrSandboxStillRunning = &Error{Code: "sandbox_still_running"}
 	// ErrSandboxBusy: another operation on the sandbox is under way.
@@ -134,6 +136,7 @@ var table = map[Code]entry{
 	"sandbox_not_found":       {"no sandbox has this name", "`msb ls` shows the ones that exist", false},
 	"sandbox_already_exists":  {"a sandbox of this name exists", "choose another name, remove it with `msb rm`, or use --replace", false},
 	"sandbox_not_running":     {"the sandbox is not running", "start it with `msb start`", false},
+	"sandbox_paused":          {"the sandbox is paused: nothing in it can answer", "let it go on with `msb resume`", false},
 	"sandbox_still_running":   {"the sandbox is running", "stop it with `msb stop`, or use --force", false},
 	"sandbox_busy":            {"another operation on the sandbox is under way", "try again in a moment", true},
 	"boot_failed":             {"the virtual machine did not come up", "`msb logs NAME` begins with what was seen", true},

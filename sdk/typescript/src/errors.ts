@@ -106,6 +106,14 @@ export class SandboxNotRunningError extends MsbError {
 }
 register("sandbox_not_running", SandboxNotRunningError);
 
+/** The sandbox is paused: nothing in it can answer. */
+export class SandboxPausedError extends MsbError {
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, { hint: "let it go on with `msb resume`", retryable: false, ...options, code: "sandbox_paused" });
+  }
+}
+register("sandbox_paused", SandboxPausedError);
+
 /** The sandbox is running. */
 export class SandboxStillRunningError extends MsbError {
   constructor(message: string, options: FailureOptions = {}) {

@@ -18,6 +18,7 @@ __all__ = [
     "SandboxNotFoundError",
     "SandboxAlreadyExistsError",
     "SandboxNotRunningError",
+    "SandboxPausedError",
     "SandboxStillRunningError",
     "SandboxBusyError",
     "BootFailedError",
@@ -166,6 +167,14 @@ class SandboxNotRunningError(MsbError):
 
     CODE = "sandbox_not_running"
     HINT = "start it with `msb start`"
+    RETRYABLE = False
+
+
+class SandboxPausedError(MsbError):
+    """The sandbox is paused: nothing in it can answer."""
+
+    CODE = "sandbox_paused"
+    HINT = "let it go on with `msb resume`"
     RETRYABLE = False
 
 
