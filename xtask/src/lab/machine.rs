@@ -289,7 +289,7 @@ After=multi-user.target systemd-user-sessions.service dbus.socket systemd-logind
 
 [Service]
 # A shell of its own, so that a script killed by a reboot says nothing.
-ExecStart=/bin/bash -c 'modprobe -a kvm-amd vhost_vsock tun veth loop fuse 2>/dev/null; chmod 666 /dev/kvm; bash /task; echo "LAB-EXIT $?"; exec systemctl poweroff --force --force'
+ExecStart=/bin/bash -c 'bash /task; echo "LAB-EXIT $?"; exec systemctl poweroff --force --force'
 Environment=HOME=/root PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
 WorkingDirectory=/root
 StandardInput=null
@@ -299,9 +299,21 @@ KillMode=mixed
 TimeoutStopSec=5s
 Delegate=yes
 END
+$b cat > $units/lab-kvm.service <<'END'
+[Unit]
+Description=What a host of sandboxes has from its boot on
+DefaultDependencies=no
+After=systemd-modules-load.service
+Before=sysinit.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/bash -c 'modprobe -a kvm-amd vhost_vsock tun veth loop fuse 2>/dev/null; chmod 666 /dev/kvm'
+END
 $b cat > $units/lab.target <<'END'
 [Unit]
-Requires=multi-user.target lab.service
+Requires=multi-user.target lab-kvm.service lab.service
 AllowIsolate=yes
 END
 $b umount /proc
