@@ -14,6 +14,8 @@
 //! | `POST /v1/sandboxes/{name}/start` | [`StartRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/stop` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/restart` | [`StopRequest`] | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/pause` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/resume` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/detach` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/labels` | [`LabelRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/touch` | | [`SandboxDetail`] |
