@@ -164,14 +164,18 @@ fn two_users_of_a_host_work_as_themselves_and_never_see_each_other() {
     }
     assert_eq!(host.succeeds(BOB, &["ls", "-q"]), "");
     // Her service refuses him by itself, should the way to its socket ever stand open.
-    let hers = host.path(&format!("state/users/{ANN}"));
+    let top = host.path(&format!("run/users/{ANN}"));
+    let found = Command::new("find").arg(&top).args(["-name", "msbd.sock"]).output().expect("run find");
+    let hers = PathBuf::from(String::from_utf8(found.stdout).expect("UTF-8").trim());
     let set_modes = |way, socket| {
-        for (path, mode) in [("", way), ("run", way), ("run/msbd.sock", socket)] {
-            std::fs::set_permissions(hers.join(path), std::fs::Permissions::from_mode(mode)).expect("a mode");
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
+        mode(&hers, socket).expect("the socket's mode");
+        for directory in hers.ancestors().skip(1).take_while(|path| path.starts_with(&top)) {
+            mode(directory, way).expect("a directory's mode");
         }
     };
     set_modes(0o711, 0o666);
-    let refused = host.msb_at(&hers.join("run/msbd.sock"), BOB, true, &["ls", "--format", "json"]);
+    let refused = host.msb_at(&hers, BOB, true, &["ls", "--format", "json"]);
     set_modes(0o700, 0o600);
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("peer_refused"), "{said}");
