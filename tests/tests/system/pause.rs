@@ -28,7 +28,7 @@ fn a_paused_sandbox_stands_still_and_goes_on_where_it_was() {
     for _ in 0..3 {
         assert_eq!(home.succeeds(&["pause", "box"]), "box\n");
         assert_eq!(home.status("box"), "paused");
-        home.fails(&["exec", "box", "--", "true"], 1, "sandbox_paused");
+        home.fails(&["exec", "box", "--", "true"], 125, "sandbox_paused");
         home.fails(&["start", "box"], 1, "sandbox_paused");
         home.fails(&["rm", "box"], 1, "sandbox_still_running");
         let used = || home.json(&["metrics", "box"])["sandboxes"][0]["sample"]["cpu_time_us"].as_u64();
