@@ -121,8 +121,12 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<ExitStatus, Fail
                 drop(progress);
                 checks.push(match report {
                     Ok(report) => {
-                        let read =
-                            format!("{} images, {} blobs, {} read", report.images, report.blobs, show_bytes(report.bytes));
+                        let read = format!(
+                            "{} images, {} blobs, {} read",
+                            report.images,
+                            report.blobs,
+                            show_bytes(report.bytes)
+                        );
                         if report.problems.is_empty() {
                             Check::ok("Store", "images", read)
                         } else {

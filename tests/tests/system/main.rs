@@ -22,6 +22,7 @@ mod network;
 mod output;
 mod pause;
 mod registry;
+mod root;
 mod sdk;
 mod security;
 mod service;
