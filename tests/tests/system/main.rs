@@ -8,6 +8,7 @@ mod care;
 mod copy;
 mod crash;
 mod disk_full;
+mod durability;
 mod documents;
 mod environment;
 mod exec;
