@@ -9,7 +9,7 @@ use rustix::process::Signal;
 /// Each run appends numbers to a file of its own and says each once it is synced, while something else keeps the disk busy.
 const WORKLOAD: &str = "mkdir -p /data; r=$(ls /data | wc -l); f=/data/log.$r
 while :; do dd if=/dev/urandom of=/busy bs=64k count=64 2>/dev/null; rm /busy; done &
-i=0; while :; do i=$((i+1)); echo $i >> $f; fsync $f || exit 3; echo $r $i; done";
+i=0; while :; do i=$((i+1)); echo $i >> $f; sync $f || exit 3; echo $r $i; done";
 
 #[test]
 fn what_was_synced_is_there_after_each_kill() {
