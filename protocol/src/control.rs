@@ -844,6 +844,9 @@ pub struct ImageDetail {
     /// What a list shows.
     #[serde(flatten)]
     pub summary: ImageSummary,
+    /// Whether all its parts are there, as far as their lengths tell.
+    #[serde(default)]
+    pub complete: bool,
     /// What it says about running it.
     pub config: ImageConfigDetail,
     /// Its layers, lowest first.

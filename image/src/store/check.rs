@@ -94,6 +94,15 @@ impl Store {
         Ok(problems)
     }
 
+    /// Whether every part of an image is there with its length. Takes as long as asking the file system does.
+    pub(super) fn is_complete(&self, record: &ImageRecord) -> bool {
+        let blob = |digest, bytes| self.check_blob(digest, bytes, CheckDepth::Structure).is_ok();
+        blob(record.digest, record.manifest_bytes)
+            && blob(record.config, record.config_bytes)
+            && record.layers.iter().all(|layer| blob(layer.blob, layer.blob_bytes) && self.layer_is_whole(layer))
+            && self.paths().root(record.chain()).exists()
+    }
+
     fn check_blob(&self, digest: Digest, bytes: u64, depth: CheckDepth) -> Result<(), ImageError> {
         let path = self.paths().blob(digest);
         match fs::metadata(&path) {
