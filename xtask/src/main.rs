@@ -27,6 +27,7 @@ mod initramfs;
 mod install;
 mod kernel;
 mod lab;
+mod newcomer;
 mod observers;
 mod program;
 mod sdk;
