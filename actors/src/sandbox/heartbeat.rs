@@ -59,6 +59,12 @@ impl BeatWatch {
         Self { due_ms: self.due_ms.saturating_add(self.limit_ms * ADOPTION_LIMITS), ..self }
     }
 
+    /// When it is to be looked at.
+    #[must_use]
+    pub fn due_ms(&self) -> u64 {
+        self.due_ms
+    }
+
     /// A beat came. False if it is of another boot or older than one already heard, and counts for nothing.
     pub fn hear(&mut self, boot_id: BootId, sequence: u64, now_ms: u64) -> bool {
         if boot_id != self.boot_id || sequence <= self.sequence {
