@@ -9,6 +9,7 @@ mod copy;
 mod crash;
 mod disk_full;
 mod documents;
+mod endings;
 mod environment;
 mod exec;
 mod generations;
