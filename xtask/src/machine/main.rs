@@ -130,6 +130,7 @@ fn status(spec: &VmSpec, state: VmState) -> VmStatus {
         agent_generation: Some(GUEST_GENERATION),
         main_end: None,
         main_started: false,
+        paused: false,
         phases: Vec::new(),
         jail: JailReport::default(),
     }
