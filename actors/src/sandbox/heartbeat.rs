@@ -273,19 +273,20 @@ mod tests {
         let path = home.path().join("heartbeat.json");
         // The longest there is comes first, and nothing of it is left in what follows.
         for sequence in [u64::MAX, 1, 2, 3] {
-            let most = sequence.max(u64::MAX - 1);
-            let full = Beat {
-                uptime_ms: most,
-                sessions: u32::MAX,
-                memory_used_bytes: most,
-                memory_total_bytes: most,
-                root_used_bytes: most,
-                root_free_bytes: most,
-                load_hundredths: u32::MAX,
-                processes: u32::MAX,
+            let short = if sequence == u64::MAX { u32::MAX } else { 0 };
+            let long = if sequence == u64::MAX { u64::MAX } else { 0 };
+            let beat = Beat {
+                sequence,
+                uptime_ms: long,
+                sessions: short,
+                memory_used_bytes: long,
+                memory_total_bytes: long,
+                root_used_bytes: long,
+                root_free_bytes: long,
+                load_hundredths: short,
+                processes: short,
                 ..Beat::default()
             };
-            let beat = Beat { sequence, ..if sequence > 3 { full } else { Beat::default() } };
             write_one(&path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
             let text = std::fs::read(&path).unwrap();
             let read: serde_json::Value = serde_json::from_slice(&text).unwrap();

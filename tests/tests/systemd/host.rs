@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use crate::Next;
 use crate::machine::{
-    ANN, BOB, CARL, Session, drop_in, group, inspect, lives, load, msb, process, processes, property, run, sleeper, succeeds,
-    try_msb, wait_until,
+    ANN, BOB, CARL, Session, drop_in, group, inspect, lives, load, msb, process, processes, property, run, sleeper,
+    succeeds, try_msb, wait_until,
 };
 
 const SOCKET: &str = "/run/msb/msbd.sock";

@@ -120,14 +120,18 @@ fn serve_requests(name: &str, mut requests: BackendReqHandler<Mutex<Handler>>) {
             Err(Error::InactiveFeature(feature)) => {
                 jail::enter_or_abort(ThreadClass::Device);
                 if !std::mem::replace(&mut early, true) {
-                    tracing::debug!(device = name, ?feature, "QEMU enables rings before features are agreed; they are enabled then");
+                    tracing::debug!(
+                        device = name,
+                        ?feature,
+                        "rings are enabled early, as QEMU does it; they are once features are agreed"
+                    );
                 }
             }
             Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)) => return,
             // The message was read whole and refused (and QEMU told, if it asked): the next one can be understood.
-            Err(
-                error @ (Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_)),
-            ) if refusals < REFUSALS_MAX => {
+            Err(error @ (Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_)))
+                if refusals < REFUSALS_MAX =>
+            {
                 refusals += 1;
                 jail::enter_or_abort(ThreadClass::Device);
                 tracing::warn!(device = name, %error, "vhost-user request is refused");
