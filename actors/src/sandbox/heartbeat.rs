@@ -285,7 +285,6 @@ mod tests {
                 root_free_bytes: long,
                 load_hundredths: short,
                 processes: short,
-                ..Beat::default()
             };
             write_one(&path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
             let text = std::fs::read(&path).unwrap();
