@@ -72,8 +72,9 @@ if [ "$1" = remove ]; then
     # Services that msb itself has started belong to no unit. Each is asked as its own user, with the environment that finds it.
     for process in /proc/[0-9]*; do
         [ "$(readlink "$process/exe" 2>/dev/null)" = /usr/bin/msbd ] || continue
-        uid=$(sed -n 's/^Uid:\t\([0-9]*\).*/\1/p' "$process/status")
-        gid=$(sed -n 's/^Gid:\t\([0-9]*\).*/\1/p' "$process/status")
+        # One that has ended meanwhile needs nothing.
+        uid=$(sed -n 's/^Uid:\t\([0-9]*\).*/\1/p' "$process/status" 2>/dev/null) || continue
+        gid=$(sed -n 's/^Gid:\t\([0-9]*\).*/\1/p' "$process/status" 2>/dev/null) || continue
         xargs -0 -a "$process/environ" sh -c 'uid=$1 gid=$2; shift 2
             exec timeout 60 setpriv --reuid "$uid" --regid "$gid" --clear-groups env -i "$@" /usr/bin/msb self stop --sandboxes
         ' sh "$uid" "$gid" >/dev/null 2>&1 || true
