@@ -348,7 +348,7 @@ pub struct SandboxDetail {
     pub summary: SandboxSummary,
     /// What it is made of.
     pub spec: SandboxSpec,
-    /// Digest of the image's manifest.
+    /// Digest of the image's manifest; the path of a root that is no image.
     pub image_digest: String,
     /// The present run.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -102,6 +102,18 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_EXECS", "1000")],
     },
     Proof {
+        name: "durability",
+        proves: "after each of fifty kills under load the disk recovers and has every synced byte",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "what_was_synced_is_there_after_each_kill"],
+        environment: &[("MSB_TEST_KILLS", "50")],
+    },
+    Proof {
+        name: "inside",
+        proves: "Docker runs and builds containers inside a sandbox, and keeps them on a volume; sudo works, and not under restricted",
+        cargo: &["xtask", "inside"],
+        environment: &[],
+    },
+    Proof {
         name: "sdk",
         proves: "10,000 commands through one client of each SDK leak no descriptor and no memory",
         cargo: &["xtask", "leaks", "--execs", "10000"],

@@ -125,6 +125,11 @@ impl Handler<HoldDisk> for SandboxActor {
             return Err(ApiError::new(ErrorCode::SandboxStillRunning, message)
                 .with_hint(format!("stop it first: msb stop {name}")));
         }
+        if self.record.spec.root.is_local() {
+            let message = format!("sandbox {name} has no image: its root is {}", self.record.spec.image);
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_hint("a snapshot needs an image that it can hold on to; load the root as one"));
+        }
         if self.record.image_digest.is_empty() || !self.directories.upper.exists() {
             let message = format!("sandbox {name} has no disk yet: it never started");
             return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
@@ -650,6 +655,10 @@ impl SandboxActor {
 
     fn lease(&mut self, ctx: &mut Context<Self>) {
         self.failure = None;
+        if self.record.spec.root.is_local() {
+            let root = PreparedImage::local(&self.record.spec.image);
+            return self.later(ctx, async move { News::Leased(Ok(root)) });
+        }
         // A sandbox keeps the image it was made from, whatever its reference means by now.
         let wanted = if self.record.image_digest.is_empty() {
             self.record.spec.image.clone()

@@ -260,13 +260,13 @@ fn idle(home: &Home, sandboxes: usize) -> Result<Vec<Row>> {
     const WATCHED: Duration = Duration::from_secs(20);
     std::thread::sleep(WATCHED);
     let share = (processor_time(daemon)? - before).as_secs_f64() / WATCHED.as_secs_f64();
-    let restart = restart_after_kill(home)?;
     let memory = memory_mib(daemon, &["Rss:"])?;
     let mut machine = Vec::new();
     for pid in &machines {
         machine.push(memory_mib(*pid, &["Private_Clean:", "Private_Dirty:"])?);
     }
     let largest = machine.iter().copied().fold(0.0, f64::max);
+    let restart = restart_after_kill(home)?;
     Ok(vec![
         Row {
             what: format!("msb-vmm (engine qemu): private memory, largest of {}", machine.len()),
