@@ -102,7 +102,9 @@ fn an_adopted_vm_that_falls_silent_is_a_crash_after_three_beats_and_one_that_was
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             let world = world.restart_daemon().await;
-            world.until("web", SandboxState::Running).await;
+            // Until then it is shown as it was last seen, and nothing is waited for yet.
+            world.daemon.recovered(Duration::from_secs(60)).await;
+            assert_eq!(world.state("web").await, Some(SandboxState::Running));
             if beats_first {
                 world.turn(2_000).await;
                 world.launcher.silence("web");
