@@ -28,6 +28,7 @@ mod inside;
 mod install;
 mod kernel;
 mod lab;
+mod newcomer;
 mod observers;
 mod program;
 mod sdk;

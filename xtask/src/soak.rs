@@ -90,6 +90,12 @@ const PROOFS: &[Proof] = &[
         environment: &[],
     },
     Proof {
+        name: "dist",
+        proves: "package and tarball in a Debian root without compilers: hello within a minute, and nothing left after the removal",
+        cargo: &["xtask", "dist", "--check"],
+        environment: &[],
+    },
+    Proof {
         name: "execs",
         proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],

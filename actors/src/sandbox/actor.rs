@@ -1083,9 +1083,12 @@ impl SandboxActor {
     fn hear_beat(&mut self, boot_id: BootId, beat: msb_protocol::guest::Beat, ctx: &mut Context<Self>) {
         let now_ms = self.now_ms();
         let Some(watch) = self.beats.as_mut() else { return };
+        let due_ms = watch.due_ms();
         if !watch.hear(boot_id, beat.sequence, now_ms) {
             return;
         }
+        // The first beat of a machine that was adopted ends the longer wait for it.
+        let is_due_sooner = watch.due_ms() < due_ms;
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
         self.guest_metrics = Some(GuestMetrics {
@@ -1095,7 +1098,7 @@ impl SandboxActor {
             root_free_bytes: beat.root_free_bytes,
             processes: beat.processes,
         });
-        if self.beat_timer.is_none() {
+        if is_due_sooner || self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }
     }

@@ -9,6 +9,7 @@
 mod exact;
 mod images;
 mod metrics;
+mod supervision;
 
 use std::io::Write;
 use std::path::Path;
@@ -28,7 +29,7 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
-    /// Measure only this part (repeatable): boot, images, metrics
+    /// Measure only this part (repeatable): boot, images, metrics, supervision
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
     /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
@@ -70,7 +71,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             tree
         }
     };
-    const PARTS: [&str; 3] = ["boot", "images", "metrics"];
+    const PARTS: [&str; 4] = ["boot", "images", "metrics", "supervision"];
     if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
         bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
     }
@@ -85,6 +86,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if wanted("metrics") {
         rows.extend(metrics::rows(&tree)?);
+    }
+    if wanted("supervision") {
+        rows.extend(supervision::rows(&tree, rounds)?);
     }
     print(&rows);
     Ok(())
