@@ -10,7 +10,6 @@ mod crash;
 mod disk_full;
 mod documents;
 mod durability;
-mod endings;
 mod environment;
 mod exec;
 mod generations;
