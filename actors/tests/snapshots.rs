@@ -66,7 +66,9 @@ fn said(directory: &Path, sandbox: &str) -> String {
 }
 
 async fn take(daemon: &Daemon, text: &str, from: &str) -> Result<SnapshotDetail, ApiError> {
-    daemon.take_snapshot(CreateSnapshot { name: name(text), from: name(from), labels: Default::default() }).await
+    daemon
+        .take_snapshot(CreateSnapshot { name: name(text), from: name(from), labels: Default::default(), memory: false })
+        .await
 }
 
 fn of_snapshot(sandbox: &str, snapshot: &SnapshotDetail) -> SandboxSpec {

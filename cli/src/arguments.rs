@@ -117,8 +117,8 @@ pub enum Command {
     Ssh(ssh::SshArgs),
     /// Show or change the labels of a sandbox
     Label(label::LabelArgs),
-    /// Copy a running sandbox, memory included (not built yet)
-    Fork(Unbuilt),
+    /// Copy a running sandbox, memory included
+    Fork(crate::commands::fork::ForkArgs),
     /// Halt running sandboxes where they are
     Pause(crate::commands::pause::PauseArgs),
     /// Let halted sandboxes go on

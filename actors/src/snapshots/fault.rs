@@ -19,10 +19,12 @@ pub enum Step {
     Removing,
     /// Its files are gone.
     Removed,
+    /// A machine is written down and stands.
+    Saved,
 }
 
 impl Step {
-    /// Every step, in order.
+    /// Every step of one of a disk, in order.
     pub const ALL: [Self; 7] =
         [Self::Recorded, Self::Drafted, Self::Copied, Self::Sealed, Self::Published, Self::Removing, Self::Removed];
 }

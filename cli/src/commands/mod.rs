@@ -12,6 +12,7 @@ pub mod df;
 pub mod doctor;
 pub mod events;
 pub mod exec;
+pub mod fork;
 pub mod image;
 pub mod inspect;
 pub mod install;
@@ -85,7 +86,7 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
         Command::Copy(args) => copy::run(args, context).await,
-        Command::Fork(_) => unbuilt("msb fork"),
+        Command::Fork(args) => fork::run(args, context).await,
         Command::Pause(args) => pause::pause(args, context).await,
         Command::Resume(args) => pause::resume(args, context).await,
         Command::Pull(args) => pull::run(args, context).await,

@@ -29,7 +29,7 @@ const CHUNK_LEN: usize = 256 << 10;
 /// What to do with snapshots.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
-    /// Keep the disk of a stopped sandbox, as it is
+    /// Keep the disk of a stopped sandbox, or disk and memory of a running one
     Create(SnapshotCreateArgs),
     /// List snapshots
     #[command(name = "ls", visible_alias = "list")]
@@ -53,13 +53,13 @@ pub struct SnapshotCreateArgs {
     /// Its name
     #[arg(value_name = "NAME")]
     pub name: String,
-    /// The sandbox, stopped
+    /// The sandbox: stopped, or running with --memory
     #[arg(long, value_name = "SANDBOX")]
     pub from: String,
     /// Set a label
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub label: Vec<String>,
-    /// Its memory too, while it runs (not built yet)
+    /// Its memory too, while it runs (engine kvm)
     #[arg(long)]
     pub memory: bool,
 }
@@ -123,16 +123,15 @@ pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStat
 }
 
 async fn create(args: SnapshotCreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    if args.memory {
-        return Err(ApiError::not_implemented("msb snapshot create --memory").into());
-    }
     let request = CreateSnapshot {
         name: named(&args.name)?,
         from: parse::name(&args.from)?,
         labels: parse::labels(&args.label).into_iter().collect(),
+        memory: args.memory,
     };
     let client = context.client().await?;
-    let progress = context.printer.spinner(&format!("copying the disk of {}", request.from));
+    let what = if request.memory { "memory and disk" } else { "disk" };
+    let progress = context.printer.spinner(&format!("copying the {what} of {}", request.from));
     let detail = client.create_snapshot(&request).await?;
     drop(progress);
     said(&detail, context)
@@ -348,6 +347,7 @@ pub(crate) fn example(spec: msb_protocol::spec::SandboxSpec) -> SnapshotDetail {
         },
         spec,
         disk: SnapshotDisk { size_bytes: 0, data_bytes: 0, digest: "sha256:02".into() },
+        memory: None,
         created_by: "0.1.0".into(),
         children: Vec::new(),
         path: "/snapshots/warm".into(),

@@ -210,6 +210,14 @@ fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<In
         Agent::new(prepared.guest, Arc::clone(&link) as Arc<dyn Host>).map_err(|errno| failed("agent", errno))?;
     let agent = Arc::new(agent);
     link.set_door(agent.main.door());
+    agent.renewal.set_link(&link);
+    {
+        let agent = Arc::clone(&agent);
+        link.set_freezer(Box::new(move |frozen| match &agent.guest.workload {
+            Some(workload) => workload.freeze(frozen).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }));
+    }
     steps.done("agent");
     link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     {

@@ -91,18 +91,27 @@ pub fn mount_cgroup(root: &RootDirectory) -> io::Result<()> {
     mount_inside(root, &file_system)
 }
 
+/// Writes hostname, hosts and resolv.conf.
+///
+/// # Errors
+/// As open(2) and write(2).
+pub fn write_names(root: &RootDirectory, config: &GuestConfig) -> Result<(), RootError> {
+    let hostname = format!("{}\n", config.hostname);
+    for (path, text) in
+        [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)]
+    {
+        root.write(Path::new(path), text.as_bytes(), 0o644).trying("identity", &format!("cannot write {path}"))?;
+    }
+    Ok(())
+}
+
 /// Writes hostname, hosts and resolv.conf, makes /etc/mtab if the image has none, and makes the working directory.
 ///
 /// # Errors
 /// As open(2) and write(2).
 pub fn write_files(root: &RootDirectory, config: &GuestConfig) -> Result<(), RootError> {
     const STAGE: &str = "identity";
-    let hostname = format!("{}\n", config.hostname);
-    for (path, text) in
-        [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)]
-    {
-        root.write(Path::new(path), text.as_bytes(), 0o644).trying(STAGE, &format!("cannot write {path}"))?;
-    }
+    write_names(root, config)?;
     let etc = root.create_directories(Path::new("/etc"), 0o755).trying(STAGE, "cannot open /etc")?;
     // One that exists stays as the image has it.
     let _ = rustix::fs::symlinkat("/proc/mounts", &etc, "mtab");

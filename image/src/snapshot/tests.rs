@@ -43,6 +43,7 @@ impl World {
         SnapshotManifest {
             format: SNAPSHOT_FORMAT,
             kind: SnapshotKind::Disk,
+            memory: None,
             name: name("warm"),
             created_at: jiff::Timestamp::UNIX_EPOCH,
             created_by: "0.1.0".into(),

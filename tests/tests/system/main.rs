@@ -16,6 +16,7 @@ mod image;
 mod inside;
 mod logs;
 mod machine;
+mod memory;
 mod metrics;
 mod network;
 mod output;

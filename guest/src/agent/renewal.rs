@@ -1,0 +1,94 @@
+//! What becomes of the guest when its machine was made of a saved one: another run, that shares nothing with its twins which must be there
+//! only once. Called by `connection` for the stream that becomes the new agent link.
+//!
+//! ```text
+//!  saved: workload frozen, link open ─► copied ─► link lost ─► Renew{welcome} ─► boot id, clock, entropy, names ─► link replaced ─► Ready ─► thawed
+//! ```
+//!
+//! Nothing of the workload runs before all of it is done: it was frozen before the machine was saved. It never runs in a machine that was not.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use msb_protocol::error::ErrorCode;
+use msb_protocol::guest::{GuestBody, Opened, Ready, Renew, Welcome};
+use msb_protocol::version::GUEST_GENERATION;
+
+use super::clock::{self, uptime_us};
+use super::link::Link;
+use super::{Agent, VERSION};
+use crate::failure::GuestError;
+use crate::root::environment;
+use crate::session::stream::FrameStream;
+use crate::session::workload::Host;
+use crate::sys;
+
+/// What was renewed, and what it takes.
+#[derive(Debug, Default)]
+pub(crate) struct Renewals {
+    link: OnceLock<Arc<Link>>,
+    boot_id: Mutex<Option<Vec<u8>>>,
+}
+
+impl Renewals {
+    /// The link that is renewed.
+    pub(crate) fn set_link(&self, link: &Arc<Link>) {
+        let _ = self.link.set(Arc::clone(link));
+    }
+}
+
+impl Agent {
+    /// The run that this is.
+    pub(crate) fn boot_id(&self) -> Vec<u8> {
+        let renewed = self.renewal.boot_id.lock().unwrap_or_else(PoisonError::into_inner);
+        renewed.clone().unwrap_or_else(|| self.guest.boot_id.clone())
+    }
+}
+
+type Refused = (FrameStream, GuestError);
+
+/// Makes this guest the run that the host says it is.
+pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_id: Vec<u8>) -> Result<(), Refused> {
+    let refuse = |stream, message: String| Err((stream, GuestError::new(ErrorCode::InvalidRequest, message)));
+    let Some(link) = agent.renewal.link.get().filter(|link| link.is_quiesced()) else {
+        return refuse(stream, "this machine was not made of a saved one".into());
+    };
+    let Some(welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
+        return refuse(stream, "a renewal without a welcome".into());
+    };
+    if let Err(message) = become_new(agent, &welcome) {
+        return refuse(stream, message);
+    }
+    *agent.renewal.boot_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(boot_id);
+    stream.send(GuestBody::Opened(Opened {
+        generation: GUEST_GENERATION,
+        agent_version: VERSION.into(),
+        main_exited: agent.main.end(),
+        main_pid: agent.main.pid(),
+    }));
+    if !link.replace(stream) {
+        link.log("a renewal came for a link that is still there");
+        return Ok(());
+    }
+    link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: Vec::new() }));
+    link.thaw();
+    Ok(())
+}
+
+/// Clock, entropy and names.
+fn become_new(agent: &Agent, welcome: &Welcome) -> Result<(), String> {
+    clock::set(welcome.realtime_ns).map_err(|errno| format!("cannot set the clock: {errno}"))?;
+    if welcome.entropy.is_empty() {
+        return Err("a renewal without entropy".into());
+    }
+    let random = std::fs::File::open("/dev/urandom").map_err(|error| format!("cannot open /dev/urandom: {error}"))?;
+    sys::add_entropy(&random, &welcome.entropy).map_err(|errno| format!("cannot seed the entropy pool: {errno}"))?;
+    sys::reseed_entropy(&random).map_err(|errno| format!("cannot reseed the random generator: {errno}"))?;
+    let Some(config) = &welcome.config else { return Err("a renewal without a configuration".into()) };
+    rustix::system::sethostname(config.hostname.as_bytes())
+        .map_err(|errno| format!("cannot set the host name: {errno}"))?;
+    // A root that is read-only (profile strict) keeps its files.
+    if let Err(error) = environment::write_names(&agent.guest.root, config) {
+        agent.host.log(&format!("files of the network keep what they were: {error}"));
+    }
+    Ok(())
+}
