@@ -8,14 +8,15 @@ mod snapshots;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, MailboxError};
 use msb_protocol::control::{
     ActorRow, ActorTree, Authorized, AuthorizedKey, CreateRequest, LabelRequest, MetricsHistory, MetricsSnapshot,
-    SandboxDetail, SandboxSummary, SshHost,
+    PingReport, SandboxDetail, SandboxSummary, SshHost,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::files::OpenFiles;
 use msb_protocol::guest::OpenKind;
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
@@ -26,7 +27,7 @@ use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 
 use crate::identity::ProcessIdentity;
-use crate::images::MakeUpper;
+use crate::images::{MakeUpper, PreparedImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
@@ -39,8 +40,12 @@ use crate::sandbox::plan;
 use crate::sandbox::ssh::{self, SshForwarder};
 use crate::sandbox::view::View;
 use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings};
+use crate::vm::files::Files;
 use crate::vm::session::{self, Session};
 use crate::volumes;
+
+/// Time for an agent to give a sign of life.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handle on everything; clones are the same daemon.
 #[derive(Clone)]
@@ -122,11 +127,17 @@ impl Daemon {
     ///
     /// # Errors
     /// What the check, the image, the disk or the boot say.
-    pub async fn create(
+    pub async fn create(&self, request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+        let (sandbox, _lease) = self.begin(request, creator).await?;
+        Self::until_ready(sandbox, 0, 0).await
+    }
+
+    /// Makes a sandbox and begins its first start. The image it comes with is kept until the sandbox holds it itself.
+    async fn begin(
         &self,
         mut request: CreateRequest,
         creator: Option<Creator>,
-    ) -> Result<SandboxDetail, ApiError> {
+    ) -> Result<(SandboxRef, Option<PreparedImage>), ApiError> {
         Self::check(&request)?;
         let creator = if request.spec.detached {
             None
@@ -141,12 +152,12 @@ impl Daemon {
             self.replace(&name, grace_ms).await?;
         }
         // What was fetched for this sandbox is not pruned before the sandbox itself holds it.
-        let (snapshot, _lease) = match snapshot {
+        let (snapshot, lease) = match snapshot {
             Some((snapshot, image)) => (Some(snapshot), Some(image)),
             None => (None, self.fetch_for(&request).await?),
         };
         let sandbox = self.supervisor.send(Create { request, creator, snapshot }).await.map_err(mailbox)??;
-        Self::until_ready(sandbox, 0, 0).await
+        Ok((sandbox, lease))
     }
 
     async fn replace(&self, name: &SandboxName, grace_ms: u64) -> Result<(), ApiError> {
@@ -515,6 +526,35 @@ impl Daemon {
         let directories = self.surroundings.directories(&sandbox.name, sandbox.id);
         let session = session::open(&*self.surroundings.launcher, &directories.run, boot_id, kind).await?;
         Ok((session, guard))
+    }
+
+    /// Asks the agent of a running sandbox for a sign of life: a look at `/`, through the VM process and back. It is no activity, and
+    /// wakes nothing.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`; `agent_timeout` if nothing comes back.
+    pub async fn ping(&self, name: &SandboxName) -> Result<PingReport, ApiError> {
+        let sandbox = self.find(name).await?;
+        let (state, boot_id) = {
+            let view = sandbox.view.borrow();
+            (view.state(), view.detail.boot_id)
+        };
+        let (SandboxState::Running, Some(boot_id)) = (state, boot_id) else { return Err(not_running(name, state)) };
+        let directories = self.surroundings.directories(&sandbox.name, sandbox.id);
+        let began = Instant::now();
+        let look = async {
+            let kind = OpenKind::Files(OpenFiles::default());
+            let session = session::open(&*self.surroundings.launcher, &directories.run, boot_id, kind).await?;
+            Files::over(session, None).stat(b"/", false).await
+        };
+        match tokio::time::timeout(PING_TIMEOUT, look).await {
+            Ok(attributes) => drop(attributes?),
+            Err(_) => {
+                let message = format!("the agent of {name} did not answer within {} s", PING_TIMEOUT.as_secs());
+                return Err(ApiError::new(ErrorCode::AgentTimeout, message));
+            }
+        }
+        Ok(PingReport { boot_id, round_trip_us: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX) })
     }
 
     async fn ask(&self, sandbox: &SandboxRef, ask: Ask) -> Result<(), ApiError> {

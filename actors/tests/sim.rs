@@ -440,6 +440,7 @@ fn a_vm_that_ignores_everything_but_the_last_kill_is_gone_in_the_end() {
         world.until("web", SandboxState::Draining).await;
         world.turn(2_250).await;
         world.until("web", SandboxState::Stopping).await;
+        assert_eq!(world.daemon.start(&name("web"), false).await.unwrap_err().code, ErrorCode::SandboxBusy);
         world.turn(13_000).await;
         let detail = stopping.await.unwrap().unwrap();
         assert_eq!(detail.summary.last_end.unwrap().cause, EndCause::Killed);

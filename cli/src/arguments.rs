@@ -5,7 +5,7 @@ use msb_protocol::images::ArchiveFormat;
 
 use crate::commands::{
     bulk, completion, config, copy, create, debug, doctor, events, exec, image, inspect, install, itself, label, list,
-    logs, net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
+    logs, mcp, net, remove, restart, run, ssh, start, status, stop, uninstall, volume, wait,
 };
 
 /// Commands whose exit codes below 125 belong to a workload.
@@ -163,8 +163,12 @@ pub enum Command {
         #[command(subcommand)]
         command: crate::commands::snapshot::SnapshotCommand,
     },
-    /// Make sandboxes that start warm (not built yet)
-    Template(Unbuilt),
+    /// Boot and warm sandboxes once, and begin others with them
+    Template {
+        /// What to do with templates.
+        #[command(subcommand)]
+        command: crate::commands::template::TemplateCommand,
+    },
     /// Show what takes disk space, and what could go
     Df,
 
@@ -205,8 +209,8 @@ pub enum Command {
 
     /// Print the completion script of a shell
     Completion(completion::CompletionArgs),
-    /// Serve the tools of agents over MCP (not built yet)
-    Mcp(Unbuilt),
+    /// Give agents sandboxes as tools: an MCP server on stdin and stdout
+    Mcp(mcp::McpArgs),
     /// Look inside the service
     Debug {
         /// What to look at.
@@ -224,12 +228,4 @@ impl Command {
         matches!(self, Self::Run(_) | Self::Exec(_) | Self::Attach(_) | Self::Shell(_))
             || matches!(self, Self::Ssh(args) if args.command.is_none())
     }
-}
-
-/// Arguments of a command that is not built yet: whatever they are, the answer is `not_implemented`.
-#[derive(Debug, Args)]
-pub struct Unbuilt {
-    /// Anything.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    pub rest: Vec<std::ffi::OsString>,
 }

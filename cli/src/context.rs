@@ -38,7 +38,11 @@ impl Context {
     /// The reader's time zone.
     #[must_use]
     pub fn zone(&self) -> TimeZone {
-        TimeZone::system()
+        // To learn the zone's name, `system` walks the whole database (5 of the 12 ms of `msb ls` in the exact lab). Only TZ needs that:
+        // what localtime(5) holds are the rules themselves.
+        let rules = || TimeZone::tzif("Local", &std::fs::read("/etc/localtime").ok()?).ok();
+        let named = std::env::var_os("TZ").is_some();
+        if named { TimeZone::system() } else { rules().unwrap_or_else(TimeZone::system) }
     }
 
     /// The merged settings.

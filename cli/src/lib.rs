@@ -7,6 +7,7 @@
 //! | [`commands`] | one module for each command |
 //! | [`creation`], [`care`] | the options that `run` and `create` share |
 //! | [`mounts`] | the options among them for mounts and patches of the root |
+//! | [`mcp`] | the tools that agents get |
 //! | [`env_file`], [`parse`] | docker's environment files; small values |
 //! | [`attached`], [`detach_keys`], [`terminal`] | a running command joined to this process's streams, signals and terminal |
 //! | [`printer`], [`table`], [`bars`], [`time`] | everything that is written |
@@ -28,6 +29,7 @@ pub mod detach_keys;
 pub mod env_file;
 pub mod failure;
 pub mod groups;
+pub mod mcp;
 pub mod mounts;
 pub mod network_options;
 pub mod parse;

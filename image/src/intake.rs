@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use crate::compression::Compression;
 use crate::digest::{Digest, Hasher};
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::{Dropped, Hashing, import_layer};
 use crate::limits::Limits;
 use crate::store::LayerRecord;
@@ -53,6 +54,7 @@ pub(crate) fn unpack(
     limits: &Limits,
     name: &str,
 ) -> Result<ReadyLayer, ImageError> {
+    faults::step("layer: make");
     fs::create_dir(directory).map_err(|error| io_error("create", directory, error))?;
     let hashing = if compression == Compression::None { Hashing::Caller } else { Hashing::Here };
     let imported = import_layer(source, compression, directory, limits, name, hashing)?;
@@ -101,6 +103,7 @@ impl<'p> Intake<'p> {
 
     /// Takes a piece that came.
     pub(crate) fn put(&mut self, piece: Vec<u8>) -> Result<(), ImageError> {
+        faults::step("blob: a piece");
         self.file.write_all(&piece).map_err(|error| io_error("write", self.path, error))?;
         self.replay(piece);
         Ok(())

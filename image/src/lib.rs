@@ -40,6 +40,7 @@ mod crc32c;
 mod digest;
 mod erofs;
 mod error;
+mod faults;
 mod intake;
 mod layer;
 pub mod limits;

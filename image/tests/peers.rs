@@ -154,6 +154,34 @@ fn archives_of_every_tool_give_the_tree_that_umoci_unpacks() {
     ] {
         check_root(&rows, &archive(name), name, directory);
     }
+    // Docker itself cannot unpack the second layer, in which a file takes a folder's place: "unlinkat: not a directory".
+    let Some(docker) = std::env::var_os("MSB_TEST_DOCKER") else {
+        return skip("docker is not here: MSB_TEST_DOCKER names no folder");
+    };
+    let first = directory.join("first");
+    shell(r#"umoci unpack --image "$1:v1" "$2""#, &[&layout, &first]);
+    run(Command::new("skopeo")
+        .args(["copy", "-q"])
+        .arg(format!("oci:{}:v1", layout.display()))
+        .arg(format!("docker-archive:{}:tool:v2", archive("first.tar").display())));
+    docker_saves(Path::new(&docker), &archive("first.tar"), &archive("docker.tar"), directory);
+    check_root(&of_directory(&first.join("rootfs")), &archive("docker.tar"), "docker.tar", directory);
+}
+
+/// Has docker load an image and save it again; the daemon is its own and ends with this.
+fn docker_saves(programs: &Path, image: &Path, saved: &Path, directory: &Path) {
+    shell(
+        r#"export PATH="$1/usr/bin:$1/usr/sbin:$PATH" DOCKER_HOST="unix://$4/docker.sock"
+           mkdir -p "$4/docker"
+           dockerd --data-root "$4/docker/data" --exec-root "$4/docker/run" --pidfile "$4/docker/pid" -H "$DOCKER_HOST" \
+             --iptables=false --ip6tables=false --bridge=none --storage-driver=vfs >"$4/docker/log" 2>&1 &
+           daemon=$!
+           trap 'kill $daemon; wait $daemon || true' EXIT
+           for turn in $(seq 300); do docker version >/dev/null 2>&1 && break; sleep 0.2; done
+           docker load -q -i "$2" || { cat "$4/docker/log"; exit 1; }
+           docker save -o "$3" tool:v2"#,
+        &[programs, image, saved, directory],
+    );
 }
 
 /// A layout with the image `v2` alone, as umoci itself copies it.

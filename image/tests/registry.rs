@@ -406,6 +406,7 @@ fn a_cancelled_pull_ends_at_once_and_a_registry_that_lies_gets_nothing_in() {
     patient.retry.silence = Duration::from_secs(3_600);
     let error = home.store.pull(&reference, &patient, runtime.handle().clone(), &cancelled, &mut |_| {}).unwrap_err();
     assert!(matches!(error, ImageError::Cancelled), "{error}");
+    assert_eq!(error.code(), msb_protocol::error::ErrorCode::Cancelled);
     drop(silent);
     assert!(home.store.list().unwrap().is_empty());
 }

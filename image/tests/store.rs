@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use msb_image::{CheckDepth, Digest, ImageError, LoadEvent, LoadOptions, LoadSource, PruneOptions, SaveFormat, Store};
+use msb_protocol::error::ErrorCode;
 use support::archive::{Layer, docker, gzip, oci, pack_files, zstd};
 use support::tools::{have, privileged, run, skip};
 use support::{assert_sound, files_below, home, load};
@@ -288,6 +289,17 @@ fn damage_is_found_and_lost_layer_files_are_made_again() {
         std::fs::write(&path, &good).unwrap();
     }
     assert_sound(&home.store);
+
+    // What is lost together with the blob it is made from cannot be made again; the image says so, the others live.
+    drop(lease);
+    load(&home.store, &pack_files(&docker("other", &[top("other")]))).unwrap();
+    let top_layer = home.store.get("app:1").unwrap().layers[1].digest.hex().to_owned();
+    std::fs::remove_file(images.join("blobs/sha256").join(top_layer)).unwrap();
+    std::fs::remove_dir_all(images.join("layers/v1")).unwrap();
+    std::fs::create_dir(images.join("layers/v1")).unwrap();
+    std::fs::remove_file(&root.metadata).unwrap();
+    assert_eq!(home.store.lease("app:1").unwrap_err().code(), ErrorCode::StoreCorrupt);
+    home.store.lease("other").unwrap();
 }
 
 #[test]
@@ -382,7 +394,7 @@ fn a_full_disk_fails_the_load_and_nothing_else() {
         if size > 1_200_000 {
             let error = result.expect_err("more than fits");
             assert!(matches!(error, ImageError::DiskFull(_)), "{size}: {error:?}");
-            assert_eq!(error.code(), msb_protocol::error::ErrorCode::DiskFull);
+            assert_eq!(error.code(), ErrorCode::DiskFull);
         } else {
             result.unwrap();
             store.remove("big", &BTreeMap::new(), false).unwrap();

@@ -8,15 +8,18 @@
 //! | `GET /v1/host` | | [`HostInfo`] |
 //! | `POST /v1/shutdown` | [`ShutdownRequest`] | `{}`; the daemon ends, sandboxes go on unless they are to stop too |
 //! | `POST /v1/sandboxes` | [`CreateRequest`] | [`SandboxDetail`] |
-//! | `GET /v1/sandboxes?label=…&selector=…` | | [`SandboxList`] |
+//! | `GET /v1/sandboxes?label=…&selector=…&limit=&after=` | [`ListQuery`] | [`SandboxList`] |
 //! | `GET /v1/sandboxes/{name}` | | [`SandboxDetail`] |
 //! | `DELETE /v1/sandboxes/{name}?force=` | | `{}` |
 //! | `POST /v1/sandboxes/{name}/start` | [`StartRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/stop` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/restart` | [`StopRequest`] | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/pause` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/resume` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/detach` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/labels` | [`LabelRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/touch` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/ping` | | [`PingReport`] |
 //! | `GET /v1/sandboxes/{name}/wait` | | [`SandboxDetail`], once it rests |
 //! | `GET /v1/sandboxes/{name}/exec` | WebSocket | [`ClientMessage`], [`ServerMessage`] |
 //! | `GET /v1/sandboxes/{name}/main` | WebSocket | the same; starts the main workload |
@@ -252,6 +255,34 @@ pub struct LabelRequest {
 pub struct SandboxList {
     /// Newest first.
     pub sandboxes: Vec<SandboxSummary>,
+    /// Where a limit cut the list: the `after` of the next page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<SandboxId>,
+}
+
+/// Most sandboxes of one page.
+pub const PAGE_LEN_MAX: usize = 1000;
+
+/// Which sandboxes a list holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListQuery {
+    /// Terms that all must fit: `KEY=VALUE` or `KEY`.
+    pub labels: Vec<String>,
+    /// Expressions that all must fit: `team in (ml,web),!debug`.
+    pub selectors: Vec<String>,
+    /// At most so many, 1 to [`PAGE_LEN_MAX`]; all of them if absent.
+    pub limit: Option<usize>,
+    /// Only those after the page that ended with this [`SandboxList::next`]. It stays good when sandboxes are made and removed meanwhile.
+    pub after: Option<SandboxId>,
+}
+
+/// An agent's sign of life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PingReport {
+    /// The run that answered.
+    pub boot_id: BootId,
+    /// From the service to the agent and back, in microseconds.
+    pub round_trip_us: u64,
 }
 
 /// One sandbox in a list.
@@ -696,6 +727,8 @@ pub struct MetricsQuery {
     pub names: Vec<String>,
     /// Only those whose labels fit every term.
     pub labels: Vec<String>,
+    /// Only those that fit every expression.
+    pub selectors: Vec<String>,
 }
 
 /// How to read the history of one sandbox.
@@ -751,8 +784,9 @@ pub struct HistoryPoint {
     pub network_packets: u64,
     /// Bytes the host allocates for the writable disk.
     pub root_allocated_bytes: u64,
-    /// What the guest said of itself; `memory_total_bytes` is not kept.
-    pub guest: GuestMetrics,
+    /// What the guest said of itself, absent before its first beat; `memory_total_bytes` is not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestMetrics>,
 }
 
 /// What a guest says of itself in its beat.

@@ -186,6 +186,9 @@ pub struct SnapshotMemory {
     pub machine: String,
     /// Whether the sandbox had a network card: one made of it has one too, or none.
     pub network: bool,
+    /// Whether it had a main workload, which goes on in whatever is made of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub main: bool,
 }
 
 /// Asks for copies of a running sandbox, memory included.

@@ -283,15 +283,33 @@ func (c *Client) Get(ctx context.Context, name string) (*Sandbox, error) {
 
 // List gives the sandboxes that the filter lets through, newest first; nil is no filter.
 func (c *Client) List(ctx context.Context, filter *SandboxFilter) ([]SandboxSummary, error) {
-	query := url.Values{}
-	if filter != nil {
-		query["label"] = filter.terms
+	page, err := c.ListPage(ctx, filter)
+	if err != nil {
+		return nil, err
 	}
-	var list struct {
-		Sandboxes []SandboxSummary `json:"sandboxes"`
+	return page.Sandboxes, nil
+}
+
+// ListPage is List with where the next page begins, for filters with a Limit.
+func (c *Client) ListPage(ctx context.Context, filter *SandboxFilter) (*SandboxPage, error) {
+	var page SandboxPage
+	if err := c.call(ctx, http.MethodGet, withQuery("/v1/sandboxes", filter.values()), nil, &page); err != nil {
+		return nil, err
 	}
-	err := c.call(ctx, http.MethodGet, withQuery("/v1/sandboxes", query), nil, &list)
-	return list.Sandboxes, err
+	return &page, nil
+}
+
+// Ping asks a running sandbox's agent for a sign of life. It is no activity, and wakes nothing.
+func (c *Client) Ping(ctx context.Context, name string) (*PingReport, error) {
+	path, err := sandboxPath(name, "/ping")
+	if err != nil {
+		return nil, err
+	}
+	var report PingReport
+	if err := c.call(ctx, http.MethodPost, path, struct{}{}, &report); err != nil {
+		return nil, err
+	}
+	return &report, nil
 }
 
 // Start starts a resting sandbox.
@@ -324,13 +342,59 @@ func (c *Client) Events(ctx context.Context, query EventQuery) iter.Seq2[EventRe
 	return lines[EventRecord](ctx, c, http.MethodGet, withQuery("/v1/events", query.values()), nil, "")
 }
 
-// Metrics gives the newest sample of every sandbox.
-func (c *Client) Metrics(ctx context.Context) (*MetricsSnapshot, error) {
+// Metrics gives the newest sample of every sandbox, or of those that the query asks for.
+func (c *Client) Metrics(ctx context.Context, query MetricsQuery) (*MetricsSnapshot, error) {
 	var snapshot MetricsSnapshot
-	if err := c.call(ctx, http.MethodGet, "/v1/metrics", nil, &snapshot); err != nil {
+	if err := c.call(ctx, http.MethodGet, withQuery("/v1/metrics", query.values()), nil, &snapshot); err != nil {
 		return nil, err
 	}
 	return &snapshot, nil
+}
+
+// MetricsStream is Metrics at each interval (100 ms to an hour), the first at once. A reader that is slow misses some.
+func (c *Client) MetricsStream(ctx context.Context, query MetricsQuery, interval time.Duration) iter.Seq2[MetricsSnapshot, error] {
+	values := query.values()
+	values.Set("interval_ms", fmt.Sprint(interval.Milliseconds()))
+	return lines[MetricsSnapshot](ctx, c, http.MethodGet, withQuery("/v1/metrics/stream", values), nil, "")
+}
+
+// MetricsHistory gives the last hour of one sandbox, or its last part if last is not 0, in at most pointsMax points if that is not 0.
+func (c *Client) MetricsHistory(ctx context.Context, name string, last time.Duration, pointsMax int) (*MetricsHistory, error) {
+	path, err := sandboxPath(name, "/metrics")
+	if err != nil {
+		return nil, err
+	}
+	values := url.Values{}
+	if last > 0 {
+		values.Set("last_ms", fmt.Sprint(last.Milliseconds()))
+	}
+	if pointsMax > 0 {
+		values.Set("points_max", fmt.Sprint(pointsMax))
+	}
+	var history MetricsHistory
+	if err := c.call(ctx, http.MethodGet, withQuery(path, values), nil, &history); err != nil {
+		return nil, err
+	}
+	return &history, nil
+}
+
+// MetricsQuery says which samples.
+type MetricsQuery struct {
+	// Names are those of the only sandboxes, if there are any.
+	Names []string
+	// Labels are terms that all must fit: KEY=VALUE or KEY.
+	Labels []string
+}
+
+func (q MetricsQuery) values() url.Values {
+	values := url.Values{}
+	if len(q.Names) > 0 {
+		values["name"] = q.Names
+	}
+	if len(q.Labels) > 0 {
+		values["label"] = q.Labels
+	}
+	return values
 }
 
 func (c *Client) session(ctx context.Context, target string, first any, stdin bool) (*ExecHandle, error) {
@@ -378,6 +442,8 @@ type LogQuery struct {
 	Since, Until time.Time
 	// Source is stdout, stderr, output, system or all; output if empty.
 	Source string
+	// Grep leaves out lines that do not contain it, if it is not empty.
+	Grep string
 }
 
 func (q LogQuery) values() url.Values {
@@ -393,6 +459,9 @@ func (q LogQuery) values() url.Values {
 	}
 	if q.Source != "" {
 		values.Set("source", q.Source)
+	}
+	if q.Grep != "" {
+		values.Set("grep", q.Grep)
 	}
 	return values
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"syscall"
 )
 
 // Code is the stable code of an error. Every code this version knows is a sentinel of errors.Is as well: ErrImageInUse and so on.
@@ -21,6 +22,8 @@ type Error struct {
 	Retryable bool
 	// Details belong to the error beyond its text, such as the names of sandboxes that use an image.
 	Details []string
+	// Errno is what the sandbox's system answered, for a file operation; 0 if it is none.
+	Errno syscall.Errno
 	// Cause is the error below it, if there is one.
 	Cause error
 }
@@ -73,10 +76,11 @@ type apiError struct {
 	Hint      string   `json:"hint"`
 	Retryable bool     `json:"retryable"`
 	Details   []string `json:"details"`
+	Errno     int      `json:"errno"`
 }
 
 func (e apiError) typed() *Error {
-	return &Error{Code: e.Code, Message: e.Message, Hint: e.Hint, Retryable: e.Retryable, Details: e.Details}
+	return &Error{Code: e.Code, Message: e.Message, Hint: e.Hint, Retryable: e.Retryable, Details: e.Details, Errno: syscall.Errno(e.Errno)}
 }
 
 func errorFromBody(status int, body []byte) *Error {

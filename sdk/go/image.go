@@ -1,7 +1,9 @@
 package msb
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -13,6 +15,51 @@ import (
 var Image images
 
 type images struct{}
+
+// Pull fetches an image from its registry; progress, if it is not nil, hears each step. A pull that is cancelled is taken up by the next one.
+func (images) Pull(ctx context.Context, reference string, progress func(PullEvent)) (*ImageHandle, error) {
+	client, err := Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	return client.PullImage(ctx, PullRequest{Reference: reference}, progress)
+}
+
+// Save saves images as one docker archive. The file is there whole or not at all.
+func (images) Save(ctx context.Context, path string, references ...string) error {
+	client, err := Connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	archive, err := client.SaveImages(ctx, "docker", references...)
+	if err != nil {
+		return err
+	}
+	defer archive.Close()
+	return writeWhole(ctx, archive, path)
+}
+
+// Tag gives an image another name.
+func (images) Tag(ctx context.Context, reference, name string) (*ImageHandle, error) {
+	client, err := Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	return client.TagImage(ctx, reference, name)
+}
+
+// Prune removes the images that nothing needs and that are not pinned.
+func (images) Prune(ctx context.Context) (*ImagePruneReport, error) {
+	client, err := Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	return client.PruneImages(ctx, PruneRequest{})
+}
 
 // Load loads a docker or OCI archive.
 func (images) Load(ctx context.Context, archive string) ([]ImageHandle, error) {
@@ -92,6 +139,103 @@ func (c *Client) LoadImage(ctx context.Context, archive io.Reader) ([]ImageHandl
 		}
 	}
 	return nil, failure("daemon_unavailable", nil, "the load ended without an answer")
+}
+
+// PullRequest says what to fetch and how.
+type PullRequest struct {
+	// Reference is [registry/]name[:tag][@digest].
+	Reference string `json:"reference"`
+	// Platform is as linux/amd64; the host's if empty.
+	Platform string `json:"platform,omitempty"`
+	// Credentials are used in place of every stored one.
+	Credentials *Credentials `json:"credentials,omitempty"`
+	// Insecure allows plain HTTP, and certificates that nobody vouches for.
+	Insecure bool `json:"insecure,omitempty"`
+}
+
+// Credentials are a name and a secret for a registry.
+type Credentials struct {
+	Username string `json:"username"`
+	Password string `json:"password"`
+}
+
+// PruneRequest says what a prune may take.
+type PruneRequest struct {
+	// DryRun changes nothing, only reports.
+	DryRun bool `json:"dry_run,omitempty"`
+	// All takes pinned images too.
+	All bool `json:"all,omitempty"`
+	// OlderThanMS leaves images that were loaded or used within these milliseconds.
+	OlderThanMS uint64 `json:"older_than_ms,omitempty"`
+	// KeepBytes ends it when what stays is no more than this; the least recently used go first.
+	KeepBytes *uint64 `json:"keep_bytes,omitempty"`
+	// Labels are terms that all must fit.
+	Labels []string `json:"labels,omitempty"`
+}
+
+// PullImage fetches an image; progress, if it is not nil, hears each step.
+func (c *Client) PullImage(ctx context.Context, request PullRequest, progress func(PullEvent)) (*ImageHandle, error) {
+	text, err := json.Marshal(request)
+	if err != nil {
+		return nil, failure("invalid_request", err, "%v", err)
+	}
+	for event, err := range lines[PullEvent](ctx, c, http.MethodPost, "/v1/images/pull", bytes.NewReader(text), "application/json") {
+		switch {
+		case err != nil:
+			return nil, err
+		case event.Type == "error" && event.Error != nil:
+			return nil, event.Error.typed()
+		}
+		if progress != nil {
+			progress(event)
+		}
+		if event.Type == "done" {
+			return event.Image, nil
+		}
+	}
+	return nil, failure("daemon_unavailable", nil, "the pull ended without an answer")
+}
+
+// SaveImages gives images as one archive, in the layout docker or oci; it is whole only if it ends without an error. Close it.
+func (c *Client) SaveImages(ctx context.Context, format string, references ...string) (io.ReadCloser, error) {
+	text, err := json.Marshal(map[string]any{"references": references, "format": format})
+	if err != nil {
+		return nil, failure("invalid_request", err, "%v", err)
+	}
+	response, err := c.send(ctx, http.MethodPost, "/v1/images/save", bytes.NewReader(text), "application/json")
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
+// TagImage gives an image another name.
+func (c *Client) TagImage(ctx context.Context, reference, name string) (*ImageHandle, error) {
+	var handle ImageHandle
+	request := map[string]string{"reference": reference, "name": name}
+	if err := c.call(ctx, http.MethodPost, "/v1/images/tag", request, &handle); err != nil {
+		return nil, err
+	}
+	return &handle, nil
+}
+
+// PinImage keeps prune from an image, or no more.
+func (c *Client) PinImage(ctx context.Context, reference string, pinned bool) (*ImageHandle, error) {
+	var handle ImageHandle
+	request := map[string]any{"reference": reference, "pinned": pinned}
+	if err := c.call(ctx, http.MethodPost, "/v1/images/pin", request, &handle); err != nil {
+		return nil, err
+	}
+	return &handle, nil
+}
+
+// PruneImages removes the images that the request allows and nothing needs.
+func (c *Client) PruneImages(ctx context.Context, request PruneRequest) (*ImagePruneReport, error) {
+	var report ImagePruneReport
+	if err := c.call(ctx, http.MethodPost, "/v1/images/prune", request, &report); err != nil {
+		return nil, err
+	}
+	return &report, nil
 }
 
 // Images gives every image, newest first.

@@ -2,7 +2,10 @@ package msb
 
 import (
 	"maps"
+	"net/netip"
+	"net/url"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -31,6 +34,37 @@ type spec struct {
 	IdleTimeoutMS *int64            `json:"idle_timeout_ms,omitempty"`
 	OnIdle        string            `json:"on_idle,omitempty"`
 	MaxDurationMS *int64            `json:"max_duration_ms,omitempty"`
+	Network       *network          `json:"network,omitempty"`
+	Security      Security          `json:"security,omitempty"`
+	Mounts        []Mount           `json:"mounts,omitempty"`
+	Rlimits       []rlimit          `json:"rlimits,omitempty"`
+}
+
+type network struct {
+	Enabled        *bool           `json:"enabled,omitempty"`
+	Profile        NetworkProfile  `json:"profile,omitempty"`
+	Rules          []string        `json:"rules,omitempty"`
+	DefaultEgress  string          `json:"default_egress,omitempty"`
+	DefaultIngress string          `json:"default_ingress,omitempty"`
+	Ports          []publishedPort `json:"ports,omitempty"`
+	DNS            *dns            `json:"dns,omitempty"`
+}
+
+type dns struct {
+	Nameservers []string `json:"nameservers"`
+}
+
+type publishedPort struct {
+	Bind      string `json:"bind"`
+	HostPort  uint16 `json:"host_port"`
+	GuestPort uint16 `json:"guest_port"`
+	Transport string `json:"transport"`
+}
+
+type rlimit struct {
+	Resource string `json:"resource"`
+	Soft     uint64 `json:"soft"`
+	Hard     uint64 `json:"hard"`
 }
 
 type restart struct {
@@ -39,8 +73,12 @@ type restart struct {
 }
 
 type createRequest struct {
-	Spec           spec   `json:"spec"`
-	ReplaceGraceMS *int64 `json:"replace_grace_ms,omitempty"`
+	Spec           spec       `json:"spec"`
+	ReplaceGraceMS *int64     `json:"replace_grace_ms,omitempty"`
+	Pull           PullPolicy `json:"pull,omitempty"`
+
+	// wrong is the first option that says something it must not.
+	wrong error
 }
 
 // Option says what a sandbox is made of.
@@ -56,6 +94,38 @@ const (
 	RestartOnFailure     RestartPolicy = "on_failure"
 	RestartAlways        RestartPolicy = "always"
 	RestartUnlessStopped RestartPolicy = "unless_stopped"
+)
+
+// NetworkProfile says which addresses a sandbox reaches where no rule decides.
+type NetworkProfile string
+
+// The profiles.
+const (
+	NetworkPublic  NetworkProfile = "public"
+	NetworkPrivate NetworkProfile = "private"
+	NetworkHost    NetworkProfile = "host"
+	NetworkAll     NetworkProfile = "all"
+	NetworkNone    NetworkProfile = "none"
+)
+
+// Security says what a sandbox's workloads may do.
+type Security string
+
+// The security profiles.
+const (
+	SecurityDefault    Security = "default"
+	SecurityRestricted Security = "restricted"
+	SecurityStrict     Security = "strict"
+)
+
+// PullPolicy says when an image is fetched from its registry.
+type PullPolicy string
+
+// The pull policies.
+const (
+	PullAlways    PullPolicy = "always"
+	PullIfMissing PullPolicy = "if_missing"
+	PullNever     PullPolicy = "never"
 )
 
 // WithImage names the image. Required.
@@ -147,6 +217,95 @@ func WithMaxDuration(duration time.Duration) Option {
 	return func(r *createRequest) { r.Spec.MaxDurationMS = milliseconds(duration) }
 }
 
+// WithMounts mounts something; Volume makes mounts.
+func WithMounts(mounts ...Mount) Option {
+	return func(r *createRequest) { r.Spec.Mounts = append(r.Spec.Mounts, mounts...) }
+}
+
+// WithPorts publishes ports, each [BIND:]HOST:GUEST[/tcp|/udp]; host port 0 is any free one.
+func WithPorts(ports ...string) Option {
+	return func(r *createRequest) {
+		for _, text := range ports {
+			port, err := parsePort(text)
+			if err != nil && r.wrong == nil {
+				r.wrong = err
+			}
+			r.network().Ports = append(r.network().Ports, port)
+		}
+	}
+}
+
+// WithNetwork says which addresses it reaches where no rule decides.
+func WithNetwork(profile NetworkProfile) Option {
+	return func(r *createRequest) { r.network().Profile = profile }
+}
+
+// WithNetworkRules adds rules before those of the profile, of which the first that fits decides: deny@example.com:tcp:443.
+func WithNetworkRules(rules ...string) Option {
+	return func(r *createRequest) { r.network().Rules = append(r.network().Rules, rules...) }
+}
+
+// WithNetworkDefaults says what happens to connections that nothing decides: allow, deny, or empty for the profile's word.
+func WithNetworkDefaults(egress, ingress string) Option {
+	return func(r *createRequest) { r.network().DefaultEgress, r.network().DefaultIngress = egress, ingress }
+}
+
+// WithNameservers names upstream name servers in place of the host's own, each ADDRESS:PORT.
+func WithNameservers(addresses ...string) Option {
+	return func(r *createRequest) { r.network().DNS = &dns{addresses} }
+}
+
+// WithoutNetwork gives it no network but loopback.
+func WithoutNetwork() Option {
+	return func(r *createRequest) { enabled := false; r.network().Enabled = &enabled }
+}
+
+// WithSecurity says what its workloads may do.
+func WithSecurity(profile Security) Option {
+	return func(r *createRequest) { r.Spec.Security = profile }
+}
+
+// WithRlimit sets a resource limit of every process msb starts in it: nofile, soft, hard.
+func WithRlimit(resource string, soft, hard uint64) Option {
+	return func(r *createRequest) { r.Spec.Rlimits = append(r.Spec.Rlimits, rlimit{resource, soft, hard}) }
+}
+
+// WithPullPolicy says when its image is fetched from its registry.
+func WithPullPolicy(policy PullPolicy) Option { return func(r *createRequest) { r.Pull = policy } }
+
+func (r *createRequest) network() *network {
+	if r.Spec.Network == nil {
+		r.Spec.Network = &network{}
+	}
+	return r.Spec.Network
+}
+
+func parsePort(text string) (publishedPort, error) {
+	wrong := failure("invalid_config", nil, "published port %q; write [BIND:]HOST:GUEST[/tcp|/udp]", text)
+	addresses, transport, named := strings.Cut(text, "/")
+	if named && transport != "tcp" && transport != "udp" {
+		return publishedPort{}, wrong
+	}
+	if !named {
+		transport = "tcp"
+	}
+	split := strings.LastIndexByte(addresses, ':')
+	if split < 0 {
+		return publishedPort{}, wrong
+	}
+	rest, guestText := addresses[:split], addresses[split+1:]
+	bind, hostText := "127.0.0.1", rest
+	if split := strings.LastIndexByte(rest, ':'); split >= 0 {
+		bind, hostText = strings.Trim(rest[:split], "[]"), rest[split+1:]
+	}
+	host, hostErr := strconv.ParseUint(hostText, 10, 16)
+	guest, guestErr := strconv.ParseUint(guestText, 10, 16)
+	if _, err := netip.ParseAddr(bind); err != nil || hostErr != nil || guestErr != nil || guest == 0 {
+		return publishedPort{}, wrong
+	}
+	return publishedPort{bind, uint16(host), uint16(guest), transport}, nil
+}
+
 // WithReplace removes an existing sandbox of this name first, giving it ten seconds to stop.
 func WithReplace() Option { return WithReplaceWithTimeout(10 * time.Second) }
 
@@ -198,6 +357,9 @@ func newCreateRequest(name string, options []Option) (*createRequest, error) {
 		option(&request)
 	}
 	request.Spec.Name = name
+	if request.wrong != nil {
+		return nil, request.wrong
+	}
 	made := &request.Spec
 	if name != "" {
 		if err := checkName(name); err != nil {
@@ -233,7 +395,12 @@ func newCreateRequest(name string, options []Option) (*createRequest, error) {
 }
 
 // SandboxFilter says which sandboxes a list holds.
-type SandboxFilter struct{ terms []string }
+type SandboxFilter struct {
+	terms     []string
+	selectors []string
+	limit     int
+	after     string
+}
 
 // NewSandboxFilter lets everything through.
 func NewSandboxFilter() *SandboxFilter { return &SandboxFilter{} }
@@ -250,6 +417,38 @@ func (f *SandboxFilter) WithLabels(labels map[string]string) *SandboxFilter {
 func (f *SandboxFilter) WithLabelTerm(term string) *SandboxFilter {
 	f.terms = append(f.terms, term)
 	return f
+}
+
+// WithSelector adds an expression: team in (ml,web),!debug.
+func (f *SandboxFilter) WithSelector(expression string) *SandboxFilter {
+	f.selectors = append(f.selectors, expression)
+	return f
+}
+
+// Limit asks for at most so many.
+func (f *SandboxFilter) Limit(count int) *SandboxFilter { f.limit = count; return f }
+
+// After asks for those after the page whose Next this is.
+func (f *SandboxFilter) After(next string) *SandboxFilter { f.after = next; return f }
+
+func (f *SandboxFilter) values() url.Values {
+	query := url.Values{}
+	if f == nil {
+		return query
+	}
+	if len(f.terms) > 0 {
+		query["label"] = f.terms
+	}
+	if len(f.selectors) > 0 {
+		query["selector"] = f.selectors
+	}
+	if f.limit > 0 {
+		query.Set("limit", strconv.Itoa(f.limit))
+	}
+	if f.after != "" {
+		query.Set("after", f.after)
+	}
+	return query
 }
 
 // execRequest is a command to run, as the control API has it.

@@ -157,7 +157,7 @@ func (s *Sandbox) Events(ctx context.Context, query EventQuery) iter.Seq2[EventR
 
 // Metrics gives its newest sample; nil when it has none because it rests.
 func (s *Sandbox) Metrics(ctx context.Context) (*SandboxMetrics, error) {
-	snapshot, err := s.client.Metrics(ctx)
+	snapshot, err := s.client.Metrics(ctx, MetricsQuery{Names: []string{s.Name()}})
 	if err != nil {
 		return nil, err
 	}
@@ -168,6 +168,31 @@ func (s *Sandbox) Metrics(ctx context.Context) (*SandboxMetrics, error) {
 	}
 	return nil, nil
 }
+
+// MetricsStream gives its samples from now on, one at each interval (100 ms to an hour), the first at once.
+func (s *Sandbox) MetricsStream(ctx context.Context, interval time.Duration) iter.Seq2[SandboxMetrics, error] {
+	return func(yield func(SandboxMetrics, error) bool) {
+		for snapshot, err := range s.client.MetricsStream(ctx, MetricsQuery{Names: []string{s.Name()}}, interval) {
+			if err != nil {
+				yield(SandboxMetrics{}, err)
+				return
+			}
+			for _, sample := range snapshot.Sandboxes {
+				if sample.ID == s.detail.ID && !yield(sample, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// MetricsHistory gives its last hour, or its last part if last is not 0, in at most pointsMax points if that is not 0.
+func (s *Sandbox) MetricsHistory(ctx context.Context, last time.Duration, pointsMax int) (*MetricsHistory, error) {
+	return s.client.MetricsHistory(ctx, s.Name(), last, pointsMax)
+}
+
+// Ping asks its agent for a sign of life. It is no activity, and wakes nothing.
+func (s *Sandbox) Ping(ctx context.Context) (*PingReport, error) { return s.client.Ping(ctx, s.Name()) }
 
 // Touch counts as activity.
 func (s *Sandbox) Touch(ctx context.Context) error {

@@ -58,6 +58,9 @@ struct Arguments {
     /// Also take the connections that the door of the host hands over
     #[arg(long, hide = true)]
     behind_door: bool,
+    /// Where the door makes scopes for VM processes
+    #[arg(long, value_name = "SOCKET", requires = "behind_door", hide = true)]
+    door_scopes: Option<PathBuf>,
     /// State of the host's service
     #[arg(long, value_name = "DIR", default_value = front::STATE_DIR, hide = true)]
     host_state: PathBuf,
@@ -86,7 +89,7 @@ fn main() -> ExitCode {
     let outcome = match (arguments.host, arguments.host_stop) {
         (true, _) => log_to_stderr("info").and_then(|()| front::serve(place)),
         (_, true) => log_to_stderr("info").and_then(|()| front::stop_sandboxes(place)),
-        _ => run(arguments.behind_door),
+        _ => run(arguments.behind_door, arguments.door_scopes),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,7 +109,7 @@ fn log_to_stderr(level: &str) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn run(behind_door: bool) -> Result<(), ApiError> {
+fn run(behind_door: bool, door_scopes: Option<PathBuf>) -> Result<(), ApiError> {
     // Whatever this process and the VM processes make is their owner's alone, however the caller's mask was set.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // One provider of cryptography in the whole process; whoever was first stays.
@@ -127,7 +130,7 @@ fn run(behind_door: bool) -> Result<(), ApiError> {
             .build()
             .unwrap_or_else(|error| panic!("no runtime: {error}"))
     });
-    let outcome = system.block_on(serve(&settings, listening.listener, behind_door));
+    let outcome = system.block_on(serve(&settings, listening.listener, behind_door, door_scopes));
     if !listening.inherited
         && let Err(error) = std::fs::remove_file(&settings.socket)
     {
@@ -152,6 +155,7 @@ async fn serve(
     settings: &Settings,
     listener: std::os::unix::net::UnixListener,
     behind_door: bool,
+    door_scopes: Option<PathBuf>,
 ) -> Result<(), ApiError> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
     let (journal, found) = Journal::open(&settings.home.journal(), clock.clone())?;
@@ -161,7 +165,7 @@ async fn serve(
     let launcher = Arc::new(ProcessLauncher {
         program: settings.vmm_program.clone(),
         sample_interval_ms: settings.sample_interval_ms(),
-        scopes: systemd::scopes().await,
+        scopes: systemd::scopes(door_scopes).await,
     });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;
@@ -240,6 +244,15 @@ async fn keep_door(arrivals: &mut mpsc::Receiver<Arrival>, handed_over: &mpsc::S
                 }
             }
             Arrival::End => return,
+            Arrival::Alive(mut answer) => {
+                let daemon = daemon.clone();
+                // A supervisor that does not answer says nothing, and the front door draws its conclusion.
+                tokio::spawn(async move {
+                    if daemon.count().await.is_ok() {
+                        let _ = std::io::Write::write_all(&mut answer, b".");
+                    }
+                });
+            }
             Arrival::StopSandboxes(mut answer) => {
                 match daemon.host_stop().await {
                     Ok(stopped) => tracing::info!(stopped, "every sandbox was stopped because the host goes down"),

@@ -1,18 +1,16 @@
 //! What the daemon says to systemd and asks of it: that it is ready, that it is alive, a scope for each VM process. Without systemd all of
 //! it is nothing. Called by `main`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use msb_actors::daemon::Daemon;
-use msb_actors::vm::process::Scopes;
+use msb_actors::vm::scope::{Manager, Scopes};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Time for systemd to make a scope when the daemon starts.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Where systemd-run is.
-const SYSTEMD_RUN: [&str; 2] = ["/usr/bin/systemd-run", "/bin/systemd-run"];
 
 /// Says that the service is ready, and from then on that it is alive: as long as its supervisor answers.
 pub fn ready(daemon: &Daemon) {
@@ -59,16 +57,17 @@ pub async fn ready_and_alive() {
     }
 }
 
-/// How VM processes get scopes of their own; `None` where systemd did not start this service or makes none for it.
-pub async fn scopes() -> Option<Scopes> {
-    // systemd gives it to what it starts, and nothing else keeps it: msb starts a daemon with a clean environment.
-    std::env::var_os("INVOCATION_ID")?;
-    let systemd_run = SYSTEMD_RUN.iter().map(PathBuf::from).find(|path| path.exists())?;
-    // Only a user's manager says which process it is.
-    let scopes = Scopes { systemd_run, user: std::env::var_os("MANAGERPID").is_some() };
-    let mut command = scopes.command(&format!("msb-probe-{}.scope", std::process::id()), Path::new("/bin/true"));
-    match tokio::time::timeout(PROBE_TIMEOUT, command.kill_on_drop(true).status()).await {
-        Ok(Ok(status)) if status.success() => Some(scopes),
+/// How VM processes get scopes of their own; `None` where systemd did not start this service or makes none for it. A service behind the
+/// door of a host, which was started for a user and not by systemd, is told its `door`'s socket for that.
+pub async fn scopes(door: Option<PathBuf>) -> Option<Scopes> {
+    if let Some(socket) = door {
+        return Some(Scopes::Door(socket));
+    }
+    let manager = Manager::of_this_service()?;
+    let mut command =
+        tokio::process::Command::from(manager.command(&format!("msb-probe-{}.scope", std::process::id())));
+    match tokio::time::timeout(PROBE_TIMEOUT, command.arg("/bin/true").kill_on_drop(true).status()).await {
+        Ok(Ok(status)) if status.success() => Some(Scopes::Manager(manager)),
         outcome => {
             tracing::warn!(?outcome, "systemd makes no scopes: VM processes stay in the service's own group");
             None

@@ -125,7 +125,8 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         }
         // The control thread gives them to a daemon that adopts this process.
         let kept = duplicate(&listeners)?;
-        Ok((chosen, machine::prepare(spec, run, listeners)?, kept, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
+        let prepared = machine::prepare(spec, chosen.engine, run, listeners)?;
+        Ok((chosen, prepared, kept, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
     });
     let (chosen, prepared, ports, listener) = ready.map_err(|error| refused(launcher, error))?;
     let log = WorkloadLog::open(

@@ -11,7 +11,8 @@ use anyhow::Result;
 
 use crate::{cache, debian, program};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What the static programs are compiled for.
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Package and binary of the programs that run as services and commands.
 pub(crate) const HOST: &[(&str, &str)] =

@@ -60,7 +60,21 @@ const PRERM: &str = "#!/bin/sh
 set -e
 if [ \"$1\" = remove ] && [ -d /run/systemd/system ]; then
     systemctl disable --now msb-flush.service msbd.service msbd.socket >/dev/null 2>&1 || true
+    # The services of users who have their own, in their managers.
+    loginctl list-users --no-legend 2>/dev/null | while read -r uid name rest; do
+        systemctl --user --machine=\"$name@\" stop msb.slice msbd.socket msbd.service >/dev/null 2>&1 || true
+    done
 fi
+";
+
+/// After it is gone: no unit is known, no socket is left; with a purge no state of the host's service either. Homes of users are theirs.
+const POSTRM: &str = "#!/bin/sh
+set -e
+case \"$1\" in
+    remove) rm -rf /run/msb ;;
+    purge) rm -rf /run/msb /var/lib/msb ;;
+esac
+if [ -d /run/systemd/system ]; then systemctl daemon-reload || true; fi
 ";
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -73,11 +87,23 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let tree = work.path().join("tree");
     install::lay_out(&tree, Path::new("@PREFIX@"), arguments.build)?;
     let tarball = tarball(work.path(), &tree, &output)?;
-    let package = package(work.path(), &tree, &output)?;
+    let package = package(work.path(), &tree, &output, "xz")?;
     let sums = checksums(&[&tarball, &package])?;
     std::fs::write(output.join("SHA256SUMS"), sums)?;
     println!("{}\n{}\n{}", tarball.display(), package.display(), output.join("SHA256SUMS").display());
     Ok(())
+}
+
+/// Only the package, as `msb.deb` in this folder: for the machine that the service is tested in.
+pub(crate) fn package_for_tests(folder: &Path, build: binaries::Arguments) -> Result<PathBuf> {
+    let work = tempfile::tempdir()?;
+    let tree = work.path().join("tree");
+    install::lay_out(&tree, Path::new("@PREFIX@"), build)?;
+    // Packed and unpacked at once, on this machine.
+    let package = package(work.path(), &tree, folder, "none")?;
+    let path = folder.join("msb.deb");
+    std::fs::rename(package, &path)?;
+    Ok(path)
 }
 
 fn tarball(work: &Path, tree: &Path, output: &Path) -> Result<PathBuf> {
@@ -101,7 +127,7 @@ fn tarball(work: &Path, tree: &Path, output: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn package(work: &Path, tree: &Path, output: &Path) -> Result<PathBuf> {
+fn package(work: &Path, tree: &Path, output: &Path, compression: &str) -> Result<PathBuf> {
     let root = work.join("package");
     std::fs::create_dir_all(root.join("DEBIAN"))?;
     program::output(program::command("cp").arg("-a").arg(tree).arg(root.join("usr")))?;
@@ -116,13 +142,15 @@ fn package(work: &Path, tree: &Path, output: &Path) -> Result<PathBuf> {
          Runs untrusted workloads from OCI images in supervised microVMs.\n"
     );
     std::fs::write(root.join("DEBIAN/control"), control)?;
-    for (name, text) in [("postinst", POSTINST), ("prerm", PRERM)] {
+    for (name, text) in [("postinst", POSTINST), ("prerm", PRERM), ("postrm", POSTRM)] {
         let path = root.join("DEBIAN").join(name);
         std::fs::write(&path, text)?;
         program::output(program::command("chmod").arg("0755").arg(&path))?;
     }
     let path = output.join(format!("msb_{VERSION}_amd64.deb"));
-    program::output(program::command("dpkg-deb").args(["--root-owner-group", "--build"]).arg(&root).arg(&path))?;
+    let mut build = program::command("dpkg-deb");
+    build.args(["--root-owner-group", &format!("-Z{compression}"), "--build"]).arg(&root).arg(&path);
+    program::output(&mut build)?;
     Ok(path)
 }
 

@@ -180,6 +180,7 @@ fn seeds_of(target: &str) -> Result<Vec<Vec<u8>>> {
             }
             seeds
         }
+        "registry_json" => registry_answers(),
         "archive" => vec![archive(false)?, archive(true)?, compressed(&archive(true)?)?],
         "mmio_registers" => {
             // Each register written and read, in the order of a driver's set-up (VIRTIO 1.2, section 4.2.3).
@@ -198,9 +199,68 @@ fn seeds_of(target: &str) -> Result<Vec<Vec<u8>>> {
             }
             vec![seed]
         }
+        "network_frames" => network_frames(),
+        "dns_messages" => dns_messages(),
         // The rings' inputs are descriptors and bytes of any kind: coverage finds its way from nothing.
         _ => vec![vec![0; 64], (0..=255).collect()],
     })
+}
+
+/// One answer for each path through the reading of what a registry says: both families, indexes, what is refused and why.
+fn registry_answers() -> Vec<Vec<u8>> {
+    let digest = digest(b"");
+    let blob = |kind: &str, rest: &str| format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":7{rest}}}"#);
+    let manifest = |own: &str, config: &str, layers: &[&str]| {
+        let layers: Vec<_> = layers.iter().map(|kind| blob(kind, "")).collect();
+        let layers = layers.join(",");
+        format!(r#"{{"schemaVersion":2,"mediaType":"{own}","config":{},"layers":[{layers}]}}"#, blob(config, ""))
+    };
+    let index = |own: &str, entries: &[String]| {
+        format!(r#"{{"schemaVersion":2,"mediaType":"{own}","manifests":[{}]}}"#, entries.join(","))
+    };
+    let (oci, docker) = ("application/vnd.oci.image", "application/vnd.docker.distribution");
+    let oci_manifest = format!("{oci}.manifest.v1+json");
+    let layers = ["", "+gzip", "+zstd"].map(|packing| format!("{oci}.layer.v1.tar{packing}"));
+    let platform = |os: &str, architecture: &str, rest: &str| {
+        blob(&oci_manifest, &format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"{rest}}}"#))
+    };
+    let attestation = blob(
+        &oci_manifest,
+        r#","platform":{"os":"unknown","architecture":"unknown"},"annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#,
+    );
+    let whole = manifest(&oci_manifest, &format!("{oci}.config.v1+json"), &layers.each_ref().map(String::as_str));
+    let seeds = [
+        manifest(
+            &format!("{docker}.manifest.v2+json"),
+            "application/vnd.docker.container.image.v1+json",
+            &["application/vnd.docker.image.rootfs.diff.tar.gzip"],
+        ),
+        index(&format!("{docker}.manifest.list.v2+json"), &[platform("linux", "amd64", "")]),
+        index(
+            &format!("{oci}.index.v1+json"),
+            &[attestation.clone(), platform("linux", "arm64", r#","variant":"v8""#), platform("linux", "amd64", "")],
+        ),
+        index(&format!("{oci}.index.v1+json"), &[blob(&format!("{oci}.index.v1+json"), "")]),
+        index(&format!("{oci}.index.v1+json"), &[attestation, platform("windows", "amd64", "")]),
+        whole.replace(r#""size":7"#, r#""size":99999999999999"#),
+        whole.replace(r#""size":7"#, r#""size":-7"#),
+        whole.replace("sha256", "sha512"),
+        whole.replace("layer.v1", "config.v1"),
+        whole.replace(r#""schemaVersion":2"#, r#""schemaVersion":1"#),
+        whole.replace(r#""layers""#, r#""manifests":[],"layers""#),
+        whole,
+        format!(
+            r#"{{"architecture":"amd64","os":"linux","variant":"v3","created":"2024-01-01T00:00:00Z","author":"a","config":{{"User":"1:1","Env":["A=b"],"Entrypoint":["/a"],"Cmd":["b"],"Volumes":{{"/v":{{}}}},"WorkingDir":"/w","Labels":{{"k":"v"}},"StopSignal":"SIGINT","ExposedPorts":{{"80/tcp":{{}}}}}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}},"history":[{{"created_by":"x","empty_layer":true}}]}}"#
+        ),
+        r#"{"token":"abc.def","expires_in":60}"#.to_owned(),
+        r#"{"access_token":"abc"}"#.to_owned(),
+        r#"{"errors":[{"code":"DENIED","message":"no"}]}"#.to_owned(),
+        r#"Bearer realm="https://a/t",service="s",scope="repository:a:pull""#.to_owned(),
+        "Basic realm=\"x\", Bearer realm=\"https://a\\\"b\"".to_owned(),
+        "120".to_owned(),
+        "Sun, 06 Nov 1994 08:49:37 GMT".to_owned(),
+    ];
+    seeds.map(String::into_bytes).to_vec()
 }
 
 /// What users type and write that is parsed.
@@ -288,6 +348,78 @@ fn sparse_tar() -> Result<Vec<u8>> {
     header.set_size(content.len() as u64);
     builder.append_data(&mut header, "GNUSparseFile.0/a", content.as_slice())?;
     Ok(builder.into_inner()?)
+}
+
+/// One frame of each kind that a guest sends, alone and all in a row; the target puts addresses and lengths right.
+fn network_frames() -> Vec<Vec<u8>> {
+    let ethernet = |kind: [u8; 2], packet: &[u8]| [&[0; 12], &kind[..], packet].concat();
+    let ipv4 = |protocol: u8, to: [u8; 4], payload: &[u8]| {
+        let header = [&[0x45, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 0, 0, 0, 0][..], &to].concat();
+        ethernet([8, 0], &[&header, payload].concat())
+    };
+    let ipv6 = |next: u8, payload: &[u8]| {
+        let mut header = vec![0x60, 0, 0, 0, 0, 0, next, 64];
+        header.extend([0; 16]);
+        header.extend([0x26, 6, 0x47, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x11, 0x11]);
+        ethernet([0x86, 0xdd], &[&header, payload].concat())
+    };
+    let tcp = |port: u16, flags: u8| {
+        let port = port.to_be_bytes();
+        vec![0x9c, 0x40, port[0], port[1], 0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]
+    };
+    let udp = |port: u16, payload: &[u8]| {
+        let (port, length) = (port.to_be_bytes(), (payload.len() as u16 + 8).to_be_bytes());
+        [&[0x9c, 0x41, port[0], port[1], length[0], length[1], 0, 0][..], payload].concat()
+    };
+    let (syn, ack, fin, reset) = (2, 0x10, 0x11, 4);
+    let frames = [
+        ipv4(6, [1, 1, 1, 1], &tcp(445, syn)),
+        ipv4(6, [1, 1, 1, 1], &tcp(445, ack)),
+        ipv4(6, [1, 1, 1, 1], &tcp(445, fin)),
+        ipv4(6, [1, 1, 1, 1], &tcp(445, reset)),
+        ipv4(6, [10, 0, 0, 1], &tcp(80, syn)),
+        ipv6(6, &tcp(445, syn)),
+        ipv4(17, [1, 1, 1, 1], &udp(445, b"datagram")),
+        ipv4(17, [172, 16, 0, 1], &udp(53, &query(b"example"))),
+        ipv6(17, &udp(445, b"datagram")),
+        ipv4(1, [1, 1, 1, 1], &[8, 0, 0, 0, 0, 1, 0, 1, b'p', b'i', b'n', b'g']),
+        ipv6(58, &[128, 0, 0, 0, 0, 1, 0, 1, b'p']),
+        ethernet([8, 6], &[0, 1, 8, 0, 6, 4, 0, 1, 0, 0, 0, 0, 0, 0, 172, 16, 0, 2, 0, 0, 0, 0, 0, 0, 172, 16, 0, 1]),
+    ];
+    let turns = frames.map(|frame| [&[0, 10, 0][..], &(frame.len() as u16).to_le_bytes(), &frame].concat());
+    let mut seeds = turns.to_vec();
+    seeds.push(turns.concat());
+    seeds
+}
+
+/// A query of DNS for the address of one label.
+fn query(label: &[u8]) -> Vec<u8> {
+    let mut message = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, label.len() as u8];
+    message.extend_from_slice(label);
+    message.extend([0, 0, 1, 0, 1]);
+    message
+}
+
+/// Queries, and answers of each kind: an address, a private one, an error, a truncated one, a name that points at itself.
+fn dns_messages() -> Vec<Vec<u8>> {
+    let head = |flags: [u8; 2], answers: u8| [&[0, 0][..], &flags, &[0, 1, 0, answers, 0, 0, 0, 0]].concat();
+    let record = |data: &[u8]| [&[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, data.len() as u8][..], data].concat();
+    let alias = [0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 60, 0, 2, 0xc0, 12];
+    let answers = [
+        [head([0x81, 0x80], 1), record(&[1, 1, 1, 1])].concat(),
+        [head([0x81, 0x80], 1), record(&[10, 0, 0, 1])].concat(),
+        head([0x81, 0x83], 0),
+        head([0x81, 0x82], 0),
+        head([0x83, 0x80], 0),
+        [head([0x81, 0x80], 1), alias.to_vec()].concat(),
+    ];
+    let part = |honest: bool, bytes: &[u8]| {
+        let length = bytes.len() as u16 | u16::from(honest) << 15;
+        [&length.to_le_bytes()[..], bytes].concat()
+    };
+    let mut seeds = vec![part(false, &query(b"example"))];
+    seeds.extend(answers.map(|answer| [part(false, &query(b"example")), part(true, &answer)].concat()));
+    seeds
 }
 
 /// One length-delimited field of a protobuf message.

@@ -36,6 +36,13 @@ impl Home {
         &self.folder
     }
 
+    /// The socket of its service, which has been started.
+    pub(crate) fn socket(&self) -> Result<PathBuf> {
+        let below =
+            std::fs::read_dir(self.runtime.path().join("msb"))?.flatten().map(|entry| entry.path().join("msbd.sock"));
+        below.into_iter().find(|socket| socket.exists()).context("no service has a socket here")
+    }
+
     /// A program or shell line in this home's environment.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);

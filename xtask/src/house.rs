@@ -29,17 +29,25 @@ pub(crate) fn run() -> Result<()> {
     ]))?;
     let mut complaints = Vec::new();
     let mut missing = tests_named_in(&std::fs::read_to_string(cache::repository().join(THREAT_MODEL))?);
+    let mut unprovoked: Vec<(String, String)> =
+        error_codes(&std::fs::read_to_string(cache::repository().join(ERROR_TABLE))?);
+    unprovoked.retain(|(_, code)| {
+        !std::fs::read_to_string(cache::repository().join(SUITE)).is_ok_and(|text| text.contains(code))
+    });
     let mut count = 0;
     for path in listed.lines() {
         // A file deleted in the work tree is still listed.
         let Ok(text) = std::fs::read_to_string(cache::repository().join(path)) else { continue };
         count += 1;
         complaints.extend(RULES.iter().flat_map(|rule| rule(path, &text)));
+        let tests = test_part(path, &text);
+        unprovoked.retain(|(variant, code)| !tests.contains(&format!("ErrorCode::{variant}")) && !tests.contains(code));
         missing.retain(|name| {
             !text.contains(&format!("fn {name}(")) && !path.ends_with(&format!("fuzz_targets/{name}.rs"))
         });
     }
     complaints.extend(missing.iter().map(|name| format!("{THREAT_MODEL} names {name}, and there is no such test")));
+    complaints.extend(unprovoked.iter().map(|(_, code)| format!("no test speaks of the error {code}")));
     if !complaints.is_empty() {
         bail!("house rules:\n  {}", complaints.join("\n  "));
     }
@@ -47,9 +55,34 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Every file opens by saying what it is.
 /// The document that says which test holds which line.
 const THREAT_MODEL: &str = "docs/threat-model.md";
+
+/// Where every error has a row, and the cases of the SDKs, which are tests too.
+const ERROR_TABLE: &str = "protocol/src/error.rs";
+const SUITE: &str = "sdk/conformance/suite.json";
+
+/// Variant and code (in quotes, as tests and tables write it) of each row of the table of errors.
+fn error_codes(table: &str) -> Vec<(String, String)> {
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.strip_prefix("    ")?.split(' ');
+            let (variant, code, status) = (words.next()?, words.next()?, words.next()?);
+            // What only a defect of msb can cause, no test can.
+            let wanted = code.starts_with('"') && status.parse::<u16>().is_ok() && variant != "Internal";
+            wanted.then(|| (variant.to_owned(), code.to_owned()))
+        })
+        .collect()
+}
+
+/// What of a file is a test: all of it under `tests/`, else what follows `mod tests`.
+fn test_part<'a>(path: &str, text: &'a str) -> &'a str {
+    if path.starts_with("tests/") || path.contains("/tests/") || path.ends_with("tests.rs") {
+        return text;
+    }
+    text.split_once("\nmod tests {").map_or("", |(_, tests)| tests)
+}
 
 /// What stands between backquotes in a table's last column or after "Fuzzed:".
 fn tests_named_in(document: &str) -> Vec<String> {
@@ -64,6 +97,7 @@ fn tests_named_in(document: &str) -> Vec<String> {
         .collect()
 }
 
+/// Every file opens by saying what it is.
 fn header(path: &str, text: &str) -> Vec<String> {
     if text.starts_with("//!") { Vec::new() } else { vec![format!("{path}:1: does not open with a `//!` header")] }
 }
@@ -117,6 +151,15 @@ mod tests {
     fn the_tests_that_a_document_names_are_found() {
         let document = "| line | `x_y` | `a_b`, `c_d` |\n| prose | a plain `word` |\nFuzzed: `e_f`.\n`g_h`\n";
         assert_eq!(tests_named_in(document), ["a_b", "c_d", "e_f"]);
+    }
+
+    #[test]
+    fn the_rows_of_the_error_table_and_the_tests_of_a_file_are_found() {
+        let table = "macro! {\n    DiskFull \"disk_full\" 507 true \"a\" \"b\"\n    let x = 3;\n}\n";
+        assert_eq!(error_codes(table), [("DiskFull".to_owned(), "\"disk_full\"".to_owned())]);
+        assert_eq!(test_part("a/src/b.rs", "code\n#[cfg(test)]\nmod tests {\nA"), "\nA");
+        assert_eq!(test_part("a/src/b.rs", "code"), "");
+        assert_eq!(test_part("a/tests/b.rs", "code"), "code");
     }
 
     #[test]

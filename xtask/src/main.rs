@@ -16,8 +16,10 @@ mod debian;
 mod demo;
 mod dependencies;
 mod dist;
+mod docker;
 mod docs;
 mod fuzz;
+mod generation;
 mod home;
 mod house;
 mod images;
@@ -70,6 +72,8 @@ enum Chore {
     Fuzz(fuzz::Arguments),
     /// The proofs that take too long for every test run
     Soak(soak::Arguments),
+    /// Thousands of commands through one client of each SDK, and what it holds afterwards
+    Leaks(sdk::measure::Arguments),
     /// Measure: paired runs on this machine, ratios reported
     Bench(bench::Arguments),
     /// Install the Debian packages that building and testing need
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
         Chore::Lab(arguments) => lab::run(&arguments),
         Chore::Fuzz(arguments) => fuzz::run(&arguments),
         Chore::Soak(arguments) => soak::run(&arguments),
+        Chore::Leaks(arguments) => sdk::measure::leaks(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Setup => debian::ensure(debian::EVERYTHING),
     };

@@ -59,10 +59,47 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_SIM_SANDBOXES", "10000"), ("MSB_SIM_SECONDS", "3600"), ("MSB_SIM_STRICT", "1")],
     },
     Proof {
+        name: "load",
+        proves: "1 GiB written, 64 MiB received and 30 s of a busy vCPU are told within 2 % to everybody who reads metrics",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "a_known_load_is_told_truly"],
+        environment: &[("MSB_TEST_LOAD", "full"), ("RUST_TEST_NOCAPTURE", "1")],
+    },
+    Proof {
+        name: "idle",
+        proves: "200 idle sandboxes cost the daemon under 0.5 % of a core, and a crash is answered within 150 ms before the back-off",
+        cargo: &[
+            "test",
+            "--release",
+            "--package",
+            "msb-actors",
+            "--features",
+            "simulation",
+            "--test",
+            "sim",
+            "--",
+            "--nocapture",
+            "--exact",
+            "load::idle_sandboxes_cost_next_to_nothing_and_a_crash_is_answered_at_once",
+        ],
+        environment: &[("MSB_SIM_IDLE_SANDBOXES", "200"), ("MSB_SIM_IDLE_SECONDS", "60"), ("MSB_SIM_STRICT", "1")],
+    },
+    Proof {
+        name: "systemd",
+        proves: "the service under a real systemd: two users, scopes, restarts, watchdog, logout, reboot, removal",
+        cargo: &["xtask", "lab", "--systemd", "--cpus", "1", "--timeout", "3000"],
+        environment: &[],
+    },
+    Proof {
         name: "execs",
         proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],
         environment: &[("MSB_TEST_EXECS", "1000")],
+    },
+    Proof {
+        name: "sdk",
+        proves: "10,000 commands through one client of each SDK leak no descriptor and no memory",
+        cargo: &["xtask", "leaks", "--execs", "10000"],
+        environment: &[],
     },
 ];
 

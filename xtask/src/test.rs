@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, dependencies, docs, fuzz, house, images, install, lab, observers, program, sdk};
+use crate::{
+    binaries, cache, debian, dependencies, docker, docs, fuzz, generation, house, images, install, lab, observers,
+    program, sdk,
+};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -17,7 +20,7 @@ pub(crate) struct Arguments {
     /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, sdk, lab, fuzz, licences
     #[arg(long, value_name = "TIER")]
     only: Vec<String>,
-    /// Run only the whole-system tests whose name contains this
+    /// Run only the whole-system tests whose name contains this; in the tier sdk: rust, python, typescript, go or mcp
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
     #[command(flatten)]
@@ -142,7 +145,8 @@ fn documents(_: &Arguments) -> Result<Outcome> {
 fn unit(_: &Arguments) -> Result<Outcome> {
     // Some unit tests hold our output against independent programs; without them they would say "skipped".
     debian::ensure(&[debian::BUILD, debian::CHECK, debian::CLIENTS])?;
-    program::run(binaries::cargo().args([
+    let mut tests = binaries::cargo();
+    tests.args([
         "test",
         "--workspace",
         "--exclude",
@@ -151,7 +155,12 @@ fn unit(_: &Arguments) -> Result<Outcome> {
         binaries::COMPANION_FEATURES,
         "--locked",
         "--no-fail-fast",
-    ]))?;
+    ]);
+    match docker::fetch() {
+        Ok(folder) => drop(tests.env("MSB_TEST_DOCKER", folder)),
+        Err(error) => println!("note: no docker, so what it saves is not loaded: {error:#}"),
+    }
+    program::run(&mut tests)?;
     Ok(Outcome::Passed)
 }
 
@@ -183,22 +192,30 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
         Ok(folder) => drop(tests.env("MSB_TEST_OBSERVERS", folder)),
         Err(error) => println!("note: no collector, so the case that asks one is skipped: {error:#}"),
     }
+    match generation::first_agent() {
+        Ok(initramfs) => drop(tests.env("MSB_TEST_FIRST_AGENT", initramfs)),
+        Err(error) => println!("note: no agent of generation 1, so the case that asks one is skipped: {error:#}"),
+    }
+    tests.env("MSB_TEST_EARLIER", std::env::join_paths(generation::earlier()?)?);
     // A booting guest under software emulation keeps a processor busy; more of them at once than processors only makes each slower.
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     tests.args(["--", &format!("--test-threads={threads}")]);
     tests.args(arguments.filter.iter());
     program::run(&mut tests).context("whole-system tests")?;
+    if arguments.filter.is_none() && !arguments.build.fast {
+        generation::keep(&tree)?;
+    }
     Ok(Outcome::Passed)
 }
 
 fn sdks(arguments: &Arguments) -> Result<Outcome> {
-    sdk::run(arguments.build)?;
+    sdk::run(arguments.build, arguments.filter.as_deref())?;
     Ok(Outcome::Passed)
 }
 
 /// The cases that run in the lab unless a filter names others. A guest inside an emulated machine is some ten times slower than one beside
-/// it; these take every road through the engine: boot, streams, ends, stop, start, restart, logs. `cargo xtask lab` runs all of them.
-const LAB_CASES: [&str; 2] = ["session::", "exec::exec_tells_ends_truly"];
+/// it; these take every road through the engine: boot, streams, ends, stop, start, restart, logs, memory. `cargo xtask lab` runs all of them.
+const LAB_CASES: [&str; 3] = ["session::", "exec::exec_tells_ends_truly", "machine::memory_that"];
 
 fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     if debian::ensure(lab::PACKAGES).is_err() {
@@ -208,22 +225,38 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     }
     // One processor: with two, each a thread of QEMU, the emulated KVM sometimes ends in a loop that no interrupt gets through (seen on
     // idle machines after some 40 s, both processors in kvm-amd.ko, the kernel telling of an RCU stall).
-    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800 };
-    let filter: Vec<String> = match &arguments.filter {
-        Some(text) => vec![text.clone()],
+    let machine = lab::Machine { exact: false, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: lab::System::Bare };
+    let cases = match arguments.filter.as_deref() {
+        Some("systemd") => Vec::new(),
+        Some(text) => vec![text.to_owned()],
         None => LAB_CASES.map(str::to_owned).to_vec(),
     };
-    let mut code = lab::cases(&machine, arguments.build, &filter);
+    if !cases.is_empty() {
+        in_the_machine("the cases", || lab::cases(&machine, arguments.build, &cases))?;
+    }
+    if arguments.filter.as_deref() == Some("systemd") {
+        in_the_machine("the service's cases", || lab::service_cases(&machine, arguments.build, &SERVICE_CASES))?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// The service's cases of `--only lab --filter systemd`: package, two users, scopes, the slice's stop. `cargo xtask soak --only systemd` runs
+/// all of them. Not in every test run: a second boot of the machine and three guests in it take minutes.
+const SERVICE_CASES: [&str; 2] = ["host", "slice"];
+
+/// Runs cases in the lab; once more if the machine hung.
+fn in_the_machine(what: &str, run: impl Fn() -> Result<i32>) -> Result<()> {
+    let mut code = run();
     // The emulation's fault, see above. A case that fails is never repeated.
     if let Err(error) = &code
         && error.is::<lab::Hung>()
     {
         println!("{error}; once more");
-        code = lab::cases(&machine, arguments.build, &filter);
+        code = run();
     }
     match code? {
-        0 => Ok(Outcome::Passed),
-        code => bail!("the cases ended with status {code}"),
+        0 => Ok(()),
+        code => bail!("{what} ended with status {code}"),
     }
 }
 

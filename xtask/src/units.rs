@@ -9,7 +9,7 @@
 //! * `msbd` may be restarted, upgraded and killed: VM processes are in scopes of their own (`msb-BOOT.scope` in `msb.slice`), and
 //!   `KillMode=process` spares those that had to stay with the service.
 //! * `msb-flush` does nothing until it is stopped; then it stops every sandbox with a flush. The scopes are ordered before it, so its end comes
-//!   first, whether somebody stops the slice or the host goes down.
+//!   first, whether somebody stops the slice or the host goes down. Each scope wants it, so it is there again when a sandbox is.
 
 use std::path::Path;
 
@@ -94,6 +94,8 @@ RestartSec=200ms
 # What it starts outlives it; msb-flush.service ends that.
 KillMode=process
 TimeoutStopSec=30s
+# A watchdog ends it with SIGABRT; what it knows of its users belongs in no file beside them, and writing it would only hold it up.
+LimitCORE=0
 Delegate=yes
 FileDescriptorStoreMax=1024
 NoNewPrivileges=yes

@@ -19,10 +19,17 @@ use super::{Daemon, mailbox};
 use crate::images::{ImageUser, ImageUsers, Prepare, PreparedImage};
 use crate::sandbox::actor::{HoldDisk, HoldMachine};
 use crate::snapshots::{ListSnapshots, Make, RemoveSnapshot, Snapshot, Snapshots};
+use crate::supervisor::SandboxRef;
+
+/// Copies of one fork that start at the same time.
+const STARTS_MAX: usize = 8;
 
 /// A machine goes on as it was: what would make it another one is refused, naming it.
-fn check_memory(name: &SandboxName, request: &CreateRequest, manifest: &SnapshotManifest) -> Result<(), ApiError> {
+fn check_memory(name: &SandboxName, request: &mut CreateRequest, manifest: &SnapshotManifest) -> Result<(), ApiError> {
     let Some(memory) = &manifest.memory else { return Ok(()) };
+    if memory.main {
+        request.spec.workload = Workload::Main;
+    }
     let (spec, saved) = (&request.spec, &manifest.spec);
     let refuse = |what: &str| {
         let message = format!("snapshot {name} has memory, and its machine goes on as it was: {what}");
@@ -45,8 +52,18 @@ fn check_memory(name: &SandboxName, request: &CreateRequest, manifest: &Snapshot
     if !spec.mounts.is_empty() {
         return refuse("nothing can be mounted into it");
     }
-    if spec.workload != Workload::None || request.hold_main {
-        return refuse("what ran in it goes on; use `msb create --snapshot`, then `msb exec`");
+    if memory.main {
+        if (&spec.entrypoint, &spec.command) != (&saved.entrypoint, &saved.command) {
+            return refuse("its command runs and cannot change");
+        }
+        if request.hold_main {
+            return refuse("its command runs already: `msb run -d --snapshot`, then `msb attach`");
+        }
+    }
+    if (&spec.env, &spec.user, &spec.workdir, &spec.rlimits)
+        != (&saved.env, &saved.user, &saved.workdir, &saved.rlimits)
+    {
+        return refuse("environment, user, working directory and limits cannot change");
     }
     if spec.security != saved.security || spec.kernel.is_some() || spec.root_size_mib != saved.root_size_mib {
         return refuse("kernel, security profile and the size of its disk cannot change");
@@ -143,9 +160,18 @@ impl Daemon {
         let snapshot = self.take_snapshot(taking).await?;
         let mut network = source.network.clone();
         network.ports.clear();
+        let mut begun = Vec::with_capacity(names.len());
         let mut made: Vec<SandboxDetail> = Vec::with_capacity(names.len());
         let mut failure = None;
         for own in names {
+            if let Some(oldest) = begun.len().checked_sub(STARTS_MAX)
+                && failure.is_none()
+            {
+                failure = Self::until_up(&begun[oldest], &mut made).await;
+            }
+            if failure.is_some() {
+                break;
+            }
             let spec = SandboxSpec {
                 name: own,
                 snapshot: Some(name.clone()),
@@ -156,24 +182,37 @@ impl Daemon {
                 ..snapshot.spec.clone()
             };
             let asked = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
-            match self.create(asked, None).await {
-                Ok(detail) => made.push(detail),
-                Err(error) => {
-                    failure = Some(error);
-                    break;
-                }
+            match self.begin(asked, None).await {
+                Ok((sandbox, lease)) => begun.push((sandbox, lease)),
+                Err(error) => failure = Some(error),
+            }
+        }
+        for sandbox in begun.get(made.len()..).unwrap_or_default() {
+            if failure.is_none() {
+                failure = Self::until_up(sandbox, &mut made).await;
             }
         }
         if let Err(error) = self.remove_snapshot(name).await {
             tracing::warn!(error = %error.message, "the snapshot of a fork stays");
         }
         let Some(failure) = failure else { return Ok(made) };
-        for detail in made {
-            if let Err(error) = self.remove(&detail.summary.name, true).await {
+        for (sandbox, _lease) in begun {
+            if let Err(error) = self.remove(&sandbox.name, true).await {
                 tracing::warn!(error = %error.message, "a copy of a fork that failed stays");
             }
         }
         Err(failure)
+    }
+
+    /// Waits for one copy of a fork; why it is not there, if it is not.
+    async fn until_up(begun: &(SandboxRef, Option<PreparedImage>), made: &mut Vec<SandboxDetail>) -> Option<ApiError> {
+        match Self::until_ready(begun.0.clone(), 0, 0).await {
+            Ok(detail) => {
+                made.push(detail);
+                None
+            }
+            Err(error) => Some(error),
+        }
     }
 
     /// Removes a snapshot.
@@ -254,9 +293,9 @@ impl Daemon {
         &self,
         request: &mut CreateRequest,
     ) -> Result<Option<(Snapshot, PreparedImage)>, ApiError> {
-        let Some(name) = &request.spec.snapshot else { return Ok(None) };
+        let Some(name) = request.spec.snapshot.clone() else { return Ok(None) };
         let snapshot = self.snapshots().find(name.as_str()).await?;
-        let image = self.image_of(name, &snapshot.manifest.image).await?;
+        let image = self.image_of(&name, &snapshot.manifest.image).await?;
         let size_mib = snapshot.manifest.disk.size_bytes.div_ceil(1 << 20);
         if u64::from(request.spec.root_size_mib) < size_mib {
             let message = format!(
@@ -268,7 +307,7 @@ impl Daemon {
             );
         }
         request.spec.image.clone_from(&snapshot.manifest.image.reference);
-        check_memory(name, request, &snapshot.manifest)?;
+        check_memory(&name, request, &snapshot.manifest)?;
         Ok(Some((snapshot, image)))
     }
 

@@ -114,6 +114,8 @@ fn started_at(sample: &Sample) -> Timestamp {
 #[must_use]
 pub fn entry(measured: &Measured) -> Entry {
     let (sample, guest) = (&measured.sample, measured.guest.unwrap_or_default());
+    // One more than there are, so that 0 says that the guest has not spoken yet.
+    let processes = measured.guest.map_or(0, |guest| u64::from(guest.processes) + 1);
     [
         measured.at_ms,
         sample.at_ns / 1_000_000,
@@ -130,7 +132,7 @@ pub fn entry(measured: &Measured) -> Entry {
         guest.root_used_bytes,
         guest.root_free_bytes,
         sample.root_allocated_bytes,
-        u64::from(guest.processes),
+        processes,
     ]
 }
 
@@ -162,13 +164,13 @@ pub fn history(entries: &[(BootId, Entry)], points_max: usize) -> Vec<HistoryPoi
             network_sent_bytes: entry[10],
             network_packets: entry[11],
             root_allocated_bytes: entry[14],
-            guest: GuestMetrics {
+            guest: entry[15].checked_sub(1).map(|processes| GuestMetrics {
                 memory_used_bytes: entry[3],
                 memory_total_bytes: 0,
                 root_used_bytes: entry[12],
                 root_free_bytes: entry[13],
-                processes: u32::try_from(entry[15]).unwrap_or(u32::MAX),
-            },
+                processes: u32::try_from(processes).unwrap_or(u32::MAX),
+            }),
         });
         before = Some(now);
     }
@@ -177,6 +179,8 @@ pub fn history(entries: &[(BootId, Entry)], points_max: usize) -> Vec<HistoryPoi
 
 #[cfg(test)]
 mod tests {
+    use msb_protocol::id::SandboxId;
+
     use super::*;
 
     #[test]
@@ -197,5 +201,24 @@ mod tests {
         assert_eq!(thin.last().unwrap().at, Timestamp::from_second(99).unwrap());
         assert!((thin[5].cpu_utilization - 0.25).abs() < 1e-9);
         assert!(history(&[], 10).is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_has_not_spoken_is_absent_and_one_without_processes_is_not() {
+        let guest = |guest| {
+            let measured = Measured {
+                id: SandboxId(uuid::Uuid::from_u128(1)),
+                name: SandboxName::parse("web").unwrap(),
+                boot_id: BootId(uuid::Uuid::from_u128(2)),
+                at_ms: 1,
+                sample: Sample::default(),
+                guest,
+            };
+            history(&[(measured.boot_id, entry(&measured))], 10)[0].guest
+        };
+        assert_eq!(guest(None), None);
+        let said = GuestMetrics { memory_used_bytes: 5, root_free_bytes: 7, ..GuestMetrics::default() };
+        assert_eq!(guest(Some(said)), Some(said));
+        assert_eq!(guest(Some(GuestMetrics { processes: 3, ..said })).unwrap().processes, 3);
     }
 }

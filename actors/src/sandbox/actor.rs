@@ -316,6 +316,7 @@ impl SandboxActor {
         let was_running = matches!(self.machine.state(), State::Running { .. });
         let at = Moment { now_ms: self.now_ms(), next_boot_id: BootId::generate() };
         let before = self.machine.run();
+        let adopted = matches!(event, Event::Adopted { .. });
         let effects = self.machine.step(event, at)?;
         if let State::Running { run, .. } = self.machine.state()
             && !was_running
@@ -328,7 +329,8 @@ impl SandboxActor {
                 self.record.boot_error = None;
             }
             self.activity.touch_start();
-            self.beats = Some(BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms));
+            let watch = BeatWatch::new(run.boot_id, self.record.engine.unwrap_or(EngineChoice::Qemu), at.now_ms);
+            self.beats = Some(if adopted { watch.adopted() } else { watch });
             self.arm_beats(ctx);
             self.begin_care(run.boot_id, ctx);
         } else if was_running && !matches!(self.machine.state(), State::Running { .. }) {
@@ -1017,8 +1019,13 @@ impl Handler<Ask> for SandboxActor {
                         (Denial::StillRunning(_), _) => ErrorCode::SandboxStillRunning,
                         (Denial::Busy(_), _) => ErrorCode::SandboxBusy,
                     };
-                    let doing = if then_start { "cannot be restarted" } else { "cannot do this" };
-                    ApiError::new(code, format!("sandbox {} {doing}: {denial}", self.record.name))
+                    let asked = match event {
+                        Event::Start { .. } => "started",
+                        Event::Remove { .. } => "removed",
+                        _ if then_start => "restarted",
+                        _ => "stopped",
+                    };
+                    ApiError::new(code, format!("sandbox {} cannot be {asked}: {denial}", self.record.name))
                 })
             }
             Ask::Detach => {

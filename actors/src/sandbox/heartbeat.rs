@@ -17,6 +17,8 @@ use serde::Serialize;
 pub const MISSED_MAX: u64 = 3;
 /// Beats that may be missed in a row under software emulation, where a busy host slows the guest's own clock.
 pub const MISSED_MAX_EMULATED: u64 = 10;
+/// How many more times a machine that was adopted may miss that many before its first beat.
+const ADOPTION_LIMITS: u64 = 4;
 /// How late a timer of ours may be before the silence is held to be the host's and not the guest's.
 const STALL_MS: u64 = 500;
 /// Beats that wait for the thread.
@@ -48,6 +50,13 @@ impl BeatWatch {
         let missed = if engine == EngineChoice::Kvm { MISSED_MAX } else { MISSED_MAX_EMULATED };
         let limit_ms = (missed + 1) * BEAT_INTERVAL_MS;
         Self { boot_id, limit_ms, heard_ms: now_ms, due_ms: now_ms.saturating_add(limit_ms), sequence: 0 }
+    }
+
+    /// The same for a machine that was found by a new daemon: the agent's link has to be made anew, for every machine at once, on a host that
+    /// is just starting services. Until the first beat it has several times as long.
+    #[must_use]
+    pub fn adopted(self) -> Self {
+        Self { due_ms: self.due_ms.saturating_add(self.limit_ms * ADOPTION_LIMITS), ..self }
     }
 
     /// A beat came. False if it is of another boot or older than one already heard, and counts for nothing.
@@ -211,6 +220,15 @@ mod tests {
         let mut emulated = BeatWatch::new(boot(1), EngineChoice::Qemu, 0);
         assert_eq!(emulated.look(5_000), Verdict::LookAgain(11_000));
         assert_eq!(emulated.look(11_000), Verdict::Silent);
+    }
+
+    #[test]
+    fn an_adopted_machine_has_time_for_its_first_beat_and_no_more_than_others_afterwards() {
+        let mut watch = BeatWatch::new(boot(1), EngineChoice::Kvm, 0).adopted();
+        assert_eq!(watch.look(5_000), Verdict::LookAgain(20_000));
+        assert_eq!(watch.look(20_000), Verdict::Silent);
+        assert!(watch.hear(boot(1), 1, 6_000));
+        assert_eq!(watch.look(10_000), Verdict::Silent);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use msb_protocol::snapshot::{
     SNAPSHOT_FORMAT, SNAPSHOT_MEMORY_FORMAT, SNAPSHOTS_MAX, SnapshotDetail, SnapshotDisk, SnapshotImage, SnapshotKind,
     SnapshotManifest, SnapshotMemory, SnapshotParent, SnapshotSummary,
 };
-use msb_protocol::spec::SandboxSpec;
+use msb_protocol::spec::{SandboxSpec, Workload};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Clock;
@@ -254,6 +254,7 @@ impl Make {
             let content = draft.measure()?;
             let (memory, machine) = draft.measure_memory()?;
             let network = spec.network.enabled;
+            let main = spec.workload == Workload::Main;
             let spec = spec.for_snapshot();
             let manifest = SnapshotManifest {
                 format: SNAPSHOT_MEMORY_FORMAT,
@@ -277,6 +278,7 @@ impl Make {
                     digest: memory.digest.to_string(),
                     machine: machine.to_string(),
                     network,
+                    main,
                 }),
             };
             Ok(draft.seal(&manifest)?)

@@ -9,6 +9,7 @@ mod descriptors;
 mod explain;
 pub mod files;
 pub mod process;
+pub mod scope;
 pub mod session;
 
 use std::future::Future;

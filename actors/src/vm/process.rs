@@ -35,6 +35,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+use super::scope::{self, Scopes};
 use super::{
     AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
     descriptors, explain,
@@ -61,44 +62,6 @@ pub struct ProcessLauncher {
     pub sample_interval_ms: u64,
     /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it.
     pub scopes: Option<Scopes>,
-}
-
-/// How VM processes get into scopes of their own.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scopes {
-    /// systemd-run(1). It makes the scope with itself in it and then becomes the program, so the process id stays.
-    pub systemd_run: PathBuf,
-    /// Whether the scopes are the user's manager's and not the system's.
-    pub user: bool,
-}
-
-/// The slice of all VM processes.
-pub const SLICE: &str = "msb.slice";
-/// Its stop comes before that of the scopes, and stops the sandboxes with a flush.
-pub const FLUSH_UNIT: &str = "msb-flush.service";
-
-impl Scopes {
-    /// What starts a program in a scope of this name. Of the environment it gets what leads to the manager, and passes nothing on.
-    #[must_use]
-    pub fn command(&self, unit: &str, program: &Path) -> tokio::process::Command {
-        let mut command = tokio::process::Command::new(&self.systemd_run);
-        command.env_clear();
-        if self.user {
-            for name in ["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"] {
-                if let Some(value) = std::env::var_os(name) {
-                    command.env(name, value);
-                }
-            }
-            command.arg("--user");
-        }
-        command.args(["--scope", "--quiet", "--collect", "--slice", SLICE]);
-        command.arg(format!("--unit={unit}"));
-        command.arg(format!("--property=Before={FLUSH_UNIT}"));
-        // The guest is given its time to flush before; what is still there gets little more.
-        command.args(["--property=TimeoutStopSec=10s", "--property=SendSIGKILL=yes", "--", "/usr/bin/env", "-i"]);
-        command.arg(program);
-        command
-    }
 }
 
 impl Launcher for ProcessLauncher {
@@ -196,12 +159,17 @@ impl ProcessLauncher {
             .map_err(|error| failed(&log_path.display().to_string(), error))?;
         let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
         let mut command = match &self.scopes {
-            Some(scopes) => scopes.command(&format!("msb-{}.scope", spec.boot_id), &self.program),
-            None => tokio::process::Command::new(&self.program),
+            Some(Scopes::Manager(manager)) => {
+                let mut command = tokio::process::Command::from(manager.command(&scope::unit(spec.boot_id)));
+                command.args(["/usr/bin/env", "-i"]).arg(&self.program);
+                command
+            }
+            Some(Scopes::Door(_)) | None => {
+                let mut command = tokio::process::Command::new(&self.program);
+                command.env_clear();
+                command
+            }
         };
-        if self.scopes.is_none() {
-            command.env_clear();
-        }
         let mut child = command
             .stdin(OwnedFd::from(theirs))
             .stdout(log)
@@ -214,6 +182,12 @@ impl ProcessLauncher {
         let identity = child.id().ok_or_else(|| io::Error::other("it ended at once")).and_then(ProcessIdentity::of);
         let identity = identity.map_err(|error| failed("the VM process", error))?;
         let pidfd = identity.open();
+        // Before it is told what to do: all that it makes and uses afterwards is in its scope.
+        if let Some(Scopes::Door(socket)) = &self.scopes
+            && let Err(error) = scope::ask(socket, identity.pid, spec.boot_id).await
+        {
+            tracing::warn!(boot_id = %spec.boot_id, %error, "a VM process has no scope of its own and shares the service's");
+        }
         ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
         let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
         let boot_limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;

@@ -1,7 +1,7 @@
 //! Operations on several sandboxes: who is meant, and one after another so that one failure does not keep the rest from happening.
 
 use clap::Args;
-use msb_protocol::control::{SandboxDetail, SandboxSummary};
+use msb_protocol::control::{MetricsQuery, SandboxDetail, SandboxSummary};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::labels::LabelTerm;
@@ -66,6 +66,12 @@ impl FilterArgs {
             }
         }
         Ok(())
+    }
+
+    /// The same terms for a question about metrics.
+    #[must_use]
+    pub fn metrics_query(&self, names: Vec<String>) -> MetricsQuery {
+        MetricsQuery { names, labels: self.label.clone(), selectors: self.selector.clone() }
     }
 
     /// The sandboxes that fit, newest first.

@@ -7,6 +7,7 @@ use msb_protocol::images::{PullPolicy, PullRequest};
 use msb_protocol::snapshot::snapshot_name;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
+use super::template;
 use crate::context::{Context, host_variable};
 use crate::creation::{CreationArgs, Pull};
 use crate::failure::{ExitStatus, Failure};
@@ -66,6 +67,11 @@ pub async fn spec(
     let config = context.config()?;
     let Some(name) = &options.snapshot else {
         let (image, command) = split(words);
+        if options.pull == Pull::IfMissing
+            && let Some(template) = template::find(&image, &context.client().await?).await?
+        {
+            return Ok((options.spec(("", Some(&template)), &config, &host_variable)?, command));
+        }
         return Ok((options.spec((&image, None), &config, &host_variable)?, command));
     };
     let name = snapshot_name(name).map_err(Failure::Api)?;

@@ -21,6 +21,8 @@ use crate::terminal;
 pub const MANIFEST: &str = "share/msb/installed.txt";
 /// Longest wait for the end of a service that has promised it.
 const END_PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// State and sockets of the host's service.
+const OF_THE_HOST: [&str; 2] = ["/var/lib/msb", "/run/msb"];
 /// Units that may be active.
 const UNITS: [&str; 3] = ["msbd.socket", "msbd.service", "msb-flush.service"];
 
@@ -106,7 +108,12 @@ async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus
     let home = context.locator.surroundings.home_dir();
     let sockets = context.locator.surroundings.runtime_dir();
     let (mut removed, mut kept) = (files.clone(), Vec::new());
-    let own: Vec<PathBuf> = [home, sockets].into_iter().filter(|path| path.exists()).collect();
+    let mut own = vec![home, sockets];
+    // The service of the host is root's; somebody who names a home of their own means no other.
+    if context.locator.surroundings.uid == 0 && context.locator.surroundings.msb_home.is_none() {
+        own.extend(OF_THE_HOST.map(PathBuf::from));
+    }
+    own.retain(|path| path.exists());
     if args.purge {
         removed.extend(own.clone());
     } else {
@@ -208,7 +215,8 @@ fn disable_units(context: &Context) {
 
 /// A folder of msb's own. It is looked at twice before it goes: a home that holds no daemon's lock is not one.
 fn remove_own(path: &Path) -> Result<(), Failure> {
-    let known = ["msbd.lock", "msbd.sock", "state", "vm", "images"].iter().any(|name| path.join(name).exists());
+    let known =
+        ["msbd.lock", "msbd.sock", "state", "vm", "images", "users"].iter().any(|name| path.join(name).exists());
     let empty = path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
     if !known && !empty {
         return Err(invalid(format!(

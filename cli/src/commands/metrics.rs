@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
-use msb_protocol::control::{MetricsQuery, MetricsSnapshot, SandboxMetrics};
+use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::SandboxName;
-use msb_protocol::labels::LabelTerm;
 use msb_protocol::quantity;
 use msb_sdk::Client;
 use serde::Serialize;
 
+use super::bulk::FilterArgs;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure, invalid};
 use crate::table::Table;
@@ -22,9 +22,9 @@ pub struct MetricsArgs {
     /// Only these sandboxes, those that ended too
     #[arg(value_name = "NAME")]
     pub names: Vec<String>,
-    /// Only those with this label; several must all fit
-    #[arg(short, long, value_name = "KEY[=VALUE]")]
-    pub label: Vec<String>,
+    /// Only these.
+    #[command(flatten)]
+    pub filter: FilterArgs,
     /// Also the last values of those whose virtual machine ended
     #[arg(short, long)]
     pub all: bool,
@@ -138,18 +138,16 @@ fn row(sandbox: &SandboxMetrics) -> Row<'_> {
 /// Carries it out.
 ///
 /// # Errors
-/// `sandbox_not_found` for a name, `invalid_label`, and those of the service.
+/// `sandbox_not_found` for a name, `invalid_label`, `invalid_selector`, and those of the service.
 pub async fn run(args: MetricsArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let names = args.names.iter().map(|text| parse::name(text)).collect::<Result<Vec<_>, _>>()?;
-    for term in &args.label {
-        LabelTerm::parse(term)?;
-    }
+    args.filter.check()?;
     let interval_ms = quantity::parse_duration_ms(&args.interval).map_err(|error| invalid(error.to_string()))?;
     if !(100..=3_600_000).contains(&interval_ms) {
         return Err(invalid(format!("an interval is 100ms to 1h, not {}", args.interval)));
     }
     let client = context.client().await?;
-    let query = MetricsQuery { names: args.names.clone(), labels: args.label.clone() };
+    let query = args.filter.metrics_query(args.names.clone());
     if args.watch || args.follow {
         let mut snapshots = client.metrics_stream(&query, Duration::from_millis(interval_ms)).await?;
         let mut seen = Seen::default();

@@ -20,6 +20,7 @@ pub mod itself;
 pub mod label;
 pub mod list;
 pub mod logs;
+pub mod mcp;
 pub mod metrics;
 pub mod net;
 pub mod pause;
@@ -36,13 +37,12 @@ pub mod ssh;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod template;
 pub mod top;
 pub mod uninstall;
 pub mod version;
 pub mod volume;
 pub mod wait;
-
-use msb_protocol::error::ApiError;
 
 use crate::arguments::Command;
 use crate::context::Context;
@@ -93,20 +93,12 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Save(args) => save::run(args, context).await,
         Command::Registry { command } => registry::run(command, context).await,
         Command::Snapshot { command } => snapshot::run(command, context).await,
-        Command::Template(_) => unbuilt("msb template"),
+        Command::Template { command } => template::run(command, context).await,
         Command::Df => df::run(context).await,
         Command::Install(args) => install::run(args, context).await,
         Command::Uninstall(args) => uninstall::run(args, context).await,
         Command::Metrics(args) => metrics::run(args, context).await,
         Command::Top(args) => top::run(args, context).await,
-        Command::Mcp(_) => unbuilt("msb mcp"),
+        Command::Mcp(args) => mcp::run(args, context).await,
     }
-}
-
-/// The answer of a command that is not built.
-///
-/// # Errors
-/// Always: `not_implemented`, naming it.
-pub fn unbuilt(part: &str) -> Result<ExitStatus, Failure> {
-    Err(ApiError::not_implemented(part).into())
 }

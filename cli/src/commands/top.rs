@@ -9,12 +9,12 @@ use std::time::Duration;
 use clap::Args;
 use msb_protocol::control::{HistoryQuery, LogQuery, MetricsHistory, MetricsQuery, MetricsSnapshot, StopRequest};
 use msb_protocol::id::SandboxName;
-use msb_protocol::labels::LabelTerm;
 use msb_sdk::{Client, JsonLines};
 use ratatui::Terminal;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::bulk::FilterArgs;
 use super::metrics::Sort;
 use crate::context::{Context, host_variable};
 use crate::failure::{ExitStatus, Failure, invalid};
@@ -32,9 +32,9 @@ const LOG_TAIL: u64 = 500;
 /// Options of `top`.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// Only those with this label; several must all fit
-    #[arg(short, long, value_name = "KEY[=VALUE]")]
-    pub label: Vec<String>,
+    /// Only these.
+    #[command(flatten)]
+    pub filter: FilterArgs,
     /// Order of the rows at first
     #[arg(short, long, value_enum, value_name = "KEY", default_value = "cpu")]
     pub sort: Sort,
@@ -52,16 +52,14 @@ enum Happening {
 /// Carries it out.
 ///
 /// # Errors
-/// `invalid_config` without a terminal, `invalid_label`, and those of the service at the start.
+/// `invalid_config` without a terminal, `invalid_label`, `invalid_selector`, and those of the service at the start.
 pub async fn run(args: TopArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    for term in &args.label {
-        LabelTerm::parse(term)?;
-    }
+    args.filter.check()?;
     if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
         return Err(invalid("msb top needs a terminal; for programs there is msb metrics --format json"));
     }
     let client = context.client().await?;
-    let query = MetricsQuery { names: Vec::new(), labels: args.label };
+    let query = args.filter.metrics_query(Vec::new());
     let snapshots = client.metrics_stream(&query, INTERVAL).await?;
     let refuse = |error: std::io::Error| invalid(format!("the terminal cannot be used: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(refuse)?;

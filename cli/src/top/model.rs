@@ -208,7 +208,8 @@ impl Model {
                     point.network_sent_bytes,
                 ],
             };
-            whole.push(counters, point.cpu_utilization, point.guest.memory_used_bytes);
+            let memory = point.guest.map_or(point.memory_resident_bytes, |guest| guest.memory_used_bytes);
+            whole.push(counters, point.cpu_utilization, memory);
         }
         let first_ms = curve.moments.front().map_or(u64::MAX, |moment| moment.at_ms);
         whole.moments.retain(|moment| moment.at_ms < first_ms);

@@ -186,7 +186,7 @@ fn history_comes_before_what_was_seen() {
             network_sent_bytes: 0,
             network_packets: 0,
             root_allocated_bytes: 0,
-            guest: Default::default(),
+            guest: None,
         })
         .map(|mut point| {
             point.at = jiff::Timestamp::from_millisecond(point.at.as_millisecond() + 10_100).unwrap();

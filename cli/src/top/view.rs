@@ -109,14 +109,18 @@ fn list(model: &Model, theme: Theme, frame: &mut Frame<'_>, area: Rect) {
     let titles = [
         mark("NAME", Sort::Name),
         "STATE".into(),
-        mark("CPU", Sort::Cpu),
+        // Over numbers that end at the right.
+        format!("{:>6}", mark("CPU", Sort::Cpu)),
         String::new(),
-        mark("MEM", Sort::Mem),
-        "%".into(),
+        format!("{:>6}", mark("MEM", Sort::Mem)),
+        "  %".into(),
         "DISK/s".into(),
-        "NET/s".into(),
+        " NET/s".into(),
     ];
-    let rows = model.rows.iter().map(|row| {
+    let chosen = model.place();
+    let rows = model.rows.iter().enumerate().map(|(place, row)| {
+        // The chosen row is reversed: a colour would become its ground, and a curve look like its opposite.
+        let theme = Theme { colors: theme.colors && chosen != Some(place) };
         let newest = model.moments(row.id).next_back().copied().unwrap_or_default();
         let (cpu, memory) = if row.last { (0.0, 0) } else { (row.cpu_utilization, memory_used(row)) };
         let share = share(memory, row.sample.memory_limit_bytes);
@@ -146,7 +150,7 @@ fn list(model: &Model, theme: Theme, frame: &mut Frame<'_>, area: Rect) {
     let table = Table::new(rows, widths)
         .header(Row::new(titles).style(Style::new().add_modifier(Modifier::BOLD)))
         .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED));
-    frame.render_stateful_widget(table, area, &mut TableState::new().with_selected(model.place()));
+    frame.render_stateful_widget(table, area, &mut TableState::new().with_selected(chosen));
 }
 
 #[allow(clippy::cast_precision_loss, reason = "a share of memory for a screen")]
@@ -275,7 +279,7 @@ fn help(theme: Theme, frame: &mut Frame<'_>, area: Rect) {
     const KEYS: [&str; 10] = [
         "↑ ↓ page home end   choose a sandbox",
         "enter               look into it",
-        "/                   filter: words of the name, KEY=VALUE of a label",
+        "/                   filter: words of the name, or KEY=VALUE",
         "c  m  n             sort by CPU, memory, name",
         "k                   stop it (asks first)",
         "l                   what it wrote",

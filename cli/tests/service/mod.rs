@@ -241,7 +241,7 @@ async fn list(Query(pairs): Query<Vec<(String, String)>>) -> Json<SandboxList> {
         pairs.iter().filter(|(key, _)| key == "label").map(|(_, term)| LabelTerm::parse(term).unwrap()).collect();
     let mut sandboxes = sandboxes();
     sandboxes.retain(|summary| terms.iter().all(|term| term.matches(&summary.labels)));
-    Json(SandboxList { sandboxes })
+    Json(SandboxList { sandboxes, next: None })
 }
 
 async fn create(main: Words, request: CreateRequest) -> Response {

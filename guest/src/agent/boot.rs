@@ -177,6 +177,7 @@ fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
     let security = Security::new(profile).map_err(|error| boot_failed(SETUP, error.to_string()))?;
     let guest = Guest {
         config,
+        late_main: Default::default(),
         boot_id: welcome.boot_id,
         root: root.directory,
         enter_root: true,

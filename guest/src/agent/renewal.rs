@@ -52,7 +52,7 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
     let Some(link) = agent.renewal.link.get().filter(|link| link.is_quiesced()) else {
         return refuse(stream, "this machine was not made of a saved one".into());
     };
-    let Some(welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
+    let Some(mut welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
         return refuse(stream, "a renewal without a welcome".into());
     };
     if let Err(message) = become_new(agent, &welcome) {
@@ -69,8 +69,22 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
         link.log("a renewal came for a link that is still there");
         return Ok(());
     }
+    // Before `Ready`: whoever starts it by hand comes right after that.
+    let autostart = match welcome.config.take().and_then(|config| config.main) {
+        Some(main) if agent.main.appear() => {
+            let autostart = main.autostart;
+            let _ = agent.guest.late_main.set(main);
+            autostart
+        }
+        // It goes on, or has ended; or there is none.
+        _ => false,
+    };
     link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: Vec::new() }));
     link.thaw();
+    if autostart {
+        // This thread's stream is the link's now. A failed start is told there by the workload itself.
+        drop(agent.run_main(None));
+    }
     Ok(())
 }
 
@@ -86,6 +100,7 @@ fn become_new(agent: &Agent, welcome: &Welcome) -> Result<(), String> {
     let Some(config) = &welcome.config else { return Err("a renewal without a configuration".into()) };
     rustix::system::sethostname(config.hostname.as_bytes())
         .map_err(|errno| format!("cannot set the host name: {errno}"))?;
+    environment::renew_boot_id(&agent.guest.root).map_err(|error| format!("cannot renew the boot id: {error}"))?;
     // A root that is read-only (profile strict) keeps its files.
     if let Err(error) = environment::write_names(&agent.guest.root, config) {
         agent.host.log(&format!("files of the network keep what they were: {error}"));

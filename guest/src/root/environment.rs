@@ -6,7 +6,8 @@ use std::io;
 use std::path::Path;
 
 use msb_protocol::guest::GuestConfig;
-use rustix::mount::{MountFlags, mount};
+use rustix::fs::OFlags;
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
 use super::directory::{RootDirectory, path_of};
 use super::{RootError, Trying, hardening};
@@ -102,6 +103,25 @@ pub fn write_names(root: &RootDirectory, config: &GuestConfig) -> Result<(), Roo
     {
         root.write(Path::new(path), text.as_bytes(), 0o644).trying("identity", &format!("cannot write {path}"))?;
     }
+    Ok(())
+}
+
+/// Lays a new boot id over the kernel's, which drew it once and was copied since.
+///
+/// # Errors
+/// As mount(2).
+pub fn renew_boot_id(root: &RootDirectory) -> io::Result<()> {
+    /// In the agent's own root, which the workload does not see.
+    const PLACE: &str = "/boot_id";
+    let target = Path::new("/proc/sys/kernel/random/boot_id");
+    // The one source of UUIDs in the kernel; it has been seeded anew.
+    std::fs::write(PLACE, std::fs::read("/proc/sys/kernel/random/uuid")?)?;
+    let over = root.open_path(target, OFlags::PATH, 0)?;
+    let laid = mount_bind(PLACE, path_of(&over));
+    std::fs::remove_file(PLACE)?;
+    laid?;
+    let laid = root.open_path(target, OFlags::PATH, 0)?;
+    mount_remount(path_of(&laid), MountFlags::BIND | MountFlags::RDONLY | NO_EXEC, c"")?;
     Ok(())
 }
 

@@ -189,3 +189,22 @@ fn relay(host: &OwnedFd, connection: BorrowedFd<'_>, early: Vec<u8>) -> Result<(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_policy_forbids_is_told_from_what_is_not_there() {
+        let refused =
+            |address: [u8; 4], errno| refusal("there", Some(address.into()), 80, &io::Error::from_raw_os_error(errno));
+        assert_eq!(refused([10, 1, 2, 3], libc::EPERM).code, ErrorCode::ConnectDenied);
+        assert_eq!(refused([10, 1, 2, 3], libc::EACCES).code, ErrorCode::ConnectDenied);
+        assert_eq!(refused([10, 1, 2, 3], libc::ENETUNREACH).code, ErrorCode::ConnectFailed);
+        // A reset from elsewhere may be the policy's; one from the sandbox's own loopback cannot.
+        let elsewhere = refused([10, 1, 2, 3], libc::ECONNREFUSED);
+        assert_eq!(elsewhere.code, ErrorCode::ConnectFailed);
+        assert!(elsewhere.message.contains("there (10.1.2.3) port 80") && elsewhere.message.contains("policy"));
+        assert!(!refused([127, 0, 0, 1], libc::ECONNREFUSED).message.contains("policy"));
+    }
+}

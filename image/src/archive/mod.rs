@@ -190,6 +190,22 @@ impl Store {
         options: &LoadOptions,
         progress: &mut dyn FnMut(LoadEvent),
     ) -> Result<Vec<LoadedImage>, ImageError> {
+        let outcome = self.load_held(source, options, progress);
+        if outcome.is_err()
+            && let Err(error) = self.sweep_orphans()
+        {
+            tracing::warn!(%error, "parts of a load that failed stay until the store opens next");
+        }
+        outcome
+    }
+
+    /// The load, with everything that it holds let go of at its end.
+    fn load_held(
+        &self,
+        source: LoadSource<'_>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(LoadEvent),
+    ) -> Result<Vec<LoadedImage>, ImageError> {
         let mut session = session::Session::new(self, options)?;
         session.read(input::Input::open(source)?, progress)?;
         let images = session.resolve()?;

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use crate::faults;
 use crate::layer::BLOCK_BYTES;
 
 /// Bytes gathered before a write.
@@ -94,6 +95,7 @@ impl DataWriter {
                 }
                 end += run.max(BLOCK_BYTES as usize).min(bytes.len() - end);
             }
+            faults::step("layer: contents");
             self.file.write_all_at(&bytes[start..end], self.base + start as u64)?;
             start = end;
         }

@@ -15,6 +15,7 @@ use std::path::Path;
 use crate::compression::{Bomb, BombGuard, Compression, Decoder};
 use crate::digest::{Digest, Hasher};
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::data::DataWriter;
 use crate::layer::path::{entry_components, for_people, target_components};
 use crate::layer::tree::{Bytes, Content, Dropped, Entry, Inode, InodeKind, LayerTree, What};
@@ -89,6 +90,7 @@ pub(crate) fn import_layer(
     let (_, data_bytes) = data.finish().map_err(|error| io_error("write", &data_path, error))?;
     let tree = builder.finish(data_bytes, tar_bytes);
     let tree_path = directory.join(TREE_FILE);
+    faults::step("layer: tree");
     let mut tree_file = File::create_new(&tree_path).map_err(|error| io_error("create", &tree_path, error))?;
     tree_file.write_all(&tree.encode()?).map_err(|error| io_error("write", &tree_path, error))?;
     Ok(ImportedLayer { diff_id, tree })

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use crate::compression::{Compression, SNIFF_BYTES, sniff};
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::intake::{Intake, PIECE_BYTES, ReadyLayer, unpack};
 use crate::limits::Limits;
 use crate::registry::manifest::Blob;
@@ -162,6 +163,7 @@ fn fetch_from(
 
 /// Opens the unfinished file. One that is longer than the blob is of another blob or another mind.
 fn open_partial(path: &Path, bytes: u64) -> Result<File, ImageError> {
+    faults::step("blob: open");
     let file = OpenOptions::new()
         .read(true)
         .write(true)

@@ -159,12 +159,18 @@ pub fn check_login(
     wire.check().map_err(once)
 }
 
-/// Reads bytes as every kind of answer that a registry can give: the door of the fuzz target, which looks for panics and endless work.
+/// Reads bytes as every kind of answer that a registry can give: the door of the fuzz target, which looks for panics, endless work and
+/// what gets past a limit.
 #[doc(hidden)]
 pub fn read_as_answers(bytes: &[u8]) {
     let limits = crate::limits::Limits::default();
     // Errors are what most inputs should give.
-    let _ = manifest::parse(bytes, "", &crate::archive::Platform::host(), &limits);
+    if let Ok(manifest::Document::Manifest(read)) =
+        manifest::parse(bytes, "", &crate::archive::Platform::host(), &limits)
+    {
+        let fits = read.layers.iter().all(|layer| layer.bytes <= limits.blob_bytes);
+        assert!(fits && read.layers.len() as u64 <= limits.layers && read.config.bytes <= limits.metadata_bytes);
+    }
     let _ = crate::config::ImageConfig::parse(bytes);
     let _ = challenge::token(bytes);
     let text = String::from_utf8_lossy(bytes);

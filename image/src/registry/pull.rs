@@ -1,7 +1,7 @@
 //! The pull: from a name to a record, layers in parallel.
 //!
 //! The caller's thread coordinates and reports; [`PullOptions::parallel`] threads fetch layers. The first failure cancels the rest. What is
-//! whole by then is in the store under the pull's holds, what is not stays in `partial/` for the next try.
+//! whole by then becomes an unfinished download again, unless somebody else needs it; all of those stay in `partial/` for the next try.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -16,6 +16,7 @@ use crate::archive::{Platform, platform_of};
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::Dropped;
 use crate::limits::Limits;
 use crate::reference::ImageReference;
@@ -137,6 +138,22 @@ impl Store {
     /// # Errors
     /// `RegistryNotFound`, `RegistryDenied`, `Registry`, `RegistryPlatform`, `Manifest`, `Digest`, `Size`, `Limit`, `Layer`, `DiskFull`, `Io`, `Cancelled`.
     pub fn pull(
+        &self,
+        reference: &ImageReference,
+        options: &PullOptions,
+        runtime: Handle,
+        cancelled: &CancellationToken,
+        progress: &mut dyn FnMut(PullEvent),
+    ) -> Result<PulledImage, ImageError> {
+        let outcome = self.pull_held(reference, options, runtime, cancelled, progress);
+        if outcome.is_err() {
+            self.give_back();
+        }
+        outcome
+    }
+
+    /// The pull, with everything that it holds let go of at its end.
+    fn pull_held(
         &self,
         reference: &ImageReference,
         options: &PullOptions,
@@ -321,6 +338,7 @@ impl Pull<'_> {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<std::path::PathBuf, ImageError> {
+        faults::step("document: write");
         let path = self.scratch.join(name);
         std::fs::write(&path, bytes).map_err(|error| io_error("write", &path, error))?;
         Ok(path)

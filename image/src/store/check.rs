@@ -201,8 +201,8 @@ impl Store {
         Ok(())
     }
 
-    /// Removes parts that a crash left without a record.
-    pub(super) fn sweep_orphans(&self) -> Result<(), ImageError> {
+    /// Removes parts that a crash, or something that failed, left without a record.
+    pub(crate) fn sweep_orphans(&self) -> Result<(), ImageError> {
         let state = self.state();
         let swept = self.sweep(&state)?;
         drop(state);

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use crate::digest::Digest;
 use crate::error::ImageError;
+use crate::faults;
 use crate::store::{Part, Shared};
 
 /// The thread and how to reach it.
@@ -98,6 +99,7 @@ fn flush_image(shared: &Shared, image: Digest) -> std::io::Result<()> {
         _ => return Ok(()),
     };
     for part in parts {
+        faults::step("flush: a part");
         match part {
             Part::Layer(diff_id) => {
                 sync(&shared.paths.layer_data(diff_id))?;
@@ -113,6 +115,7 @@ fn flush_image(shared: &Shared, image: Digest) -> std::io::Result<()> {
     let path: PathBuf = {
         let mut state = shared.state();
         let Some(record) = state.records.get_mut(&image) else { return Ok(()) };
+        faults::step("flush: the record");
         record.flushed = true;
         let record = record.clone();
         shared.write_record(&record).map_err(std::io::Error::other)?;

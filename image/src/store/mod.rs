@@ -24,6 +24,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::LayerTree;
 use crate::limits::Limits;
 
@@ -341,11 +342,13 @@ impl Shared {
         let bytes = serde_json::to_vec_pretty(record)
             .map_err(|error| ImageError::Corrupt(format!("a record cannot be written: {error}")))?;
         let directory = self.paths.temporary();
+        faults::step("record: write");
         let mut file = tempfile::Builder::new()
             .permissions(Permissions::from_mode(0o600))
             .tempfile_in(&directory)
             .map_err(|error| io_error("create a file in", &directory, error))?;
         file.write_all(&bytes).map_err(|error| io_error("write", &path, error))?;
+        faults::step("record: name");
         file.persist(&path).map_err(|error| io_error("create", &path, error.error))?;
         Ok(())
     }

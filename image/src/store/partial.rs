@@ -18,7 +18,7 @@ const KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
 const WORTH_KEEPING_BYTES: u64 = 64 << 10;
 
 impl Store {
-    /// Blobs that no image needs when the store opens are layers of a pull that was killed: the next pull goes on with them.
+    /// Blobs that no image needs are layers of a pull that failed or was killed: the next pull goes on with them.
     pub(super) fn keep_orphan_blobs(&self) -> Result<(), ImageError> {
         let state = self.state();
         for part in self.dead_parts(&state, &std::collections::BTreeSet::new())? {
@@ -29,6 +29,13 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// After a pull that failed: layers that had their names already and that nobody needs are downloads to go on with again.
+    pub(crate) fn give_back(&self) {
+        if let Err(error) = self.keep_orphan_blobs().and_then(|()| self.sweep_orphans()) {
+            tracing::warn!(%error, "parts of a pull that failed stay until the store opens next");
+        }
     }
 
     pub(super) fn drop_old_partials(&self) -> Result<(), ImageError> {

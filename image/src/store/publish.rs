@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::Digest;
 use crate::erofs::{MergedTree, write_metadata};
 use crate::error::{ImageError, io_error};
+use crate::faults;
 use crate::layer::{Dropped, Hashing, LayerTree, import_layer};
 use crate::limits::Limits;
 use crate::reference::ImageReference;
@@ -94,18 +95,25 @@ impl Store {
 
         let mut state = self.state();
         for (digest, file) in &image.blobs {
+            faults::step("image: name a blob");
             rename_if_there(file, &self.paths().blob(*digest))?;
+            if !self.flights().is_under_way(*digest) {
+                // What an earlier load that was killed left is a download that nobody needs to finish any more.
+                let _ = fs::remove_file(self.paths().partial(*digest));
+            }
         }
         for layer in &image.layers {
             let Some(files) = &layer.files else { continue };
             if self.layer_is_whole(&layer.record) {
                 continue;
             }
+            faults::step("layer: name the files");
             let target = self.paths().layer(layer.record.diff_id);
             rename_if_there(&target, &scratch.join(format!("replaced-{}", layer.record.diff_id.hex())))?;
             rename_if_there(files, &target)?;
         }
         if let Some(new_root) = new_root {
+            faults::step("image: name the root");
             rename_if_there(&new_root, &root)?;
         }
         // What was skipped because the store had it must still be there.
@@ -154,10 +162,12 @@ impl Store {
         holds.reserve(Part::Blob(record.blob));
         holds.reserve(Part::Layer(record.diff_id));
         let _state = self.state();
+        faults::step("layer: name the blob");
         rename_if_there(blob, &self.paths().blob(record.blob))?;
         // rename(2) leaves both names where they are one file already.
         let _ = fs::remove_file(blob);
         if !self.layer_is_whole(record) {
+            faults::step("layer: name the files");
             let target = self.paths().layer(record.diff_id);
             rename_if_there(&target, &scratch.join(format!("replaced-{}", record.diff_id.hex())))?;
             rename_if_there(files, &target)?;
@@ -280,6 +290,7 @@ pub(super) fn write_root(
     limits: &Limits,
 ) -> Result<PathBuf, ImageError> {
     let path = scratch.join(format!("root-{}", chain.hex()));
+    faults::step("root: write");
     let file = fs::OpenOptions::new()
         .write(true)
         .create(true)

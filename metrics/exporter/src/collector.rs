@@ -13,7 +13,8 @@ use msb_sdk::Client;
 use tokio::time::MissedTickBehavior;
 
 use crate::args::CollectArgs;
-use crate::point::{AttributeChoice, Collection, Memory, collect};
+use crate::collect::{AttributeChoice, Memory, collect};
+use crate::point::Collection;
 
 /// Longest time a daemon may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

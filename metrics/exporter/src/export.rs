@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::buffer::Buffer;
@@ -11,7 +12,6 @@ use crate::otlp;
 use crate::point::Collection;
 use crate::retry::{self, Outcome};
 use crate::self_metrics::SelfMetrics;
-use crate::sender::Sender;
 
 /// The buffer between collecting and sending. The lock is held only to move one entry.
 #[derive(Clone, Debug)]
@@ -29,12 +29,18 @@ impl Queue {
     }
 }
 
+/// Who takes requests: the real one is [`Sender`](crate::sender::Sender).
+pub(crate) trait Backend {
+    /// One attempt with an encoded request.
+    fn send(&mut self, request: Bytes) -> impl Future<Output = Outcome>;
+}
+
 /// Sends what is in the queue.
-pub(crate) struct Exporter {
+pub(crate) struct Exporter<B> {
     /// Where it waits.
     pub queue: Queue,
     /// The backend.
-    pub sender: Sender,
+    pub backend: B,
     /// Resource attributes of the user.
     pub resource: BTreeMap<String, String>,
     /// The exporter's own metrics.
@@ -43,7 +49,7 @@ pub(crate) struct Exporter {
     pub partly: Option<(u64, usize)>,
 }
 
-impl Exporter {
+impl<B: Backend> Exporter<B> {
     /// Sends at an interval until the process ends.
     pub(crate) async fn run(&mut self, flush_interval: Duration) {
         let (mut failures, mut next) = (0u32, Instant::now() + flush_interval);
@@ -83,7 +89,7 @@ impl Exporter {
             while let Some((request, next)) = otlp::request(&collection, first, &self.resource) {
                 // Where a send that is cut short or fails goes on.
                 self.partly = Some((id, first));
-                match self.sender.send(request).await {
+                match self.backend.send(request).await {
                     Outcome::Taken { rejected, message } => {
                         self.own.taken(rejected);
                         if rejected > 0 || !message.is_empty() {
@@ -110,5 +116,80 @@ impl Exporter {
             self.own.attributes_dropped(collection.attributes_dropped);
             self.queue.with(|buffer| buffer.done(id));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
+    use opentelemetry_proto::tonic::metrics::v1::metric::Data;
+    use prost::Message as _;
+
+    use super::*;
+    use crate::collect::tests::fleet;
+    use crate::collect::{AttributeChoice, Memory, collect};
+
+    /// A backend that is away for a time, on the turned clock.
+    struct Away {
+        until: Instant,
+        /// When it was asked while it was away.
+        refused: Rc<RefCell<Vec<Instant>>>,
+        /// The seconds of the samples that it took.
+        taken: Rc<RefCell<Vec<u64>>>,
+    }
+
+    impl Backend for Away {
+        async fn send(&mut self, request: Bytes) -> Outcome {
+            if Instant::now() < self.until {
+                self.refused.borrow_mut().push(Instant::now());
+                return Outcome::Later { pause: None, message: "connection refused".into() };
+            }
+            let request = ExportMetricsServiceRequest::decode(request).unwrap();
+            let metrics = &request.resource_metrics[0].scope_metrics[0].metrics;
+            let uptime = metrics.iter().find(|metric| metric.name == "microsandbox.uptime").unwrap();
+            let Some(Data::Gauge(gauge)) = &uptime.data else { panic!("a gauge") };
+            self.taken.borrow_mut().push(gauge.data_points[0].time_unix_nano / 1_000_000_000);
+            Outcome::Taken { rejected: 0, message: String::new() }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backend_that_is_away_for_five_minutes_costs_the_oldest_collections_and_few_requests() {
+        const AWAY_S: u64 = 300;
+        const BUFFERED: usize = 60;
+        let begin = Instant::now();
+        let (refused, taken) = (Rc::default(), Rc::default());
+        let backend =
+            Away { until: begin + Duration::from_secs(AWAY_S), refused: Rc::clone(&refused), taken: Rc::clone(&taken) };
+        let queue = Queue::new(BUFFERED);
+        let own = SelfMetrics::silent();
+        let counts = own.counts();
+        let mut exporter = Exporter { queue: queue.clone(), backend, resource: BTreeMap::new(), own, partly: None };
+        // A collection each second for ten minutes, as the collector makes them.
+        let collecting = async {
+            let mut memory = Memory::default();
+            for second in 1..=600 {
+                tokio::time::sleep_until(begin + Duration::from_secs(second)).await;
+                let collection = collect(&fleet(1, second), &AttributeChoice::default(), &mut memory);
+                queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));
+                assert!(queue.with(|buffer| buffer.len()) <= BUFFERED);
+            }
+        };
+        tokio::select! {
+            () = collecting => {}
+            () = exporter.run(Duration::from_secs(10)) => {}
+        }
+        let refused: Vec<u64> = refused.borrow().iter().map(|at| (*at - begin).as_secs()).collect();
+        assert_eq!(refused, [10, 20, 40, 80, 140, 200, 260], "the pause doubles up to a minute");
+        // The first try after it came back: 260 + 60 s. Sixty collections were kept by then, and after them nothing is missing.
+        let taken = taken.borrow();
+        let first = taken[0];
+        assert!((260..=261).contains(&first), "{first}");
+        assert_eq!(*taken, (first..first + taken.len() as u64).collect::<Vec<_>>(), "in order, none twice, own times");
+        assert!(*taken.last().unwrap() >= 580, "{taken:?}");
+        assert_eq!(counts.dropped(), first - 1, "what is lost is counted");
     }
 }

@@ -1,7 +1,7 @@
 //! `msb-metrics`: reads the metrics of a running msbd and sends them to an OTLP backend, to standard output or to Prometheus.
 //!
 //! ```text
-//!   msbd socket ─► collector ─► point ─► export (buffer, retry) ─► sender ─► backend
+//!   msbd socket ─► collector ─► collect ─► point ─► export (buffer, retry) ─► sender ─► backend
 //!                                  ├───► prometheus (newest only) ◄─ scrape
 //!                                  └───► standard output
 //! ```
@@ -12,6 +12,7 @@
 
 mod args;
 mod buffer;
+mod collect;
 mod collector;
 mod endpoint;
 mod export;
@@ -104,8 +105,7 @@ async fn otel(source: Source, args: OtelArgs, ended: impl Future<Output = ()>) -
     tracing::info!(endpoint = sender.endpoint.url, protocol = ?sender.endpoint.protocol, "exporting");
     let own = self_metrics::SelfMetrics::new(sender.clone(), resource.clone(), flush_interval);
     let queue = export::Queue::new(args.max_buffered);
-    let sender = Sender::new(sender)?;
-    let mut exporter = Exporter { queue: queue.clone(), sender, resource, own, partly: None };
+    let mut exporter = Exporter { queue: queue.clone(), backend: Sender::new(sender)?, resource, own, partly: None };
     let take = |collection: Option<Collection>| {
         if let Some(collection) = collection {
             queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));

@@ -1,30 +1,18 @@
-//! From a snapshot of the daemon to readings, and from readings to metric points: pure, no clock, no I/O. Called by `collector` once
-//! for each collection, and by whoever sends or shows one.
+//! Readings and the points they make: pure, no clock, no I/O. Made by `collect`; taken by whoever sends or shows them.
 //!
 //! A reading keeps the time at which its VM was sampled, however long it waits in the buffer before a backend takes it. It is small,
 //! because a thousand sandboxes times sixty collections wait while a backend is away: who it is of is shared between collections, and
 //! points are made only when they are sent.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use msb_metrics::{
-    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Family, Kind, Metric,
+    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Kind, Metric,
 };
-use msb_protocol::control::{GuestMetrics, MetricsSnapshot, SandboxMetrics};
-use msb_protocol::id::{BootId, SandboxId};
+use msb_protocol::control::GuestMetrics;
 use msb_protocol::state::SandboxState;
-use msb_protocol::vmm::{NetworkCount, Phase, Sample};
-
-/// Label keys whose values are remembered for the cap on cardinality; labels of further keys are left out when there is a cap.
-const KEYS_MAX: usize = 256;
-/// Bytes of labels that one sandbox may bring to each of its points; further labels are left out.
-const LABEL_BYTES_MAX: usize = 16 << 10;
-
-/// Counters of the network of one sandbox, and bytes of a word that tells them apart.
-const COUNTS_MAX: usize = 64;
-const COUNT_WORD_BYTES_MAX: usize = 32;
+use msb_protocol::vmm::{Phase, Sample};
 
 /// A value of a metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -81,34 +69,91 @@ pub(crate) struct Host {
 /// What all points of one sandbox share.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
-    attributes: Vec<(String, String)>,
-    phases: Vec<Phase>,
-    counts: Vec<CountKey>,
+    pub attributes: Vec<(String, String)>,
+    pub phases: Vec<Phase>,
+    pub counts: Vec<CountKey>,
 }
 
 /// Which counter of the network: its metric and its attributes.
-type CountKey = (Metric, Vec<(String, String)>);
+pub(crate) type CountKey = (Metric, Vec<(String, String)>);
+
+/// What points are made of in a [`Sample`]. A sample itself is half as large again.
+#[derive(Clone, Debug)]
+pub(crate) struct Counters {
+    pub at_ns: u64,
+    pub uptime_ms: u64,
+    pub cpu_time_us: u64,
+    pub memory_limit_bytes: u64,
+    pub memory_resident_bytes: u64,
+    pub disk_read_bytes: u64,
+    pub disk_written_bytes: u64,
+    pub disk_read_operations: u64,
+    pub disk_write_operations: u64,
+    pub root_allocated_bytes: u64,
+    pub network_received_bytes: u64,
+    pub network_sent_bytes: u64,
+    pub network_received_packets: u64,
+    pub network_sent_packets: u64,
+}
+
+impl From<&Sample> for Counters {
+    fn from(sample: &Sample) -> Self {
+        Self {
+            at_ns: sample.at_ns,
+            uptime_ms: sample.uptime_ms,
+            cpu_time_us: sample.cpu_time_us,
+            memory_limit_bytes: sample.memory_limit_bytes,
+            memory_resident_bytes: sample.memory_resident_bytes,
+            disk_read_bytes: sample.disk_read_bytes,
+            disk_written_bytes: sample.disk_written_bytes,
+            disk_read_operations: sample.disk_read_operations,
+            disk_write_operations: sample.disk_write_operations,
+            root_allocated_bytes: sample.root_allocated_bytes,
+            network_received_bytes: sample.network_received_bytes,
+            network_sent_bytes: sample.network_sent_bytes,
+            network_received_packets: sample.network_received_packets,
+            network_sent_packets: sample.network_sent_packets,
+        }
+    }
+}
+
+/// What points are made of in what the guest says.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    pub memory_used_bytes: u64,
+    pub root_used_bytes: u64,
+    pub root_free_bytes: u64,
+}
+
+impl From<GuestMetrics> for Guest {
+    fn from(guest: GuestMetrics) -> Self {
+        Self {
+            memory_used_bytes: guest.memory_used_bytes,
+            root_used_bytes: guest.root_used_bytes,
+            root_free_bytes: guest.root_free_bytes,
+        }
+    }
+}
 
 /// What was read of one sandbox at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Reading {
-    who: Arc<Identity>,
-    started_ns: u64,
-    restarts_since_ns: u64,
-    restarts: u32,
-    status: SandboxState,
-    cpu_utilization: f64,
-    /// Without the counters of the network, which are the next field.
-    sample: Sample,
+    pub who: Arc<Identity>,
+    pub started_ns: u64,
+    pub restarts_since_ns: u64,
+    pub restarts: u32,
+    pub status: SandboxState,
+    pub cpu_utilization: f64,
+    pub sample: Counters,
     /// One for each of [`Identity::counts`].
-    counts: Box<[u64]>,
-    guest: Option<GuestMetrics>,
+    pub counts: Box<[u64]>,
+    pub guest: Option<Guest>,
     /// The last one of its run.
-    is_last: bool,
+    pub is_last: bool,
     /// Not seen before this collection.
-    is_new: bool,
+    pub is_new: bool,
     /// Its VM process has said nothing for so long that the value is none of this time.
-    is_old: bool,
+    pub is_old: bool,
 }
 
 /// Everything of one moment.
@@ -173,206 +218,8 @@ impl Collection {
     }
 }
 
-/// Which attributes points carry.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct AttributeChoice {
-    /// No labels at all.
-    pub no_labels: bool,
-    /// Only these label keys, if any is named.
-    pub include_keys: Vec<String>,
-    /// Not these label keys.
-    pub exclude_keys: Vec<String>,
-    /// `sandbox.run_id`.
-    pub run_id: bool,
-    /// `sandbox.pid`.
-    pub pid: bool,
-    /// Most different values of one label key; further ones are left out. 0: no limit.
-    pub values_per_key_max: usize,
-}
-
-/// Remembers what was seen, so that a cap on cardinality holds over time, a sample is exported once and a run that ended is told once.
-#[derive(Debug, Default)]
-pub(crate) struct Memory {
-    host: Option<Arc<Host>>,
-    /// Hashes of values by label key: bounded, whatever the values are.
-    values: BTreeMap<String, BTreeSet<u64>>,
-    sandboxes: BTreeMap<SandboxId, Known>,
-}
-
-#[derive(Debug)]
-struct Known {
-    identity: Arc<Identity>,
-    boot_id: BootId,
-    at_ns: u64,
-    interval_ns: u64,
-    last_told: bool,
-    restarts: u32,
-    restarts_since_ns: u64,
-}
-
 /// Points of a reading beside those of its phases and its network's counters, rounded up.
 const FIXED_POINTS: usize = 24;
-/// A reading is old after so many of the intervals at which its sandbox was sampled.
-const OLD_INTERVALS: u64 = 5;
-/// And not before this time, in nanoseconds.
-const OLD_MIN_NS: u64 = 10_000_000_000;
-
-impl Memory {
-    /// Whether a label's value may be sent under the cap.
-    fn admits(&mut self, key: &str, value: &str, max: usize) -> bool {
-        if max == 0 {
-            return true;
-        }
-        if !self.values.contains_key(key) {
-            if self.values.len() >= KEYS_MAX {
-                return false;
-            }
-            self.values.insert(key.to_owned(), BTreeSet::new());
-        }
-        let mut hasher = DefaultHasher::new();
-        value.hash(&mut hasher);
-        let hash = hasher.finish();
-        let Some(known) = self.values.get_mut(key) else { return false };
-        known.contains(&hash) || (known.len() < max && known.insert(hash))
-    }
-
-    fn host(&mut self, snapshot: &MetricsSnapshot) -> Arc<Host> {
-        let host = Host {
-            host_id: snapshot.host_id.clone(),
-            host_name: snapshot.host_name.clone(),
-            instance_id: snapshot.instance_id.clone(),
-        };
-        match &self.host {
-            Some(known) if **known == host => Arc::clone(known),
-            _ => Arc::clone(self.host.insert(Arc::new(host))),
-        }
-    }
-
-    /// The reading of one sandbox; none of a run whose last one was told.
-    fn read(&mut self, sandbox: &SandboxMetrics, attributes: Vec<(String, String)>, taken_ns: u64) -> Option<Reading> {
-        let (keys, counts): (Vec<_>, Vec<_>) = network_counts(&sandbox.sample).into_iter().unzip();
-        let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
-        let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
-        let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
-            identity: Arc::default(),
-            boot_id: sandbox.boot_id,
-            at_ns: 0,
-            interval_ns: 0,
-            last_told: false,
-            restarts: sandbox.restarts,
-            restarts_since_ns: nanoseconds(sandbox.created_at.as_nanosecond()),
-        });
-        if known.boot_id != sandbox.boot_id {
-            (known.boot_id, known.last_told, known.at_ns, known.interval_ns) = (sandbox.boot_id, false, 0, 0);
-        }
-        if sandbox.restarts < known.restarts {
-            // Somebody started it anew: the count began again with this run.
-            known.restarts_since_ns = started_ns;
-        }
-        known.restarts = sandbox.restarts;
-        if *known.identity != identity {
-            known.identity = Arc::new(identity);
-        }
-        if sandbox.last && std::mem::replace(&mut known.last_told, true) {
-            return None;
-        }
-        let is_new = known.at_ns != at_ns || sandbox.last;
-        if known.at_ns != 0 && at_ns > known.at_ns {
-            known.interval_ns = at_ns - known.at_ns;
-        }
-        known.at_ns = at_ns;
-        let old_after_ns = known.interval_ns.saturating_mul(OLD_INTERVALS).max(OLD_MIN_NS);
-        Some(Reading {
-            who: Arc::clone(&known.identity),
-            started_ns,
-            restarts_since_ns: known.restarts_since_ns,
-            restarts: sandbox.restarts,
-            status: sandbox.status,
-            cpu_utilization: sandbox.cpu_utilization,
-            sample: Sample { network: Vec::new(), ..sandbox.sample.clone() },
-            counts: counts.into(),
-            guest: sandbox.guest,
-            is_last: sandbox.last,
-            is_new,
-            is_old: taken_ns.saturating_sub(at_ns) > old_after_ns,
-        })
-    }
-}
-
-/// The readings of a snapshot.
-pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memory: &mut Memory) -> Collection {
-    let taken_ns = nanoseconds(snapshot.taken_at.as_nanosecond());
-    let mut collection = Collection {
-        host: memory.host(snapshot),
-        taken_ns,
-        states: snapshot.states.iter().map(|(state, count)| (state.clone(), *count)).collect(),
-        readings: Vec::with_capacity(snapshot.sandboxes.len()),
-        attributes_dropped: 0,
-    };
-    // Sandboxes the daemon no longer reports are forgotten, so that memory follows the fleet.
-    let present: BTreeSet<_> = snapshot.sandboxes.iter().map(|sandbox| sandbox.id).collect();
-    memory.sandboxes.retain(|id, _| present.contains(id));
-    for sandbox in &snapshot.sandboxes {
-        let attributes = attributes(sandbox, choice, memory, &mut collection.attributes_dropped);
-        collection.readings.extend(memory.read(sandbox, attributes, taken_ns));
-    }
-    collection
-}
-
-/// The network's counters that the table declares, each once: they come from a VM's process, and backends refuse what is there twice.
-fn network_counts(sample: &Sample) -> BTreeMap<CountKey, u64> {
-    let declared = |count: &NetworkCount| {
-        let definition = Metric::from_name(&count.metric)?.definition();
-        let keys_fit = count.attributes.keys().eq(definition.attributes.iter().collect::<BTreeSet<_>>());
-        let has_field = matches!(definition.metric, Metric::NetworkIo | Metric::NetworkPackets);
-        let is_short = count.attributes.values().all(|value| value.len() <= COUNT_WORD_BYTES_MAX);
-        (definition.family == Family::Sandbox && keys_fit && is_short && !has_field).then_some(definition.metric)
-    };
-    let counts = sample.network.iter().take(COUNTS_MAX).filter_map(|count| {
-        let attributes = count.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        Some(((declared(count)?, attributes), count.value))
-    });
-    counts.collect()
-}
-
-fn nanoseconds(value: i128) -> u64 {
-    u64::try_from(value).unwrap_or_default()
-}
-
-fn attributes(
-    sandbox: &SandboxMetrics,
-    choice: &AttributeChoice,
-    memory: &mut Memory,
-    dropped: &mut u64,
-) -> Vec<(String, String)> {
-    let mut attributes = BTreeMap::new();
-    let mut bytes = 0;
-    if !choice.no_labels {
-        for (key, value) in &sandbox.labels {
-            let wanted = choice.include_keys.is_empty() || choice.include_keys.contains(key);
-            if !wanted || choice.exclude_keys.contains(key) {
-                continue;
-            }
-            bytes += key.len() + value.len();
-            if bytes <= LABEL_BYTES_MAX && memory.admits(key, value, choice.values_per_key_max) {
-                attributes.insert(key.clone(), value.clone());
-            } else {
-                *dropped += 1;
-            }
-        }
-    }
-    // Written last: a label can never take the place of an identity (the daemon refuses such keys already).
-    attributes.insert("sandbox.name".into(), sandbox.name.to_string());
-    attributes.insert("sandbox.id".into(), sandbox.id.to_string());
-    if choice.run_id {
-        attributes.insert("sandbox.run_id".into(), sandbox.boot_id.to_string());
-    }
-    if choice.pid && sandbox.vmm_pid != 0 {
-        attributes.insert("sandbox.pid".into(), sandbox.vmm_pid.to_string());
-    }
-    attributes.into_iter().collect()
-}
-
 #[allow(clippy::cast_precision_loss, reason = "durations in microseconds stay exact far beyond any uptime")]
 fn seconds(microseconds: u64) -> Value {
     Value::Float(microseconds as f64 / 1e6)
@@ -382,6 +229,11 @@ impl Reading {
     /// How many points it makes, and a few more.
     pub(crate) fn points_len(&self) -> usize {
         FIXED_POINTS + self.who.phases.len() + self.counts.len()
+    }
+
+    /// What all of its points carry.
+    pub(crate) fn attributes(&self) -> &[(String, String)] {
+        &self.who.attributes
     }
 
     /// Bytes that the attributes of one of its points take.
@@ -441,220 +293,5 @@ impl Reading {
         for phase in &self.who.phases {
             push(Metric::BootDuration, seconds(phase.duration_us), Some((ATTRIBUTE_PHASE, &phase.name)));
         }
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod tests {
-    use msb_protocol::id::SandboxName;
-
-    use super::*;
-
-    pub(crate) fn snapshot() -> MetricsSnapshot {
-        let time = |seconds| jiff::Timestamp::from_second(seconds).unwrap();
-        MetricsSnapshot {
-            host_id: "host".into(),
-            host_name: "h1".into(),
-            instance_id: "instance".into(),
-            taken_at: time(101),
-            states: BTreeMap::from([("running".into(), 1)]),
-            sandboxes: vec![SandboxMetrics {
-                name: SandboxName::parse("web").unwrap(),
-                id: SandboxId(uuid::Uuid::from_u128(1)),
-                boot_id: BootId(uuid::Uuid::from_u128(2)),
-                vmm_pid: 77,
-                status: SandboxState::Running,
-                labels: BTreeMap::from([("team".into(), "ml".into()), ("job".into(), "17".into())]),
-                restarts: 3,
-                created_at: time(20),
-                started_at: time(50),
-                last: false,
-                sample: Sample {
-                    at_ns: 100_500_000_000,
-                    uptime_ms: 50_500,
-                    cpu_time_us: 2_500_000,
-                    disk_read_bytes: 10,
-                    ..Sample::default()
-                },
-                cpu_utilization: 0.5,
-                guest: None,
-                boot_phases: vec![Phase { name: "kernel".into(), duration_us: 1_000 }],
-            }],
-        }
-    }
-
-    /// A fleet of so many sandboxes at this second.
-    pub(crate) fn fleet(count: u128, second: u64) -> MetricsSnapshot {
-        let mut snapshot = snapshot();
-        let template = snapshot.sandboxes.remove(0);
-        snapshot.sandboxes = (0..count)
-            .map(|number| {
-                let mut one = template.clone();
-                one.name = SandboxName::parse(&format!("sandbox-{number}")).unwrap();
-                one.id = SandboxId(uuid::Uuid::from_u128(number));
-                one.labels = BTreeMap::from([("team".into(), "ml".into()), ("job".into(), format!("job-{number}"))]);
-                one.sample.at_ns = second * 1_000_000_000 + u64::try_from(number).unwrap();
-                one.sample.disk_read_bytes = second;
-                one.guest = Some(GuestMetrics::default());
-                one.boot_phases = ["spawn", "kernel_load", "kernel", "init", "agent", "ready"]
-                    .map(|name| Phase { name: name.into(), duration_us: 1_000 })
-                    .to_vec();
-                one
-            })
-            .collect();
-        snapshot
-    }
-
-    #[derive(Debug)]
-    struct Seen {
-        value: Value,
-        attributes: BTreeMap<String, String>,
-        start_ns: u64,
-        time_ns: u64,
-    }
-
-    fn of(collection: &Collection, metric: Metric) -> Vec<Seen> {
-        let mut found = Vec::new();
-        collection.points(|point| {
-            if point.metric == metric {
-                let attributes = point.all_attributes().map(|(key, value)| (key.into(), value.into())).collect();
-                found.push(Seen { value: point.value, attributes, start_ns: point.start_ns, time_ns: point.time_ns });
-            }
-        });
-        found
-    }
-
-    #[test]
-    fn points_keep_the_time_of_their_sample_and_sums_their_start() {
-        let collection = collect(&snapshot(), &AttributeChoice::default(), &mut Memory::default());
-        let uptime = &of(&collection, Metric::Uptime)[0];
-        assert_eq!((uptime.value, uptime.time_ns, uptime.start_ns), (Value::Float(50.5), 100_500_000_000, 0));
-        let read = &of(&collection, Metric::DiskIo)[0];
-        assert_eq!((read.value, read.start_ns), (Value::Unsigned(10), 50_000_000_000));
-        assert_eq!(read.attributes["disk.io.direction"], "read");
-        assert_eq!(read.attributes["team"], "ml");
-        assert_eq!(read.attributes["sandbox.name"], "web");
-        assert!(!read.attributes.contains_key("sandbox.pid") && !read.attributes.contains_key("sandbox.run_id"));
-        assert_eq!(of(&collection, Metric::Sandboxes)[0].time_ns, 101_000_000_000);
-    }
-
-    #[test]
-    fn counters_of_the_network_are_told_as_the_table_declares_them_and_nothing_else_is() {
-        let count = |metric: &str, attributes: &[(&str, &str)], value| NetworkCount {
-            metric: metric.into(),
-            attributes: attributes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
-            value,
-        };
-        let (way, transport) = (("network.connection.direction", "outbound"), ("network.transport", "tcp"));
-        let mut busy = snapshot();
-        busy.sandboxes[0].sample.network = vec![
-            count("microsandbox.network.denied", &[way, transport], 4),
-            count("microsandbox.network.denied", &[way, transport], 5),
-            count("microsandbox.network.denied", &[way], 6),
-            count("microsandbox.network.denied", &[way, ("network.transport", &"x".repeat(33))], 7),
-            count("microsandbox.network.io", &[("network.io.direction", "receive")], 8),
-            count("microsandbox.sandboxes", &[("sandbox.state", "running")], 9),
-            count("made.up", &[], 10),
-            count("microsandbox.network.connections", &[transport], 2),
-            count("microsandbox.network.decisions.suppressed", &[], 1),
-        ];
-        let collection = collect(&busy, &AttributeChoice::default(), &mut Memory::default());
-        let denied = of(&collection, Metric::NetworkDenied);
-        assert_eq!((denied.len(), denied[0].value, denied[0].start_ns), (1, Value::Unsigned(5), 50_000_000_000));
-        for (key, value) in [way, transport, ("sandbox.name", "web")] {
-            assert_eq!(denied[0].attributes[key], value);
-        }
-        let open = of(&collection, Metric::NetworkConnections);
-        assert_eq!((open.len(), open[0].value, open[0].start_ns), (1, Value::Unsigned(2), 0));
-        assert_eq!(of(&collection, Metric::NetworkIo).len(), 2);
-        assert_eq!(of(&collection, Metric::DecisionLogSuppressed).len(), 1);
-        assert_eq!(of(&collection, Metric::Sandboxes)[0].value, Value::Unsigned(1));
-        let mut points = 0;
-        collection.readings[0].points(|_| points += 1);
-        assert!((points..points + 10).contains(&collection.readings[0].points_len()), "{points}");
-    }
-
-    #[test]
-    fn restarts_are_counted_from_the_creation_and_again_from_a_start_by_hand() {
-        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
-        let mut seen = |restarts: u32, boot: u128| {
-            let mut one = snapshot();
-            one.sandboxes[0].restarts = restarts;
-            one.sandboxes[0].boot_id = BootId(uuid::Uuid::from_u128(boot));
-            let point = of(&collect(&one, &choice, &mut memory), Metric::Restarts).remove(0);
-            (point.value, point.start_ns / 1_000_000_000)
-        };
-        assert_eq!(seen(3, 1), (Value::Unsigned(3), 20));
-        assert_eq!(seen(4, 2), (Value::Unsigned(4), 20), "one more restart is no reset");
-        assert_eq!(seen(0, 3), (Value::Unsigned(0), 50));
-    }
-
-    #[test]
-    fn labels_are_chosen_by_key_and_changes_are_seen_at_once() {
-        let keys = |choice: AttributeChoice| {
-            let collection = collect(&snapshot(), &choice, &mut Memory::default());
-            let attributes = of(&collection, Metric::Uptime)[0].attributes.clone();
-            ["team", "job", "sandbox.pid", "sandbox.run_id"].map(|key| attributes.contains_key(key))
-        };
-        assert_eq!(keys(AttributeChoice { no_labels: true, ..Default::default() }), [false; 4]);
-        let exclude = AttributeChoice { exclude_keys: vec!["job".into()], ..Default::default() };
-        assert_eq!(keys(exclude), [true, false, false, false]);
-        let include =
-            AttributeChoice { include_keys: vec!["job".into()], pid: true, run_id: true, ..Default::default() };
-        assert_eq!(keys(include), [false, true, true, true]);
-        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
-        collect(&snapshot(), &choice, &mut memory);
-        let mut changed = snapshot();
-        changed.sandboxes[0].labels = BTreeMap::from([("team".into(), "web".into())]);
-        let seen = of(&collect(&changed, &choice, &mut memory), Metric::Uptime).remove(0).attributes;
-        assert_eq!((seen["team"].as_str(), seen.contains_key("job")), ("web", false));
-    }
-
-    #[test]
-    fn the_cap_admits_old_values_and_counts_new_ones() {
-        let choice = AttributeChoice { values_per_key_max: 1, ..Default::default() };
-        let mut memory = Memory::default();
-        assert_eq!(collect(&snapshot(), &choice, &mut memory).attributes_dropped, 0);
-        let mut other = snapshot();
-        other.sandboxes[0].labels.insert("job".into(), "18".into());
-        let collection = collect(&other, &choice, &mut memory);
-        assert_eq!(collection.attributes_dropped, 1);
-        assert!(!of(&collection, Metric::Uptime)[0].attributes.contains_key("job"));
-        assert_eq!(collect(&snapshot(), &choice, &mut memory).attributes_dropped, 0);
-        // Keys without end and labels without end are left out too, and counted.
-        for number in 0..2 * KEYS_MAX {
-            other.sandboxes[0].labels = BTreeMap::from([(format!("key{number}"), String::new())]);
-            collect(&other, &choice, &mut memory);
-        }
-        assert_eq!(memory.values.len(), KEYS_MAX);
-        other.sandboxes[0].labels = (0..8).map(|at| (format!("big{at}"), "x".repeat(4096))).collect();
-        assert!(collect(&other, &AttributeChoice::default(), &mut memory).attributes_dropped >= 4);
-    }
-
-    #[test]
-    fn the_last_sample_of_a_run_is_sent_once_and_a_new_run_is_sent_again() {
-        let mut memory = Memory::default();
-        let mut ended = snapshot();
-        ended.sandboxes[0].last = true;
-        let sent = |snapshot: &MetricsSnapshot, memory: &mut Memory| {
-            let collection = collect(snapshot, &AttributeChoice::default(), memory).keep_new();
-            !of(&collection, Metric::Uptime).is_empty()
-        };
-        assert!(sent(&snapshot(), &mut memory));
-        assert!(sent(&ended, &mut memory));
-        assert!(!sent(&ended, &mut memory));
-        ended.sandboxes[0].boot_id = BootId(uuid::Uuid::from_u128(3));
-        assert!(sent(&ended, &mut memory));
-    }
-
-    #[test]
-    fn a_sample_is_exported_once_and_shown_until_it_is_old() {
-        let (choice, mut memory) = (AttributeChoice::default(), Memory::default());
-        assert_eq!(collect(&snapshot(), &choice, &mut memory).keep_new().readings.len(), 1);
-        let same = collect(&snapshot(), &choice, &mut memory);
-        assert_eq!((same.clone().keep_new().readings.len(), same.keep_current().readings.len()), (0, 1));
-        let mut silent = snapshot();
-        silent.taken_at = jiff::Timestamp::from_second(120).unwrap();
-        assert!(collect(&silent, &choice, &mut memory).keep_current().readings.is_empty());
     }
 }

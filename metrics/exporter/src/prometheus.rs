@@ -154,7 +154,7 @@ fn answer(request: &Request<Incoming>, newest: &Newest) -> Response<Full<Bytes>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::point::{AttributeChoice, Memory, collect, tests::snapshot};
+    use crate::collect::{AttributeChoice, Memory, collect, tests::snapshot};
 
     #[test]
     fn text_has_one_head_for_each_metric_and_safe_labels() {

@@ -23,7 +23,7 @@ use crate::sender::{SenderOptions, grpc_tls};
 
 /// What is counted, from the beginning of the process on.
 #[derive(Debug, Default)]
-struct Counts {
+pub(crate) struct Counts {
     success: AtomicU64,
     failure: AtomicU64,
     dropped: AtomicU64,
@@ -31,6 +31,14 @@ struct Counts {
     attributes_dropped: AtomicU64,
     /// Milliseconds since 1970; 0 before the first.
     last_success_ms: AtomicU64,
+}
+
+#[cfg(test)]
+impl Counts {
+    /// Collections that were dropped.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
 }
 
 /// One of the counts.
@@ -109,6 +117,27 @@ impl SelfMetrics {
             })
             .build();
         Ok(provider)
+    }
+
+    /// Counts and sends nothing.
+    #[cfg(test)]
+    pub(crate) fn silent() -> Self {
+        let endpoint = crate::endpoint::Endpoint { url: "http://127.0.0.1:1".into(), protocol: Protocol::Http };
+        let options = SenderOptions {
+            endpoint,
+            headers: BTreeMap::new(),
+            gzip: false,
+            ca_cert: None,
+            client_cert: None,
+            timeout: Duration::from_secs(1),
+        };
+        Self { begun: true, ..Self::new(options, BTreeMap::new(), Duration::from_secs(10)) }
+    }
+
+    /// What is counted.
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 
     /// A batch was taken, less so many points.

@@ -6,16 +6,22 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_client::MetricsServiceClient;
-use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
+use bytes::{BufMut as _, Bytes};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceResponse;
 use prost::Message as _;
-use tonic::codec::CompressionEncoding;
+use tonic::Status;
+use tonic::client::Grpc;
+use tonic::codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
 use crate::endpoint::{Endpoint, Protocol};
+use crate::export::Backend;
 use crate::retry::{self, Outcome};
 
+/// The call of OTLP/gRPC.
+const EXPORT: &str = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export";
 /// Largest answer that is read from a backend, in bytes.
 const ANSWER_LEN_MAX: usize = 1 << 20;
 
@@ -42,7 +48,7 @@ pub(crate) enum Sender {
     /// OTLP/gRPC.
     Grpc {
         /// The client.
-        client: MetricsServiceClient<Channel>,
+        client: Grpc<Channel>,
         /// Checked metadata.
         metadata: Vec<(AsciiMetadataKey, AsciiMetadataValue)>,
         /// Longest time for one attempt.
@@ -119,7 +125,7 @@ impl Sender {
         if options.is_tls() {
             endpoint = endpoint.tls_config(grpc_tls(pems)).context("cannot set up TLS")?;
         }
-        let mut client = MetricsServiceClient::new(endpoint.connect_lazy());
+        let mut client = Grpc::new(endpoint.connect_lazy());
         if options.gzip {
             client = client.send_compressed(CompressionEncoding::Gzip).accept_compressed(CompressionEncoding::Gzip);
         }
@@ -161,9 +167,10 @@ impl Sender {
         let client = builder.build().context("cannot set up the HTTP client")?;
         Ok(Self::Http { client, endpoint: options.endpoint, headers, gzip: options.gzip })
     }
+}
 
-    /// One attempt.
-    pub(crate) async fn send(&mut self, request: ExportMetricsServiceRequest) -> Outcome {
+impl Backend for Sender {
+    async fn send(&mut self, request: Bytes) -> Outcome {
         match self {
             Self::Grpc { client, metadata, timeout } => {
                 let mut message = tonic::Request::new(request);
@@ -171,20 +178,23 @@ impl Sender {
                 for (key, value) in metadata.iter() {
                     message.metadata_mut().insert(key.clone(), value.clone());
                 }
-                match client.export(message).await {
+                let answer = match client.ready().await {
+                    Ok(()) => client.unary(message, PathAndQuery::from_static(EXPORT), Encoded).await,
+                    Err(error) => Err(Status::unavailable(error.to_string())),
+                };
+                match answer {
                     Ok(answer) => taken(answer.into_inner()),
                     Err(status) => retry::of_grpc_status(status.code(), status.message(), status.details()),
                 }
             }
             Self::Http { client, endpoint, headers, gzip } => {
-                let mut body = request.encode_to_vec();
-                drop(request);
+                let mut body = request;
                 let mut post = client.post(&endpoint.url).headers(headers.clone());
                 post = post.header("content-type", "application/x-protobuf");
                 if *gzip {
                     match compress(&body) {
                         Ok(compressed) => {
-                            body = compressed;
+                            body = compressed.into();
                             post = post.header("content-encoding", "gzip");
                         }
                         Err(error) => return Outcome::Refused { message: format!("cannot compress: {error}") },
@@ -201,6 +211,44 @@ impl Sender {
                 }
             }
         }
+    }
+}
+
+/// Requests go out as they are, because they are encoded already; answers are read.
+struct Encoded;
+
+impl Codec for Encoded {
+    type Encode = Bytes;
+    type Decode = ExportMetricsServiceResponse;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Encoded {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, request: Bytes, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        out.put(request);
+        Ok(())
+    }
+}
+
+impl Decoder for Encoded {
+    type Item = ExportMetricsServiceResponse;
+    type Error = Status;
+
+    fn decode(&mut self, answer: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
+        let read = ExportMetricsServiceResponse::decode(answer);
+        read.map(Some).map_err(|error| Status::internal(format!("its answer cannot be read: {error}")))
     }
 }
 

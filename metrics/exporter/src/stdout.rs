@@ -73,7 +73,7 @@ fn line(point: &Point<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::point::{AttributeChoice, Memory, collect, tests::snapshot};
+    use crate::collect::{AttributeChoice, Memory, collect, tests::snapshot};
 
     #[test]
     fn each_point_is_one_line_of_json() {

@@ -6,13 +6,16 @@ Started by `cargo xtask test --only sdk`. It judges nothing: what is expected is
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
+import time
+import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from msb import Client, Image, MsbError, Sandbox
-from msb.models import SandboxDetail
+from msb import Client, Fs, Image, Mount, MsbError, Network, Sandbox, Volume
+from msb.models import SandboxDetail, VolumeDetail
 from msb.session import ExecHandle, ExecOutput, Exited, Stderr, Stdout
 
 Arguments = dict[str, Any]
@@ -26,6 +29,11 @@ def detail_value(detail: SandboxDetail) -> Arguments:
         "labels": detail.labels,
         "cause": detail.last_end.cause if detail.last_end else None,
         "detached": detail.spec.get("detached"),
+        "security": detail.spec["security"],
+        "network": detail.spec["network"]["profile"],
+        "rules": len(detail.spec["network"]["rules"]),
+        "ports": len(detail.ports),
+        "mounts": [mount["target"] for mount in detail.spec.get("mounts", [])],
     }
 
 
@@ -37,6 +45,14 @@ def output_value(output: ExecOutput) -> Arguments:
         "stdout": output.stdout_text,
         "stderr": output.stderr_text,
     }
+
+
+def mount(value: Arguments) -> Mount:
+    options = dict(value)
+    kind, target = options.pop("kind"), options.pop("target")
+    if kind == "bind":
+        return Volume.bind(options.pop("path"), target, **options)
+    return Volume.named(options.pop("name"), target, **options) if kind == "named" else Volume.tmpfs(target, **options)
 
 
 class Driver:
@@ -63,6 +79,9 @@ class Driver:
         for key in ("idle_timeout", "max_duration", "stop_grace"):
             if f"{key}_ms" in options:
                 options[key] = options.pop(f"{key}_ms") / 1000
+        options["mounts"] = [mount(value) for value in options.get("mounts", ())]
+        if isinstance(options.get("network"), dict):
+            options["network"] = Network(**options["network"])
         # Without a client, so that a refusal comes before any connection.
         return detail_value((await Sandbox.create(options.pop("name"), **options)).detail)
 
@@ -70,7 +89,155 @@ class Driver:
         return detail_value((await self.sandbox(arguments["name"])).detail)
 
     async def list(self, arguments: Arguments) -> Any:
-        return [found.name for found in await Sandbox.list(labels=arguments.get("labels", ()), client=await self.client())]
+        labels, selector = arguments.get("labels", ()), arguments.get("selector")
+        return [found.name for found in await Sandbox.list(labels=labels, selector=selector, client=await self.client())]
+
+    async def pages(self, arguments: Arguments) -> Any:
+        labels, limit, pages, after = arguments.get("labels", ()), arguments["limit"], [], None
+        while True:
+            page = await Sandbox.list_page(labels=labels, limit=limit, after=after, client=await self.client())
+            pages.append([found.name for found in page.sandboxes])
+            if page.next is None:
+                return pages
+            after = page.next
+
+    async def ping(self, arguments: Arguments) -> Any:
+        return (await (await self.sandbox(arguments["name"])).ping()).round_trip_us > 0
+
+    async def ssh_config(self, arguments: Arguments) -> Any:
+        found = await (await self.sandbox(arguments["name"])).ssh_config(alias=arguments.get("alias"))
+        return {"alias": found.alias, "config": found.config}
+
+    async def metrics_stream(self, arguments: Arguments) -> Any:
+        names: list[str] = []
+        async for sample in (await self.sandbox(arguments["name"])).metrics_stream(interval=arguments["interval_ms"] / 1000):
+            names.append(sample.name)
+            if len(names) == arguments["count"]:
+                break
+        return names
+
+    async def metrics_history(self, arguments: Arguments) -> Any:
+        history = await (await self.sandbox(arguments["name"])).metrics_history()
+        return {"name": history.name, "has_points": len(history.points) > 0}
+
+    async def copy_into(self, arguments: Arguments) -> Any:
+        sandbox = await self.sandbox(arguments["name"])
+        return (await sandbox.copy_into(arguments["path"], arguments["target"])).warnings
+
+    async def copy_out(self, arguments: Arguments) -> Any:
+        sandbox = await self.sandbox(arguments["name"])
+        return (await sandbox.copy_out(arguments["path"], arguments["target"])).warnings
+
+    async def _fs(self, arguments: Arguments) -> tuple[Fs, str]:
+        return (await self.sandbox(arguments["name"])).fs, arguments["path"]
+
+    async def fs_mkdir(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        await fs.mkdir(path, parents=arguments.get("parents", False))
+
+    async def fs_write(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return {"size": (await fs.write(path, arguments["content"], mode=arguments.get("mode"))).size}
+
+    async def fs_append(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return {"size": (await fs.append(path, arguments["content"])).size}
+
+    async def fs_read(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        if "offset" not in arguments:
+            return await fs.read_text(path)
+        part = fs.read_stream(path, offset=arguments["offset"], length=arguments["length"])
+        return b"".join([piece async for piece in part]).decode()
+
+    async def fs_stat(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        found = await fs.stat(path, follow=arguments.get("follow", True))
+        kind = "symlink" if found.is_symlink else "file" if found.is_file else "directory" if found.is_directory else "other"
+        return {"kind": kind, "size": found.size, "mode": found.mode & 0o7777}
+
+    async def fs_chmod(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        await fs.chmod(path, arguments["mode"])
+
+    async def fs_symlink(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        await fs.symlink(arguments["target"], path)
+
+    async def fs_read_link(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return await fs.read_link(path)
+
+    async def fs_real_path(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return await fs.real_path(path)
+
+    async def fs_list(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return [entry.name for entry in await fs.list(path)]
+
+    async def fs_rename(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        await fs.rename(path, arguments["target"])
+
+    async def fs_exists(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        return await fs.exists(path)
+
+    async def fs_watch(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        async for change in fs.watch(path):
+            if change.kind == "watching":
+                await fs.append(arguments["touch"], "seen")
+            elif change.kind == "created":
+                return change.path
+        raise AssertionError("a watch without an end")
+
+    async def fs_remove(self, arguments: Arguments) -> Any:
+        fs, path = await self._fs(arguments)
+        await fs.remove(path, recursive=arguments.get("recursive", False))
+
+    async def volume_create(self, arguments: Arguments) -> Any:
+        options = dict(arguments)
+        return self._volume(await Volume.create(options.pop("name"), **options, client=await self.client()))
+
+    @staticmethod
+    def _volume(found: VolumeDetail) -> Arguments:
+        users = [user.sandbox for user in found.users]
+        return {"name": found.name, "kind": found.kind, "size_bytes": found.size_bytes, "users": users}
+
+    async def volume_get(self, arguments: Arguments) -> Any:
+        return self._volume(await Volume.get(arguments["name"], client=await self.client()))
+
+    async def volume_list(self, _: Arguments) -> Any:
+        return [found.name for found in await Volume.list(client=await self.client())]
+
+    async def volume_remove(self, arguments: Arguments) -> Any:
+        await Volume.remove(arguments["name"], client=await self.client())
+
+    async def image_tag(self, arguments: Arguments) -> Any:
+        return (await Image.tag(arguments["reference"], arguments["tag"], client=await self.client())).references
+
+    async def image_save(self, arguments: Arguments) -> Any:
+        await Image.save(arguments["reference"], arguments["path"], client=await self.client())
+
+    async def image_prune(self, arguments: Arguments) -> Any:
+        client = await self.client()
+        if arguments.get("dry_run"):
+            report = await Image.prune(dry_run=True, client=client)
+        else:
+            # The old name does the same, and says that it is old.
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                report = await Image.gc(client=client)
+            assert [warning.category for warning in told] == [DeprecationWarning], told
+        return {key: getattr(report, key) for key in ("dry_run", "manifests_removed", "image_refs_removed", "layers_removed")}
+
+    async def image_pull(self, arguments: Arguments) -> Any:
+        steps: list[str] = []
+        client, heard = await self.client(), lambda step: steps.append(step.type)
+        image = await Image.pull(arguments["reference"], insecure=True, progress=heard, client=client)
+        return {"references": image.references, "steps": steps}
 
     @staticmethod
     def _exec_options(arguments: Arguments) -> tuple[str, Any, Arguments]:
@@ -97,6 +264,20 @@ class Driver:
             good += (await sandbox.exec(["true"])).success
         return good
 
+    async def settle(self, _: Arguments) -> Any:
+        gc.collect()
+
+    async def first_byte(self, arguments: Arguments) -> Any:
+        client, began = await self.client(), time.monotonic()
+        sandbox = await Sandbox.create(image=arguments["image"], ephemeral=True, client=client)
+        async with await sandbox.exec_stream(["echo", "x"]) as handle:
+            async for event in handle:
+                if isinstance(event, Stdout):
+                    break
+            took = time.monotonic() - began
+        await sandbox.delete(force=True)
+        return took * 1000
+
     async def exec_stream(self, arguments: Arguments) -> Any:
         name, command, options = self._exec_options(arguments)
         actions = options.pop("actions", [])
@@ -118,12 +299,12 @@ class Driver:
 
     @staticmethod
     async def _act(handle: ExecHandle, action: Arguments) -> None:
+        if "resize" in action:
+            await handle.resize(*action["resize"])
         if "write" in action:
             await handle.write(action["write"])
         if "signal" in action:
             await handle.signal(action["signal"])
-        if "resize" in action:
-            await handle.resize(*action["resize"])
         if action.get("close_stdin"):
             await handle.close_stdin()
 
@@ -209,6 +390,7 @@ async def main() -> None:
                 "message": error.message,
                 "hint": error.hint,
                 "details": list(error.details),
+                "errno": error.errno,
             }
         print(json.dumps(answer), flush=True)
 

@@ -5,15 +5,26 @@
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use msb_sdk::protocol::control::{
-    EventQuery, ImageSummary, LogQuery, SandboxDetail, StartRequest, StopRequest, TerminalSize,
+    EventQuery, HistoryQuery, ImageSummary, ListQuery, LogQuery, SandboxDetail, StartRequest, StopRequest, TerminalSize,
 };
 use msb_sdk::protocol::error::{ApiError, ErrorCode};
+use msb_sdk::protocol::file_api::WatchRecord;
+use msb_sdk::protocol::files::{FileAttributes, FileChangeKind};
 use msb_sdk::protocol::id::SandboxName;
-use msb_sdk::protocol::spec::RestartPolicy;
-use msb_sdk::{Client, Error, Exec, ExecOutput, Image, Sandbox, Session, SessionEvent};
+use msb_sdk::protocol::images::{PruneRequest, PullEvent, PullPolicy, PullRequest, SaveRequest};
+use msb_sdk::protocol::mount::{Mount, MountOptions, MountSource};
+use msb_sdk::protocol::network::{NetworkProfile, PortError, Rule};
+use msb_sdk::protocol::security::SecurityProfile;
+use msb_sdk::protocol::spec::{OnIdle, RestartPolicy};
+use msb_sdk::protocol::volume::VolumeDetail;
+use msb_sdk::volume::{Volume, VolumeKind};
+use msb_sdk::{
+    Client, CopyOptions, Error, Exec, ExecOutput, Fs, Image, Sandbox, SandboxBuilder, Session, SessionEvent,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -44,6 +55,52 @@ struct Arguments {
     force: bool,
     path: String,
     reference: String,
+    selector: Option<String>,
+    limit: Option<usize>,
+    tail: Option<u64>,
+    grep: Option<String>,
+    mounts: Vec<MountArguments>,
+    ports: Vec<String>,
+    network: Option<NetworkArguments>,
+    security: SecurityProfile,
+    rlimits: BTreeMap<String, u64>,
+    pull: PullPolicy,
+    idle_timeout_ms: Option<u64>,
+    alias: Option<String>,
+    interval_ms: u64,
+    target: String,
+    content: String,
+    mode: Option<u32>,
+    parents: bool,
+    recursive: bool,
+    follow: Option<bool>,
+    offset: u64,
+    length: Option<u64>,
+    touch: String,
+    kind: VolumeKind,
+    size_mib: Option<u32>,
+    tag: String,
+    dry_run: bool,
+}
+
+#[derive(Deserialize)]
+struct MountArguments {
+    kind: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    path: String,
+    target: String,
+    size_mib: Option<u32>,
+    #[serde(default)]
+    read_only: bool,
+}
+
+#[derive(Deserialize)]
+struct NetworkArguments {
+    profile: NetworkProfile,
+    #[serde(default)]
+    rules: Vec<Rule>,
 }
 
 #[derive(Default, Deserialize)]
@@ -73,6 +130,9 @@ fn detail_value(detail: &SandboxDetail) -> Value {
     json!({
         "name": summary.name, "status": summary.status, "image": summary.image, "labels": summary.labels,
         "cause": summary.last_end.as_ref().map(|end| end.cause), "detached": detail.spec.detached,
+        "security": detail.spec.security, "network": detail.spec.network.profile,
+        "rules": detail.spec.network.rules.len(), "ports": summary.ports.len(),
+        "mounts": detail.spec.mounts.iter().map(|mount| mount.target.as_str()).collect::<Vec<_>>(),
     })
 }
 
@@ -88,6 +148,10 @@ fn reference(image: &ImageSummary) -> String {
 }
 
 impl Arguments {
+    fn text_name(&self) -> &str {
+        self.name.as_deref().unwrap_or_default()
+    }
+
     fn name(&self) -> Result<SandboxName, Error> {
         SandboxName::parse(self.name.as_deref().unwrap_or_default()).map_err(Error::InvalidConfig)
     }
@@ -139,8 +203,63 @@ impl Driver {
             "shutdown" => client.shutdown().await.map(|()| Value::Null),
             "list" => {
                 let terms: Vec<String> = serde_json::from_value(args.labels).unwrap_or_default();
-                let found = client.list(&terms).await?.sandboxes;
+                let selectors: Vec<String> = args.selector.into_iter().collect();
+                let found = client.select(&terms, &selectors).await?.sandboxes;
                 Ok(found.iter().map(|sandbox| json!(sandbox.name)).collect())
+            }
+            "pages" => {
+                let labels: Vec<String> = serde_json::from_value(args.labels).unwrap_or_default();
+                let mut query = ListQuery { labels, limit: args.limit, ..ListQuery::default() };
+                let mut pages = Vec::new();
+                loop {
+                    let page = client.list_page(&query).await?;
+                    let names: Vec<_> = page.sandboxes.iter().map(|sandbox| sandbox.name.to_string()).collect();
+                    pages.push(names);
+                    match page.next {
+                        Some(next) => query.after = Some(next),
+                        None => return Ok(json!(pages)),
+                    }
+                }
+            }
+            "volume_create" => Ok(volume_value(&Volume::create(args.text_name(), args.kind, args.size_mib).await?)),
+            "volume_get" => Ok(volume_value(&Volume::get(args.text_name()).await?)),
+            "volume_list" => Ok(Volume::list().await?.iter().map(|volume| json!(volume.name)).collect()),
+            "volume_remove" => Volume::remove(args.text_name()).await.map(|()| Value::Null),
+            "image_tag" => {
+                let image = Image::get(&args.reference).await?.tag(&args.tag).await?;
+                Ok(json!(image.summary().references))
+            }
+            "image_save" => {
+                let request = SaveRequest { references: vec![args.reference], ..SaveRequest::default() };
+                Image::save_all(&client, &request, &args.path).await.map(|()| Value::Null)
+            }
+            "image_prune" => {
+                let report = Image::prune(&PruneRequest { dry_run: args.dry_run, ..PruneRequest::default() }).await?;
+                Ok(serde_json::to_value(report).unwrap_or_default())
+            }
+            "image_pull" => {
+                let request = PullRequest { reference: args.reference, insecure: true, ..PullRequest::default() };
+                let mut pull = Image::start_pull(&client, &request).await?;
+                let (mut steps, mut references) = (Vec::new(), Vec::new());
+                while let Some(event) = pull.next().await? {
+                    match &event {
+                        PullEvent::Done { image, .. } => references = image.references.clone(),
+                        PullEvent::Error { error } => return Err(Error::Api(error.clone())),
+                        _ => {}
+                    }
+                    steps.push(serde_json::to_value(&event).unwrap_or_default()["type"].clone());
+                }
+                Ok(json!({ "references": references, "steps": steps }))
+            }
+            "settle" => Ok(Value::Null),
+            "first_byte" => {
+                let began = Instant::now();
+                let sandbox = Sandbox::builder_unnamed().image(args.image).ephemeral(true).create_on(&client).await?;
+                let mut session = sandbox.exec_stream(["echo", "x"]).await?;
+                while !matches!(session.next().await?, Some(SessionEvent::Stdout(_)) | None) {}
+                let took = began.elapsed();
+                client.remove(sandbox.name(), true).await?;
+                Ok(json!(took.as_secs_f64() * 1000.0))
             }
             "start" => Ok(detail_value(&client.start(&args.name()?, &StartRequest::default()).await?)),
             "remove" => client.remove(&args.name()?, args.force).await.map(|()| Value::Null),
@@ -173,8 +292,84 @@ impl Driver {
         }
     }
 
+    async fn on_files(&mut self, call: &str, files: &Fs, args: &Arguments) -> Result<Value, Error> {
+        let (path, sized) = (args.path.as_str(), |attributes: FileAttributes| json!({ "size": attributes.size }));
+        match call {
+            "fs_mkdir" if args.parents => files.make_directories(path).await.map(|()| Value::Null),
+            "fs_mkdir" => files.make_directory(path).await.map(|()| Value::Null),
+            "fs_write" => {
+                let content = futures_util::stream::iter([Ok(args.content.clone().into_bytes().into())]);
+                files.write_stream(path, args.mode, content).await.map(sized)
+            }
+            "fs_append" => files.append(path, args.content.clone()).await.map(sized),
+            "fs_read" => {
+                let mut content = files.read_range(path, args.offset, args.length).await?;
+                let mut bytes = Vec::new();
+                while let Some(piece) = content.next().await {
+                    bytes.extend_from_slice(&piece?);
+                }
+                Ok(json!(String::from_utf8_lossy(&bytes)))
+            }
+            "fs_stat" => {
+                let follows = args.follow != Some(false);
+                let found = if follows { files.stat(path).await? } else { files.stat_link(path).await? };
+                let kinds =
+                    [(found.is_symlink(), "symlink"), (found.is_file(), "file"), (found.is_directory(), "directory")];
+                let kind = kinds.iter().find(|(is, _)| *is).map_or("other", |(_, kind)| *kind);
+                Ok(json!({ "kind": kind, "size": found.size, "mode": found.mode & 0o7777 }))
+            }
+            "fs_chmod" => files.chmod(path, args.mode.unwrap_or_default()).await.map(|()| Value::Null),
+            "fs_symlink" => files.symlink(&args.target, path).await.map(|()| Value::Null),
+            "fs_read_link" => files.read_link(path).await.map(Value::from),
+            "fs_real_path" => files.real_path(path).await.map(Value::from),
+            "fs_list" => Ok(files.list(path).await?.iter().map(|entry| json!(entry.name)).collect()),
+            "fs_rename" => files.rename(path, &args.target).await.map(|()| Value::Null),
+            "fs_exists" => files.exists(path).await.map(Value::from),
+            "fs_remove" if args.recursive => files.remove_all(path).await.map(|()| Value::Null),
+            "fs_remove" => files.remove(path).await.map(|()| Value::Null),
+            _ => {
+                let mut records = files.watch(path, false).await?;
+                while let Some(record) = records.next().await? {
+                    match record {
+                        WatchRecord::Watching => drop(files.append(&args.touch, "seen").await?),
+                        WatchRecord::Change { kind: FileChangeKind::Created, path, .. } => return Ok(path.into()),
+                        WatchRecord::Change { .. } => {}
+                    }
+                }
+                Err(Error::Client(ApiError::new(ErrorCode::ExecLost, "a watch without an end")))
+            }
+        }
+    }
+
     async fn on_sandbox(&mut self, call: &str, sandbox: &Sandbox, args: &mut Arguments) -> Result<Value, Error> {
         match call {
+            files if files.starts_with("fs_") => self.on_files(call, &sandbox.fs(), args).await,
+            "copy_into" => {
+                let options = CopyOptions::default();
+                Ok(json!(sandbox.copy_into(args.path.as_ref(), &args.target, &options).await?.warnings))
+            }
+            "copy_out" => {
+                let options = CopyOptions::default();
+                Ok(json!(sandbox.copy_out(&args.path, args.target.as_ref(), &options).await?.warnings))
+            }
+            "ping" => Ok(json!(sandbox.ping().await?.round_trip_us > 0)),
+            "ssh_config" => {
+                let found = sandbox.ssh_config(args.alias.as_deref()).await?;
+                Ok(json!({ "alias": found.alias, "config": found.config }))
+            }
+            "metrics_stream" => {
+                let mut samples = sandbox.metrics_stream(Duration::from_millis(args.interval_ms)).await?;
+                let mut names = Vec::new();
+                while names.len() < args.count {
+                    let Some(sample) = samples.next().await? else { break };
+                    names.push(sample.name.to_string());
+                }
+                Ok(json!(names))
+            }
+            "metrics_history" => {
+                let history = sandbox.metrics_history(&HistoryQuery::default()).await?;
+                Ok(json!({ "name": history.name, "has_points": !history.points.is_empty() }))
+            }
             "get" => Ok(detail_value(sandbox.detail())),
             "exec" => Ok(output_value(&sandbox.exec(args.exec()).await?)),
             "exec_check" => sandbox.exec(args.exec()).await?.check().map(|_| Value::Null),
@@ -194,7 +389,8 @@ impl Driver {
                 Ok(Value::Null)
             }
             "logs" => {
-                let mut lines = sandbox.logs(&LogQuery::default()).await?;
+                let query = LogQuery { tail: args.tail, grep: args.grep.clone(), ..LogQuery::default() };
+                let mut lines = sandbox.logs(&query).await?;
                 let mut text = String::new();
                 while let Some(record) = lines.next().await? {
                     text.push_str(&record.data);
@@ -212,12 +408,31 @@ impl Driver {
                 Ok(states.into())
             }
             "metrics" => {
-                let snapshot = sandbox.client().metrics().await?;
-                let sample = snapshot.sandboxes.iter().find(|sample| sample.id == sandbox.detail().summary.id);
+                let sample = sandbox.metrics().await?;
                 Ok(json!(sample.map(|sample| json!({ "name": sample.name, "status": sample.status }))))
             }
             other => Err(Error::Client(ApiError::internal(format!("no call {other}")))),
         }
+    }
+}
+
+fn volume_value(found: &VolumeDetail) -> Value {
+    let users: Vec<_> = found.users.iter().map(|user| user.sandbox.to_string()).collect();
+    json!({ "name": found.name, "kind": found.kind, "size_bytes": found.size_bytes, "users": users })
+}
+
+impl MountArguments {
+    fn mount(self) -> Result<Mount, Error> {
+        let source = match self.kind.as_str() {
+            "bind" => MountSource::Directory { path: self.path },
+            "named" => {
+                let name = SandboxName::parse(&self.name).map_err(Error::InvalidConfig)?;
+                MountSource::Named { name, volume: None, size_mib: None }
+            }
+            _ => MountSource::Tmpfs { size_mib: self.size_mib },
+        };
+        let options = MountOptions { read_only: self.read_only, ..MountOptions::default() };
+        Ok(Mount { target: self.target, source, options })
     }
 }
 
@@ -237,6 +452,24 @@ async fn create(args: Arguments) -> Result<Value, Error> {
     if let Some(command) = args.command {
         builder = builder.command(command);
     }
+    for mount in args.mounts {
+        builder = builder.mount(mount.mount()?);
+    }
+    for port in &args.ports {
+        let wrong = |error: PortError| Error::InvalidConfig(ApiError::new(ErrorCode::InvalidConfig, error.to_string()));
+        builder = builder.port(port.parse().map_err(wrong)?);
+    }
+    if let Some(network) = args.network {
+        builder = builder.network_profile(network.profile);
+        builder = network.rules.into_iter().fold(builder, SandboxBuilder::network_rule);
+    }
+    for (name, limit) in args.rlimits {
+        builder = builder.rlimit(name, limit, limit);
+    }
+    if let Some(idle_timeout_ms) = args.idle_timeout_ms {
+        builder = builder.idle_timeout(Duration::from_millis(idle_timeout_ms), OnIdle::Stop);
+    }
+    builder = builder.security(args.security).pull(args.pull);
     if args.restart.as_deref() == Some("no") {
         builder = builder.restart_policy(RestartPolicy::No);
     }
@@ -259,14 +492,14 @@ async fn stream(mut session: Session, actions: &[Action]) -> Result<Value, Error
             SessionEvent::Started { .. } | SessionEvent::OutputLost { .. } => {}
         }
         while let Some(action) = actions.next_if(|action| output.stdout_text().contains(&action.after)) {
+            if let Some((rows, columns)) = action.resize {
+                control.resize(TerminalSize { rows, columns }).await?;
+            }
             if let (Some(text), Some(stdin)) = (&action.write, &mut stdin) {
                 stdin.write_all(text.as_bytes()).await?;
             }
             if let Some(name) = &action.signal {
                 control.signal(if name == "SIGTERM" { 15 } else { 2 }).await?;
-            }
-            if let Some((rows, columns)) = action.resize {
-                control.resize(TerminalSize { rows, columns }).await?;
             }
             if action.close_stdin
                 && let Some(stdin) = stdin.take()
@@ -287,7 +520,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(value) => json!({ "ok": value }),
             Err(error) => {
                 let error = error.api();
-                json!({ "error": error.code, "message": error.message, "hint": error.hint, "details": error.details })
+                json!({ "error": error.code, "message": error.message, "hint": error.hint, "details": error.details, "errno": error.errno })
             }
         };
         println!("{answer}");

@@ -9,6 +9,7 @@ use msb_protocol::health::{HealthCheck, PreStop};
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::PullPolicy;
 use msb_protocol::mount::{Mount, Patch};
+use msb_protocol::network::{NetworkProfile, NetworkSpec, PublishedPort, Rule};
 use msb_protocol::security::SecurityProfile;
 use msb_protocol::snapshot::SnapshotDetail;
 use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
@@ -232,6 +233,41 @@ impl SandboxBuilder {
     #[must_use]
     pub fn security(mut self, profile: SecurityProfile) -> Self {
         self.spec.security = profile;
+        self
+    }
+
+    /// Its whole network, in place of what was said of it so far.
+    #[must_use]
+    pub fn network(mut self, network: NetworkSpec) -> Self {
+        self.spec.network = network;
+        self
+    }
+
+    /// Which addresses it reaches where no rule decides.
+    #[must_use]
+    pub fn network_profile(mut self, profile: NetworkProfile) -> Self {
+        self.spec.network.profile = profile;
+        self
+    }
+
+    /// Adds a rule to its network; the first that fits decides.
+    #[must_use]
+    pub fn network_rule(mut self, rule: Rule) -> Self {
+        self.spec.network.rules.push(rule);
+        self
+    }
+
+    /// Gives it no network but loopback.
+    #[must_use]
+    pub fn no_network(mut self) -> Self {
+        self.spec.network.enabled = false;
+        self
+    }
+
+    /// Publishes a port of it on this host: `"8080:80".parse()?`.
+    #[must_use]
+    pub fn port(mut self, port: PublishedPort) -> Self {
+        self.spec.network.ports.push(port);
         self
     }
 

@@ -17,9 +17,9 @@ use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, Response, header};
 use msb_protocol::control::{
     ActorTree, ClientMessage, CreateRequest, EventQuery, EventRecord, ExecRequest, HistoryQuery, HostInfo, ImageDetail,
-    ImageList, ImageSummary, LabelRequest, LoadEvent, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
-    MetricsSnapshot, NetworkDecision, NetworkLogQuery, SandboxDetail, SandboxList, ShutdownRequest, StartRequest,
-    StopRequest, StoreReport, TerminalSize, VersionInfo,
+    ImageList, ImageSummary, LabelRequest, ListQuery, LoadEvent, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
+    MetricsSnapshot, NetworkDecision, NetworkLogQuery, PingReport, SandboxDetail, SandboxList, ShutdownRequest,
+    StartRequest, StopRequest, StoreReport, TerminalSize, VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::file_api::{ArchiveRequest, FileAnswer, FileCallRequest, WatchRecord};
@@ -42,8 +42,8 @@ use crate::error::Error;
 use crate::locate::Locator;
 use crate::session::Session;
 
-/// Time for a service that accepts a connection to say its version.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a service that accepts a connection to say its version: systemd may hold its socket and just be starting it.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest line of a streamed answer, in bytes.
 const LINE_LEN_MAX: usize = 8 << 20;
 
@@ -103,6 +103,11 @@ impl Client {
     }
 
     pub(crate) async fn open(socket: &Path, owner: Option<u32>) -> Result<Self, OpenError> {
+        Self::open_within(socket, owner, VERSION_TIMEOUT).await
+    }
+
+    /// As [`Client::open`], for a service that may take this long to say its version.
+    pub(crate) async fn open_within(socket: &Path, owner: Option<u32>, patience: Duration) -> Result<Self, OpenError> {
         let stream = connection::connect(socket, owner).await.map_err(OpenError::Io)?;
         let mut idle = connection::handshake(stream).await.map_err(OpenError::Lost)?;
         let request = request(Method::GET, "/v1/version", connection::empty()).map_err(OpenError::Answer)?;
@@ -110,7 +115,7 @@ impl Client {
             let response = connection::send(&mut idle, request).await?;
             connection::collect(response).await
         };
-        let body = match tokio::time::timeout(VERSION_TIMEOUT, answer).await {
+        let body = match tokio::time::timeout(patience, answer).await {
             Ok(Err(error)) if error.is_lost() => return Err(OpenError::Lost(error)),
             Ok(body) => body.map_err(OpenError::Answer)?,
             Err(_) => {
@@ -129,6 +134,11 @@ impl Client {
         }
         let inner = Inner { socket: socket.to_owned(), owner, idle: Mutex::new(Some(idle)), version };
         Ok(Self { inner: Arc::new(inner), locator: None })
+    }
+
+    /// Who found the service; none if the user named the socket.
+    pub(crate) fn locator(&self) -> Option<&Locator> {
+        self.locator.as_deref()
     }
 
     /// The same client, which looks for another service when its own has gone.
@@ -234,10 +244,29 @@ impl Client {
     /// # Errors
     /// `invalid_selector` and others of the service.
     pub async fn select(&self, labels: &[String], selectors: &[String]) -> Result<SandboxList, Error> {
-        let labels = labels.iter().map(|label| ("label", label.clone()));
-        let selectors = selectors.iter().map(|selector| ("selector", selector.clone()));
-        let pairs: Vec<_> = labels.chain(selectors).collect();
+        let query = ListQuery { labels: labels.to_vec(), selectors: selectors.to_vec(), ..ListQuery::default() };
+        self.list_page(&query).await
+    }
+
+    /// The sandboxes that a query asks for; with a limit, a page of them.
+    ///
+    /// # Errors
+    /// `invalid_label`, `invalid_selector`, `invalid_request` for the limit.
+    pub async fn list_page(&self, query: &ListQuery) -> Result<SandboxList, Error> {
+        let labels = query.labels.iter().map(|label| ("label", label.clone()));
+        let selectors = query.selectors.iter().map(|selector| ("selector", selector.clone()));
+        let mut pairs: Vec<_> = labels.chain(selectors).collect();
+        pairs.extend(query.limit.map(|limit| ("limit", limit.to_string())));
+        pairs.extend(query.after.map(|after| ("after", after.to_string())));
         self.get(&with_query("/v1/sandboxes", &pairs)).await
+    }
+
+    /// Asks a running sandbox's agent for a sign of life. It is no activity, and wakes nothing.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, `agent_timeout`.
+    pub async fn ping(&self, name: &SandboxName) -> Result<PingReport, Error> {
+        self.post(&sandbox(name, "/ping"), &serde_json::json!({})).await
     }
 
     /// Everything about one sandbox.
@@ -928,7 +957,9 @@ fn flag(name: &'static str, on: bool) -> Vec<(&'static str, String)> {
 
 fn metrics_pairs(query: &MetricsQuery) -> Vec<(&'static str, String)> {
     let names = query.names.iter().map(|name| ("name", name.clone()));
-    names.chain(query.labels.iter().map(|label| ("label", label.clone()))).collect()
+    let labels = query.labels.iter().map(|label| ("label", label.clone()));
+    let selectors = query.selectors.iter().map(|selector| ("selector", selector.clone()));
+    names.chain(labels).chain(selectors).collect()
 }
 
 pub(crate) fn with_query(path: &str, pairs: &[(&str, String)]) -> String {

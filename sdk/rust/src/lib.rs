@@ -14,7 +14,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`], [`snapshot`] | what users of the library touch |
+//! | [`sandbox`], [`builder`], [`exec`], [`fs`], [`image`], [`volume`], [`snapshot`] | what users of the library touch |
 //! | [`client`] | one typed call for each route of the control API |
 //! | [`session`] | a running command: output, stdin within its credit, signals |
 //! | [`locate`] | which service is used, and starting one when none answers |
@@ -38,6 +38,7 @@ pub mod sandbox;
 pub mod session;
 pub mod snapshot;
 pub mod ssh;
+pub mod volume;
 mod window;
 
 pub use builder::SandboxBuilder;
@@ -47,9 +48,13 @@ pub use error::Error;
 pub use exec::{Exec, ExecOutput};
 pub use fs::Fs;
 pub use image::Image;
+pub use image::Image as ImageHandle;
 pub use locate::Locator;
 pub use msb_protocol as protocol;
+pub use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageLayerDetail};
+pub use msb_protocol::images::PruneReport as ImagePruneReport;
 pub use sandbox::{MetricsStream, Sandbox};
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
 pub use snapshot::Snapshot;
-pub use ssh::SshStream;
+pub use ssh::{SshConfig, SshStream};
+pub use volume::Volume;

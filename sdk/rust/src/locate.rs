@@ -36,6 +36,8 @@ use crate::error::Error;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time in which a service that hangs up without a word is taken for one that is just ending.
 const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait for the host's service, whose door may have to start ours first.
+const HOST_PATIENCE: Duration = Duration::from_secs(90);
 /// Size of the log at which the next start moves it aside, in bytes.
 const LOG_LEN_MAX: u64 = 16 << 20;
 /// Lines of the log that an error shows.
@@ -104,13 +106,22 @@ impl Locator {
         }
     }
 
-    /// The service of the host, if it answers and we may use it. Somebody who names a home of their own wants no other.
-    async fn host_service(&self) -> Option<Client> {
+    /// The service of the host, if there is one and we may use it. Somebody who names a home of their own wants no other. One that is there
+    /// and does not answer is an error: a service of our own in its place would hide every sandbox that the host's has.
+    async fn host_service(&self) -> Result<Option<Client>, Error> {
         if self.surroundings.msb_home.is_some() {
-            return None;
+            return Ok(None);
         }
-        // Only root listens there: anybody else is refused.
-        Client::open(&self.host_socket, Some(0)).await.ok()
+        let (until, mut pause) = (Instant::now() + ENDING_PATIENCE, Pause::default());
+        loop {
+            // Only root listens there: anybody else is refused.
+            match Client::open_within(&self.host_socket, Some(0), HOST_PATIENCE).await {
+                Ok(client) => return Ok(Some(client)),
+                Err(OpenError::Io(_)) => return Ok(None),
+                Err(OpenError::Lost(_)) if Instant::now() < until => pause.next().await,
+                Err(OpenError::Lost(error) | OpenError::Answer(error)) => return Err(error),
+            }
+        }
     }
 
     /// The service that answers now; `None` if none does. Starts nothing.
@@ -141,7 +152,7 @@ impl Locator {
                 ),
                 other => other,
             }),
-            Err(OpenError::Io(error)) if is_absence(&error) => Ok(self.host_service().await),
+            Err(OpenError::Io(error)) if is_absence(&error) => self.host_service().await,
             Err(OpenError::Io(error)) => Err(open_failed(&socket, &error)),
             Err(OpenError::Lost(error) | OpenError::Answer(error)) => Err(error),
         }
@@ -189,6 +200,14 @@ impl Locator {
                 Err(not_found(format!("the program msbd is neither in {} nor in PATH", own.display())))
             }
         }
+    }
+
+    /// The command line's program: beside the daemon's, else in `PATH`, else by its name alone.
+    #[must_use]
+    pub fn command_program(&self) -> PathBuf {
+        let beside = self.daemon_program().ok().and_then(|daemon| Some(daemon.parent()?.to_owned()));
+        let mut dirs = beside.iter().chain(&self.search_path).map(|dir| dir.join("msb"));
+        dirs.find(|program| program.is_file()).map_or_else(|| "msb".into(), |program| absolute(&program))
     }
 
     async fn start(&self) -> Result<Client, Error> {
@@ -427,6 +446,28 @@ mod tests {
         assert_eq!(error.code(), ErrorCode::DaemonUnavailable);
         assert!(error.to_string().contains("code 3"), "{error}");
         assert_eq!(error.api().details, ["the disk is on fire"]);
+    }
+
+    #[tokio::test]
+    async fn a_host_whose_service_fails_is_no_reason_for_a_service_of_ones_own() {
+        if !rustix::process::getuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut locator = locator(dir.path());
+        locator.surroundings.msb_home = None;
+        locator.surroundings.home = Some(dir.path().join("user"));
+        locator.host_socket = dir.path().join("host.sock");
+        program(&dir.path().join("msbd"), &format!("touch {}", dir.path().join("started").display()));
+        locator.daemon = Some(dir.path().join("msbd"));
+        // A door that can start nobody's service closes what it was handed.
+        let door = std::os::unix::net::UnixListener::bind(&locator.host_socket).unwrap();
+        std::thread::spawn(move || door.incoming().for_each(drop));
+        assert!(locator.connect().await.is_err());
+        assert!(!dir.path().join("started").exists());
+        // Where there is none, ours is started.
+        locator.host_socket = dir.path().join("none.sock");
+        assert!(locator.find().await.unwrap().is_none());
     }
 
     #[tokio::test]

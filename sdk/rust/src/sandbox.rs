@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use msb_protocol::control::{
-    CreateRequest, HistoryQuery, LogQuery, LogRecord, MetricsHistory, MetricsQuery, MetricsSnapshot, SandboxDetail,
-    SandboxMetrics, SandboxSummary, StartRequest, StopRequest,
+    CreateRequest, HistoryQuery, ListQuery, LogQuery, LogRecord, MetricsHistory, MetricsQuery, MetricsSnapshot,
+    PingReport, SandboxDetail, SandboxList, SandboxMetrics, SandboxSummary, StartRequest, StopRequest,
 };
 use msb_protocol::id::SandboxName;
 use msb_protocol::state::SandboxState;
@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::exec::{Exec, ExecOutput};
 use crate::fs::Fs;
 use crate::session::Session;
+use crate::ssh::SshConfig;
 
 /// A sandbox of a service. Cheap to clone; dropping it does nothing to the sandbox (an attached one ends with this process).
 #[derive(Clone, Debug)]
@@ -72,6 +73,14 @@ impl Sandbox {
     pub async fn list_with<S: AsRef<str>>(labels: &[S]) -> Result<Vec<SandboxSummary>, Error> {
         let labels: Vec<String> = labels.iter().map(|label| label.as_ref().to_owned()).collect();
         Ok(Client::connect().await?.list(&labels).await?.sandboxes)
+    }
+
+    /// A page of the sandboxes that a query asks for; [`SandboxList::next`] is the next page's `after`.
+    ///
+    /// # Errors
+    /// `invalid_label`, `invalid_selector`, and those of [`Client::connect`].
+    pub async fn list_page(query: &ListQuery) -> Result<SandboxList, Error> {
+        Client::connect().await?.list_page(query).await
     }
 
     /// Starts a resting sandbox.
@@ -213,11 +222,27 @@ impl Sandbox {
         self.client.restart(&self.name, &StopRequest::default()).await
     }
 
+    /// Asks its agent for a sign of life. It is no activity, and wakes nothing.
+    ///
+    /// # Errors
+    /// `sandbox_not_running`, `agent_timeout`.
+    pub async fn ping(&self) -> Result<PingReport, Error> {
+        self.client.ping(&self.name).await
+    }
+
+    /// What makes `ssh msb-NAME` work, or another alias.
+    ///
+    /// # Errors
+    /// `invalid_config` for an alias that is no name of a host.
+    pub async fn ssh_config(&self, alias: Option<&str>) -> Result<SshConfig, Error> {
+        self.client.ssh_config(&self.name, alias).await
+    }
+
     /// Waits until it rests.
     ///
     /// # Errors
     /// `sandbox_not_found` if it is removed, as ephemeral ones are.
-    pub async fn wait(&self) -> Result<SandboxDetail, Error> {
+    pub async fn wait_until_stopped(&self) -> Result<SandboxDetail, Error> {
         self.client.wait(&self.name).await
     }
 
@@ -293,7 +318,7 @@ impl Sandbox {
     }
 
     fn metrics_query(&self) -> MetricsQuery {
-        MetricsQuery { names: vec![self.name.to_string()], labels: Vec::new() }
+        MetricsQuery { names: vec![self.name.to_string()], ..MetricsQuery::default() }
     }
 }
 

@@ -7,16 +7,25 @@ import { errorFromBody, errorFromValue, failure, MsbError, protocolError, reason
 import { cannotConnect, type Environment, Locator, systemCode } from "./locate.js";
 import type {
   EventRecord,
+  FileAttributes,
   ImageDetail,
   ImageHandle,
+  ImagePruneReport,
   LogRecord,
+  MetricsHistory,
   MetricsSnapshot,
+  PingReport,
+  PullEvent,
   SandboxDetail,
+  SandboxPage,
   SandboxSummary,
+  SshHost,
   VersionInfo,
+  VolumeDetail,
+  WatchRecord,
 } from "./models.js";
 import { ExecHandle } from "./session.js";
-import { checkName } from "./spec.js";
+import { checkName, milliseconds } from "./spec.js";
 
 /** The version of the control API this package speaks. */
 export const API_VERSION = 1;
@@ -35,6 +44,28 @@ export interface LogQuery {
   until?: Date | string;
   /** `stdout`, `stderr`, `output`, `system` or `all`. */
   source?: string;
+  /** Only lines that contain this text. */
+  grep?: string;
+}
+
+/** Which sandboxes. */
+export interface ListQuery {
+  /** Terms that all must fit: `KEY=VALUE` or `KEY`. */
+  labels?: readonly string[] | undefined;
+  /** An expression, as `team in (ml,web),!debug`. */
+  selector?: string | undefined;
+  /** At most so many. */
+  limit?: number | undefined;
+  /** Those after the page whose `next` this is. */
+  after?: string | undefined;
+}
+
+/** Which samples. */
+export interface MetricsQuery {
+  /** Only this sandbox. */
+  name?: string | undefined;
+  /** Only those whose labels fit all of these. */
+  labels?: readonly string[] | undefined;
 }
 
 /** Which events. */
@@ -58,8 +89,16 @@ function sandboxPath(name: string, rest = ""): string {
   return `/v1/sandboxes/${checkName(name)}${rest}`;
 }
 
+const metricsPairs = (query: MetricsQuery): Pairs => [
+  ["name", query.name],
+  ...(query.labels ?? []).map((label) => ["label", label] as const),
+];
+
 interface Sent {
   body?: unknown;
+  contentType?: string;
+  /** Whether the answer is a stream, which has a connection of its own, so that it can be given up at any time. */
+  streamed?: boolean;
   stream?: AsyncIterable<Uint8Array>;
   timeoutMs?: number;
 }
@@ -114,20 +153,19 @@ export class Client {
   private answer(method: string, path: string, sent: Sent): Promise<IncomingMessage> {
     return new Promise((resolve, reject) => {
       const text = sent.body === undefined ? undefined : JSON.stringify(sent.body);
-      const streamed = sent.stream !== undefined;
+      const streamed = sent.stream !== undefined || sent.streamed === true;
       const headers: Record<string, string | number> = {};
       if (text !== undefined) {
         headers["content-type"] = "application/json";
         headers["content-length"] = Buffer.byteLength(text);
-      } else if (streamed) {
-        headers["content-type"] = "application/x-tar";
+      } else if (sent.stream !== undefined) {
+        headers["content-type"] = sent.contentType ?? "application/x-tar";
       }
       const request: ClientRequest = httpRequest({
         socketPath: this.socket,
         path,
         method,
         headers,
-        // What streams has a connection of its own, so that it can be given up at any time.
         agent: streamed ? false : this.agent,
         ...(sent.timeoutMs === undefined ? {} : { timeout: sent.timeoutMs }),
       });
@@ -170,7 +208,7 @@ export class Client {
   private async *lines<T>(method: string, path: string, sent: Sent = {}): AsyncGenerator<T, void, void> {
     let response: IncomingMessage | undefined;
     try {
-      response = await this.answer(method, path, sent);
+      response = await this.answer(method, path, { ...sent, streamed: true });
       let rest = "";
       response.setEncoding("utf8");
       for await (const piece of response as AsyncIterable<string>) {
@@ -180,6 +218,19 @@ export class Client {
         for (const line of whole) if (line.trim() !== "") yield parsed<T>(line);
       }
       if (rest.trim() !== "") yield parsed<T>(rest);
+    } catch (error) {
+      throw this.typed(error);
+    } finally {
+      response?.destroy();
+    }
+  }
+
+  /** The bytes of an answer. */
+  private async *bytes(method: string, path: string, sent: Sent = {}): AsyncGenerator<Buffer, void, void> {
+    let response: IncomingMessage | undefined;
+    try {
+      response = await this.answer(method, path, { ...sent, streamed: true });
+      for await (const piece of response as AsyncIterable<Buffer>) yield piece;
     } catch (error) {
       throw this.typed(error);
     } finally {
@@ -206,10 +257,16 @@ export class Client {
     return this.call("POST", "/v1/sandboxes", request);
   }
 
-  /** The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`), newest first. */
-  async list(labels: readonly string[] = []): Promise<SandboxSummary[]> {
-    const path = withQuery("/v1/sandboxes", labels.map((label) => ["label", label] as const));
-    return (await this.call<{ sandboxes: SandboxSummary[] }>("GET", path)).sandboxes;
+  /** The sandboxes that fit, newest first. */
+  async list(query: ListQuery = {}): Promise<SandboxSummary[]> {
+    return (await this.listPage(query)).sandboxes;
+  }
+
+  /** At most `limit` of them, and where the next page begins. */
+  listPage(query: ListQuery): Promise<SandboxPage> {
+    const labels = (query.labels ?? []).map((label) => ["label", label] as const);
+    const pairs: Pairs = [...labels, ["selector", query.selector], ["limit", query.limit], ["after", query.after]];
+    return this.call("GET", withQuery("/v1/sandboxes", pairs));
   }
 
   /** Everything about one sandbox. */
@@ -247,6 +304,16 @@ export class Client {
     return this.call("POST", sandboxPath(name, "/touch"), {});
   }
 
+  /** Asks a running sandbox's agent for a sign of life. It is no activity, and wakes nothing. */
+  async ping(name: string): Promise<PingReport> {
+    return this.call("POST", sandboxPath(name, "/ping"), {});
+  }
+
+  /** How an SSH client finds a sandbox. */
+  async sshHost(name: string): Promise<SshHost> {
+    return this.call("GET", sandboxPath(name, "/ssh/host"));
+  }
+
   /** Waits until a sandbox rests. */
   async wait(name: string): Promise<SandboxDetail> {
     return this.call("GET", sandboxPath(name, "/wait"));
@@ -264,8 +331,8 @@ export class Client {
 
   /** Reads a sandbox's log. */
   logs(name: string, query: LogQuery = {}): AsyncGenerator<LogRecord, void, void> {
-    const { follow, tail, since, until, source } = query;
-    const pairs: Pairs = [["follow", follow], ["tail", tail], ["since", since], ["until", until], ["source", source]];
+    const { follow, tail, since, until, source, grep } = query;
+    const pairs: Pairs = [["follow", follow], ["tail", tail], ["since", since], ["until", until], ["source", source], ["grep", grep]];
     return this.lines("GET", withQuery(sandboxPath(name, "/logs"), pairs));
   }
 
@@ -274,9 +341,86 @@ export class Client {
     return this.lines("GET", withQuery("/v1/events", [["follow", query.follow], ["since", query.since]]));
   }
 
-  /** The newest sample of every sandbox. */
-  metrics(): Promise<MetricsSnapshot> {
-    return this.call("GET", "/v1/metrics");
+  /** The newest sample of every sandbox, or of those that are asked for. */
+  metrics(query: MetricsQuery = {}): Promise<MetricsSnapshot> {
+    return this.call("GET", withQuery("/v1/metrics", metricsPairs(query)));
+  }
+
+  /** The same at each interval (100 ms to an hour), the first at once. A reader that is slow misses some. */
+  metricsStream(query: MetricsQuery & { intervalMs?: number } = {}): AsyncGenerator<MetricsSnapshot, void, void> {
+    const intervalMs = milliseconds(query.intervalMs ?? 1000, "intervalMs");
+    return this.lines("GET", withQuery("/v1/metrics/stream", [...metricsPairs(query), ["interval_ms", intervalMs]]));
+  }
+
+  /** The last hour of one sandbox, or a part of it. */
+  async metricsHistory(name: string, query: { lastMs?: number; pointsMax?: number } = {}): Promise<MetricsHistory> {
+    const pairs: Pairs = [["last_ms", query.lastMs], ["points_max", query.pointsMax]];
+    return this.call("GET", withQuery(sandboxPath(name, "/metrics"), pairs));
+  }
+
+  /** A tree of a sandbox as a tar stream, in either direction. */
+  async archive(name: string, action: Record<string, unknown>, user: string | undefined, stdin: boolean): Promise<ExecHandle> {
+    return this.session(sandboxPath(name, "/archive"), { type: "archive", archive: { action, user } }, stdin);
+  }
+
+  /** One call on a sandbox's files. */
+  async fileCall<T>(name: string, call: Record<string, unknown>, user?: string): Promise<T> {
+    return this.call("POST", sandboxPath(name, "/files"), { call, user });
+  }
+
+  /** The content of a file, piece by piece. */
+  async *fileContent(
+    name: string,
+    path: string,
+    user: string | undefined,
+    part: { offset?: number; length?: number } = {},
+  ): AsyncGenerator<Buffer, void, void> {
+    const pairs: Pairs = [["path", path], ["user", user], ["offset", part.offset], ["len", part.length]];
+    yield* this.bytes("GET", withQuery(sandboxPath(name, "/files/content"), pairs));
+  }
+
+  /** Writes the content of a file. */
+  async fileWrite(
+    name: string,
+    path: string,
+    content: AsyncIterable<Uint8Array>,
+    user: string | undefined,
+    how: { mode?: number; append?: boolean } = {},
+  ): Promise<FileAttributes> {
+    const pairs: Pairs = [["path", path], ["user", user], ["mode", how.mode], ["append", how.append]];
+    const target = withQuery(sandboxPath(name, "/files/content"), pairs);
+    try {
+      const answer = await this.raw("PUT", target, { stream: content, contentType: "application/octet-stream" });
+      return (answer as { attributes: FileAttributes }).attributes;
+    } catch (error) {
+      throw this.typed(error);
+    }
+  }
+
+  /** Changes of a directory's entries, or of a file. */
+  async *fileWatch(name: string, path: string, user: string | undefined, recursive: boolean): AsyncGenerator<WatchRecord, void, void> {
+    const pairs: Pairs = [["path", path], ["user", user], ["recursive", recursive]];
+    yield* this.lines<WatchRecord>("GET", withQuery(sandboxPath(name, "/files/watch"), pairs));
+  }
+
+  /** Every volume, by name. */
+  async volumes(): Promise<VolumeDetail[]> {
+    return (await this.call<{ volumes: VolumeDetail[] }>("GET", "/v1/volumes")).volumes;
+  }
+
+  /** One volume. */
+  async volume(name: string): Promise<VolumeDetail> {
+    return this.call("GET", `/v1/volumes/${checkName(name)}`);
+  }
+
+  /** Makes a volume. */
+  async createVolume(name: string, options: { kind?: "dir" | "disk"; sizeMib?: number } = {}): Promise<VolumeDetail> {
+    return this.call("POST", "/v1/volumes", { name: checkName(name), kind: options.kind ?? "dir", size_mib: options.sizeMib });
+  }
+
+  /** Removes a volume. */
+  async removeVolume(name: string): Promise<void> {
+    await this.call("DELETE", `/v1/volumes/${checkName(name)}`);
   }
 
   /** The images of the store, newest first. */
@@ -292,6 +436,36 @@ export class Client {
   /** Removes an image; `force` untags it even where sandboxes use it. */
   async removeImage(reference: string, force = false): Promise<void> {
     await this.call("DELETE", withQuery("/v1/image", [["reference", reference], ["force", force]]));
+  }
+
+  /** Gives an image another name. */
+  tagImage(reference: string, name: string): Promise<ImageHandle> {
+    return this.call("POST", "/v1/images/tag", { reference, name });
+  }
+
+  /** Keeps prune from an image, or no more. */
+  pinImage(reference: string, pinned = true): Promise<ImageHandle> {
+    return this.call("POST", "/v1/images/pin", { reference, pinned });
+  }
+
+  /** Removes the images that the request allows and nothing needs. */
+  pruneImages(request: Record<string, unknown>): Promise<ImagePruneReport> {
+    return this.call("POST", "/v1/images/prune", request);
+  }
+
+  /** Fetches an image; the last event is `done`. What has come when the iteration is given up is kept for the next pull. */
+  async *pullImage(request: Record<string, unknown>): AsyncGenerator<PullEvent, void, void> {
+    for await (const event of this.lines<PullEvent | { type: "error"; error: unknown }>("POST", "/v1/images/pull", { body: request })) {
+      if (event.type === "error") throw errorFromValue(event.error, "the pull failed");
+      yield event;
+      if (event.type === "done") return;
+    }
+    throw failure("daemon_unavailable", "the pull ended without an answer");
+  }
+
+  /** Images as one archive; it is whole only when the iteration has ended by itself. */
+  saveImages(references: readonly string[], format: "docker" | "oci" = "docker"): AsyncGenerator<Buffer, void, void> {
+    return this.bytes("POST", "/v1/images/save", { body: { references, format } });
   }
 
   /** Loads an archive (docker or OCI, also compressed) into the store. */

@@ -6,6 +6,7 @@ export interface FailureOptions {
   retryable?: boolean;
   details?: readonly string[];
   code?: string;
+  errno?: number;
   cause?: unknown;
 }
 
@@ -19,6 +20,8 @@ export class MsbError extends Error {
   readonly retryable: boolean;
   /** What belongs to the error beyond its text, such as the names of sandboxes that use an image. */
   readonly details: readonly string[];
+  /** What the sandbox's system answered, for a file operation. */
+  readonly errno: number | undefined;
 
   constructor(message: string, options: FailureOptions = {}) {
     super(message, options.cause === undefined ? {} : { cause: options.cause });
@@ -27,6 +30,7 @@ export class MsbError extends Error {
     this.hint = options.hint ?? "";
     this.retryable = options.retryable ?? false;
     this.details = options.details ?? [];
+    this.errno = options.errno;
   }
 
   /** The value of a detail written `key=value`. */
@@ -66,10 +70,11 @@ export function errorFromValue(value: unknown, fallback: string): MsbError {
   if (typeof value !== "object" || value === null || !("message" in value) || typeof value.message !== "string") {
     return failure("internal", fallback);
   }
-  const told = value as { code?: unknown; message: string; hint?: unknown; retryable?: unknown; details?: unknown };
+  const told = value as { code?: unknown; message: string; hint?: unknown; retryable?: unknown; details?: unknown; errno?: unknown };
   return failure(String(told.code), told.message, {
     ...(typeof told.hint === "string" ? { hint: told.hint } : {}),
     ...(typeof told.retryable === "boolean" ? { retryable: told.retryable } : {}),
+    ...(typeof told.errno === "number" ? { errno: told.errno } : {}),
     ...(Array.isArray(told.details) ? { details: told.details.map(String) } : {}),
   });
 }

@@ -171,6 +171,7 @@ export interface ImageLayerDetail {
   blob_digest: string;
   media_type: string;
   compressed_bytes: number;
+  unpacked_bytes: number;
   data_bytes: number;
   shared_by: number;
 }
@@ -180,4 +181,130 @@ export interface ImageDetail extends ImageHandle {
   config: ImageConfigDetail;
   layer_details: ImageLayerDetail[];
   used_by: string[];
+  used_by_snapshots?: string[];
 }
+
+/** One moment of a sandbox. Counters are cumulative since the boot of their run. */
+export interface HistoryPoint {
+  at: string;
+  boot_id: string;
+  cpu_utilization: number;
+  cpu_time_us: number;
+  memory_resident_bytes: number;
+  memory_limit_bytes: number;
+  disk_read_bytes: number;
+  disk_written_bytes: number;
+  disk_operations: number;
+  network_received_bytes: number;
+  network_sent_bytes: number;
+  network_packets: number;
+  root_allocated_bytes: number;
+  /** Absent before its first beat. */
+  guest?: GuestMetrics;
+}
+
+/** The last hour of one sandbox, oldest point first. */
+export interface MetricsHistory {
+  name: string;
+  id: string;
+  points: HistoryPoint[];
+}
+
+/** A sandbox's agent has answered. */
+export interface PingReport {
+  boot_id: string;
+  round_trip_us: number;
+}
+
+/** A page of a list; `next` is the `after` of the next one, if there is one. */
+export interface SandboxPage {
+  sandboxes: SandboxSummary[];
+  next?: string;
+}
+
+/** How an SSH client finds a sandbox. */
+export interface SshHost {
+  sandbox: string;
+  user: string;
+  host_key: string;
+  fingerprint: string;
+}
+
+/** What `ssh` needs: a block for `ssh_config`, and the host key as a line of `known_hosts`. */
+export interface SshConfig {
+  alias: string;
+  config: string;
+  known_hosts: string;
+  host: SshHost;
+}
+
+/** A time of a file: seconds since 1970 and nanoseconds below a second. */
+export interface FileTime {
+  seconds: number;
+  nanoseconds: number;
+}
+
+/** What stat(2) says of a path in a sandbox. */
+export interface FileAttributes {
+  mode: number;
+  uid: number;
+  gid: number;
+  size: number;
+  accessed: FileTime;
+  modified: FileTime;
+  changed: FileTime;
+  links: number;
+  device: number;
+  inode: number;
+  allocated: number;
+}
+
+/** One entry of a directory, with its own attributes; none if it vanished meanwhile. */
+export interface DirectoryEntry {
+  name: string;
+  attributes?: FileAttributes;
+}
+
+/** A record of a watch; the first is `watching`. */
+export type WatchRecord =
+  | { type: "watching" }
+  | { type: "change"; kind: "overflow" | "created" | "written" | "removed" | "attributes"; path: string; directory: boolean };
+
+/** A sandbox that mounts a volume, where and how. */
+export interface VolumeUser {
+  sandbox: string;
+  target: string;
+  options: Record<string, boolean>;
+}
+
+/** A named volume. */
+export interface VolumeDetail {
+  name: string;
+  kind: "dir" | "disk";
+  size_bytes?: number;
+  allocated_bytes: number;
+  created_at: string;
+  path: string;
+  users: VolumeUser[];
+}
+
+/** What a prune took, or would take. */
+export interface ImagePruneReport {
+  dry_run: boolean;
+  image_refs_removed: number;
+  manifests_removed: number;
+  layers_removed: number;
+  fsmeta_removed: number;
+  partials_removed: number;
+  bytes_reclaimed: number;
+  images: { digest: string; references: string[] }[];
+}
+
+/** A step of a pull. */
+export type PullEvent =
+  | { type: "resolved"; digest: string; platform: string; layers: { digest: string; bytes: number }[] }
+  | { type: "layer"; digest: string; bytes: number }
+  | { type: "layer_done"; digest: string; known: boolean }
+  | { type: "retry"; what: string; reason: string; wait_ms: number }
+  | { type: "warning"; message: string }
+  | { type: "done"; image: ImageHandle; was_present: boolean };

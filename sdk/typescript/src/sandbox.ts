@@ -1,10 +1,24 @@
 /** A sandbox as a value: what `Client` does by name, as methods. */
 
-import { Client, type EventQuery, type LogQuery } from "./client.js";
+import { Client, type EventQuery, type ListQuery, type LogQuery } from "./client.js";
+import { copyInto, copyOut, type CopyReport } from "./copy.js";
 import { SandboxNotFoundError } from "./errors.js";
-import type { EventRecord, LogRecord, SandboxDetail, SandboxMetrics, SandboxState, SandboxSummary } from "./models.js";
+import { Fs } from "./fs.js";
+import type {
+  EventRecord,
+  LogRecord,
+  MetricsHistory,
+  PingReport,
+  SandboxDetail,
+  SandboxMetrics,
+  SandboxPage,
+  SandboxState,
+  SandboxSummary,
+  SshConfig,
+} from "./models.js";
 import { type ExecHandle, type ExecOutput, OUTPUT_LEN_MAX } from "./session.js";
 import { createRequest, type ExecOptions, execRequest, milliseconds, type SandboxOptions } from "./spec.js";
+import { sshConfig } from "./ssh.js";
 
 /** Where the service is; the one of this environment if absent. */
 export interface On {
@@ -42,9 +56,14 @@ export class Sandbox implements AsyncDisposable {
     return new Sandbox(client, await client.inspect(name));
   }
 
-  /** The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`), newest first. */
-  static async list(filter: { labels?: readonly string[] } & On = {}): Promise<SandboxSummary[]> {
-    return (filter.client ?? (await Client.connect())).list(filter.labels);
+  /** The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`) and the selector, newest first. */
+  static async list(filter: ListQuery & On = {}): Promise<SandboxSummary[]> {
+    return (filter.client ?? (await Client.connect())).list(filter);
+  }
+
+  /** A page of them; its `next`, if there is one, is the next page's `after`. */
+  static async listPage(filter: ListQuery & { limit: number } & On): Promise<SandboxPage> {
+    return (filter.client ?? (await Client.connect())).listPage(filter);
   }
 
   /** Starts a resting sandbox. */
@@ -111,7 +130,44 @@ export class Sandbox implements AsyncDisposable {
 
   /** Its newest sample; `undefined` when it has none because it rests. */
   async metrics(): Promise<SandboxMetrics | undefined> {
-    return (await this.client.metrics()).sandboxes.find((sample) => sample.id === this.known.id);
+    return (await this.client.metrics({ name: this.name })).sandboxes.find((sample) => sample.id === this.known.id);
+  }
+
+  /** Its samples from now on, one at each interval (100 ms to an hour), the first at once. */
+  async *metricsStream(options: { intervalMs?: number } = {}): AsyncGenerator<SandboxMetrics, void, void> {
+    for await (const snapshot of this.client.metricsStream({ name: this.name, ...options })) {
+      for (const sample of snapshot.sandboxes) if (sample.id === this.known.id) yield sample;
+    }
+  }
+
+  /** Its last hour, or a part of it. */
+  metricsHistory(query: { lastMs?: number; pointsMax?: number } = {}): Promise<MetricsHistory> {
+    return this.client.metricsHistory(this.name, query);
+  }
+
+  /** Its files. */
+  get fs(): Fs {
+    return new Fs(this.client, this.name);
+  }
+
+  /** Copies a file or directory of this machine into it, by the rules of `docker cp`. */
+  copyInto(source: string, target: string, options: { user?: string } = {}): Promise<CopyReport> {
+    return copyInto(this.client, this.name, source, target, options.user);
+  }
+
+  /** Copies a file or directory of it to this machine, by the rules of `docker cp`. */
+  copyOut(source: string, target: string, options: { user?: string } = {}): Promise<CopyReport> {
+    return copyOut(this.client, this.name, source, target, options.user);
+  }
+
+  /** What makes `ssh msb-NAME` (or another alias) work. */
+  async sshConfig(options: { alias?: string } = {}): Promise<SshConfig> {
+    return sshConfig(await this.client.sshHost(this.name), options.alias);
+  }
+
+  /** Asks its agent for a sign of life. It is no activity, and wakes nothing. */
+  ping(): Promise<PingReport> {
+    return this.client.ping(this.name);
   }
 
   /** Counts as activity. */

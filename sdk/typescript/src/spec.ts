@@ -1,5 +1,7 @@
 /** What a sandbox or a command is made of, checked as far as it can be without a service: pure functions. */
 
+import { isIPv4, isIPv6 } from "node:net";
+
 import { failure } from "./failure.js";
 
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
@@ -34,8 +36,42 @@ export interface SandboxOptions {
   idleTimeoutMs?: number;
   onIdle?: "stop" | "restart";
   maxDurationMs?: number;
+  /** Made by `Volume.bind`, `Volume.named`, `Volume.tmpfs` and `Volume.disk`. */
+  mounts?: readonly Mount[];
+  /** Published ports, each `[BIND:]HOST:GUEST[/tcp|/udp]`; host port 0 is any free one. */
+  ports?: readonly string[];
+  /** What it reaches: a profile, or a whole policy. */
+  network?: NetworkProfile | Network;
+  security?: "default" | "restricted" | "strict";
+  /** Resource limits by name, as `{ nofile: 1024 }` or `{ nofile: [1024, 4096] }`. */
+  rlimits?: Readonly<Record<string, number | readonly [number, number]>>;
+  /** When to fetch the image from its registry. */
+  pull?: "always" | "if_missing" | "never";
   /** Removes an existing sandbox of this name first; a number is its time to stop. */
   replace?: boolean | number;
+}
+
+/** Which addresses a sandbox reaches where no rule decides. */
+export type NetworkProfile = "public" | "private" | "host" | "all" | "none";
+
+/** The network of a sandbox. */
+export interface Network {
+  profile?: NetworkProfile;
+  /** The first that fits decides, before the profile: `deny@example.com:tcp:443`. */
+  rules?: readonly string[];
+  /** Whether there is a network device at all. */
+  enabled?: boolean;
+  defaultEgress?: "allow" | "deny";
+  defaultIngress?: "allow" | "deny";
+  /** Upstream name servers in place of the host's own, each `ADDRESS:PORT`. */
+  nameservers?: readonly string[];
+}
+
+/** One mount, as the API has it. */
+export interface Mount {
+  readonly target: string;
+  readonly source: Readonly<Record<string, unknown>>;
+  readonly options: Readonly<Record<string, boolean>>;
 }
 
 /** How a command is run. */
@@ -81,6 +117,30 @@ export function milliseconds(value: number, what: string): number {
   return Math.round(value);
 }
 
+function portOf(text: string): Record<string, unknown> {
+  const found = /^(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}):([0-9]{1,5})(?:\/(tcp|udp))?$/.exec(text);
+  const [host, guest] = [Number(found?.[2]), Number(found?.[3])];
+  const bind = (found?.[1] ?? "127.0.0.1").replace(/^\[|\]$/g, "");
+  if (found === null || !(host < 65536) || !(guest > 0 && guest < 65536) || !(isIPv4(bind) || isIPv6(bind))) {
+    throw failure("invalid_config", `published port ${JSON.stringify(text)}; write [BIND:]HOST:GUEST[/tcp|/udp]`);
+  }
+  return { bind, host_port: host, guest_port: guest, transport: found[4] ?? "tcp" };
+}
+
+function networkOf(options: SandboxOptions): Record<string, unknown> | undefined {
+  if (options.network === undefined && options.ports === undefined) return undefined;
+  const wanted: Network = typeof options.network === "string" ? { profile: options.network } : (options.network ?? {});
+  return {
+    profile: wanted.profile,
+    enabled: wanted.enabled,
+    rules: wanted.rules,
+    default_egress: wanted.defaultEgress,
+    default_ingress: wanted.defaultIngress,
+    ports: options.ports?.map(portOf),
+    dns: wanted.nameservers && { nameservers: wanted.nameservers },
+  };
+}
+
 /** The request that creates a sandbox; throws before any connection is made. */
 export function createRequest(name: string | undefined, options: SandboxOptions): Record<string, unknown> {
   if (!options.image) throw failure("invalid_config", "image is required");
@@ -124,9 +184,18 @@ export function createRequest(name: string | undefined, options: SandboxOptions)
     idle_timeout_ms: duration(options.idleTimeoutMs, "idleTimeoutMs"),
     on_idle: options.onIdle,
     max_duration_ms: duration(options.maxDurationMs, "maxDurationMs"),
+    mounts: options.mounts,
+    network: networkOf(options),
+    security: options.security,
+    rlimits:
+      options.rlimits &&
+      Object.entries(options.rlimits).map(([resource, limit]) => {
+        const [soft, hard] = typeof limit === "number" ? [limit, limit] : limit;
+        return { resource, soft, hard };
+      }),
   };
   const replace = options.replace === true ? 10_000 : options.replace === false ? undefined : options.replace;
-  return { spec, replace_grace_ms: duration(replace, "replace") };
+  return { spec, replace_grace_ms: duration(replace, "replace"), pull: options.pull };
 }
 
 /** The request that runs a command. */

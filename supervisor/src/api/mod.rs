@@ -117,6 +117,7 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(sandboxes::detach))
         .routes(routes!(sandboxes::label))
         .routes(routes!(sandboxes::touch))
+        .routes(routes!(sandboxes::ping))
         .routes(routes!(sandboxes::wait))
         .routes(routes!(streams::exec))
         .routes(routes!(streams::main))

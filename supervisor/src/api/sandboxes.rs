@@ -4,9 +4,12 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Path, Query, State};
-use msb_protocol::control::{CreateRequest, LabelRequest, SandboxDetail, SandboxList, StartRequest, StopRequest};
+use msb_protocol::control::{
+    CreateRequest, LabelRequest, PAGE_LEN_MAX, PingReport, SandboxDetail, SandboxList, SandboxSummary, StartRequest,
+    StopRequest,
+};
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::id::SandboxName;
+use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::selector::Selector;
 
@@ -34,7 +37,7 @@ pub(crate) async fn create(
     Ok(Json(state.daemon.create(request, creator).await?))
 }
 
-#[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit"), ("selector" = Option<Vec<String>>, Query, description = "an expression, as in team in (ml,web),!debug; all must fit")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
+#[utoipa::path(get, path = "/v1/sandboxes", params(("label" = Option<Vec<String>>, Query, description = "KEY=VALUE is exact, a bare KEY asks whether it exists; all must fit"), ("selector" = Option<Vec<String>>, Query, description = "an expression, as in team in (ml,web),!debug; all must fit"), ("limit" = Option<u32>, Query, description = "at most so many, 1 to 1000; all of them if absent"), ("after" = Option<SandboxId>, Query, description = "only those after the page that ended with this next")), responses((status = 200, body = SandboxList), (status = "4XX", body = ApiError)))]
 pub(crate) async fn list(
     State(state): State<ApiState>,
     pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
@@ -46,18 +49,38 @@ pub(crate) async fn list(
             format!("a filter has at most {TERMS_MAX} terms"),
         )));
     }
-    let mut terms = Vec::new();
+    let refuse = |message: String| Failure(ApiError::new(ErrorCode::InvalidRequest, message));
+    let (mut terms, mut limit, mut after) = (Vec::new(), None, None);
     for (key, value) in pairs {
-        terms.push(match key.as_str() {
-            "label" => LabelTerm::parse(&value)?,
-            "selector" => LabelTerm::Fits(Selector::parse(&value)?),
-            _ => {
-                let message = format!("unknown query parameter {key:?}");
-                return Err(Failure(ApiError::new(ErrorCode::InvalidRequest, message)));
+        match key.as_str() {
+            "label" => terms.push(LabelTerm::parse(&value)?),
+            "selector" => terms.push(LabelTerm::Fits(Selector::parse(&value)?)),
+            "limit" => {
+                let count = value.parse().ok().filter(|count| (1..=PAGE_LEN_MAX).contains(count));
+                limit = Some(count.ok_or_else(|| refuse(format!("limit must be 1 to {PAGE_LEN_MAX}, not {value:?}")))?);
             }
-        });
+            "after" => {
+                let wrong = |_| refuse("after must be the next of an earlier page".to_owned());
+                after = Some(value.parse::<SandboxId>().map_err(wrong)?);
+            }
+            _ => return Err(refuse(format!("unknown query parameter {key:?}"))),
+        }
     }
-    Ok(Json(SandboxList { sandboxes: state.daemon.list(&terms).await? }))
+    Ok(Json(page(state.daemon.list(&terms).await?, limit, after)))
+}
+
+/// A part of a list that goes from the newest id to the oldest.
+fn page(mut sandboxes: Vec<SandboxSummary>, limit: Option<usize>, after: Option<SandboxId>) -> SandboxList {
+    sandboxes.retain(|sandbox| after.is_none_or(|after| sandbox.id < after));
+    let is_cut = limit.is_some_and(|limit| sandboxes.len() > limit);
+    sandboxes.truncate(limit.unwrap_or(usize::MAX));
+    let next = if is_cut { sandboxes.last().map(|sandbox| sandbox.id) } else { None };
+    SandboxList { sandboxes, next }
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/ping", params(("name" = String, Path)), responses((status = 200, body = PingReport), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
+pub(crate) async fn ping(State(state): State<ApiState>, Path(sandbox): Path<String>) -> Answer<PingReport> {
+    Ok(Json(state.daemon.ping(&name(&sandbox)?).await?))
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}", params(("name" = String, Path)), responses((status = 200, body = SandboxDetail), (status = "4XX", body = ApiError)))]

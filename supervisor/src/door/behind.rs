@@ -20,6 +20,8 @@ pub enum Arrival {
     Connection(UnixStream),
     /// The service is to end.
     End,
+    /// The front door reads one byte from this if the service's supervisor answers.
+    Alive(StdUnixStream),
     /// Sandboxes are to stop first; the front door reads one byte from this when they have.
     StopSandboxes(StdUnixStream),
 }
@@ -63,6 +65,10 @@ fn keep(listener: &StdUnixListener, arrivals: &mpsc::Sender<Arrival>, runtime: &
                 }
                 Ok(Some((Word::Connection, None))) => continue,
                 Ok(Some((Word::End, _))) => Arrival::End,
+                Ok(Some((Word::Alive, _))) => match door.try_clone() {
+                    Ok(answer) => Arrival::Alive(answer),
+                    Err(_) => break,
+                },
                 Ok(Some((Word::StopSandboxes, _))) => match door.try_clone() {
                     Ok(answer) => Arrival::StopSandboxes(answer),
                     Err(_) => break,

@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use msb_actors::vm::scope::Manager;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::paths::Surroundings;
 use nix::unistd::{Gid, Group, Uid, User};
 
-use super::{DOOR_SOCKET, Word, say};
+use super::{DOOR_SOCKET, Word, keeper, say, scopes};
 use crate::server;
 
 /// State of all users, one directory each.
@@ -24,7 +25,9 @@ pub const RUN_DIR: &str = "/run/msb";
 /// Who may use the service.
 pub const GROUP: &str = "msb";
 /// Time for a user's service to open its door.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(80);
+/// util-linux's, which every Debian has.
+const SETPRIV: &str = "/usr/bin/setpriv";
 /// Time for a user's sandboxes to stop when the host goes down.
 const STOP_TIMEOUT: Duration = Duration::from_secs(110);
 /// Connections that are being handed over at once; more are closed.
@@ -42,11 +45,15 @@ pub struct Place {
 }
 
 /// The users' services.
-struct Users {
-    place: Place,
-    program: PathBuf,
+pub(super) struct Users {
+    pub(super) place: Place,
+    pub(super) program: PathBuf,
+    /// Who makes scopes, where systemd has started this door.
+    pub(super) manager: Option<Manager>,
     /// One at a time starts a user's service.
     starting: Mutex<HashMap<u32, Arc<Mutex<()>>>>,
+    /// How often a user's service has ended soon after its start, one time after the other.
+    pub(super) crashes: Mutex<HashMap<u32, u32>>,
 }
 
 /// Serves until it is told to end: then the users' services end too, and their sandboxes go on.
@@ -64,6 +71,7 @@ pub fn serve(place: Place) -> Result<(), ApiError> {
             listener
         }
     };
+    scopes::serve(&users)?;
     // Sandboxes with the policies `always` and `unless-stopped` come back without anybody asking.
     for uid in users.known() {
         let users = users.clone();
@@ -95,8 +103,18 @@ pub fn serve(place: Place) -> Result<(), ApiError> {
 /// # Errors
 /// `permission_denied` for anybody but root.
 pub fn stop_sandboxes(place: Place) -> Result<(), ApiError> {
-    let users = prepare(place)?;
-    let doors: Vec<_> = users.known().into_iter().filter_map(|uid| Some((uid, users.connect(uid).ok()?))).collect();
+    // Scopes are being stopped just now: what is started here stays with this process.
+    let users = Arc::new(Users { manager: None, ..prepare(place)? });
+    let door = |uid| match users.connect(uid) {
+        Ok(door) => Some(door),
+        // A service that was stopped before leaves its machines to the next one.
+        Err(_) if users.has_machines(uid) => users
+            .door(uid, false)
+            .inspect_err(|error| tracing::error!(uid, %error, "nobody can stop the sandboxes of a user"))
+            .ok(),
+        Err(_) => None,
+    };
+    let doors: Vec<_> = users.known().into_iter().filter_map(|uid| Some((uid, door(uid)?))).collect();
     for (_, door) in &doors {
         let _ = say(door, Word::StopSandboxes, None);
     }
@@ -125,7 +143,13 @@ fn prepare(place: Place) -> Result<Users, ApiError> {
     }
     let program =
         std::env::current_exe().map_err(|error| ApiError::internal(format!("msbd does not find itself: {error}")))?;
-    Ok(Users { place, program, starting: Mutex::default() })
+    Ok(Users {
+        place,
+        program,
+        manager: Manager::of_this_service(),
+        starting: Mutex::default(),
+        crashes: Mutex::default(),
+    })
 }
 
 fn unusable(path: &Path, error: &io::Error) -> ApiError {
@@ -204,8 +228,8 @@ impl Users {
         entries.into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
     }
 
-    /// A way into the service of a user, if it runs.
-    fn connect(&self, uid: u32) -> io::Result<UnixStream> {
+    /// The sockets of a user's service.
+    fn sockets(&self, uid: u32) -> PathBuf {
         let own = Surroundings {
             msb_home: Some(self.home(uid)),
             home: None,
@@ -213,7 +237,17 @@ impl Users {
             msb_host: None,
             uid,
         };
-        let door = UnixStream::connect(own.runtime_dir().join(DOOR_SOCKET))?;
+        own.runtime_dir()
+    }
+
+    /// Whether there may be machines of a user.
+    fn has_machines(&self, uid: u32) -> bool {
+        std::fs::read_dir(self.sockets(uid).join("vm")).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
+    /// A way into the service of a user, if it runs.
+    pub(super) fn connect(&self, uid: u32) -> io::Result<UnixStream> {
+        let door = UnixStream::connect(self.sockets(uid).join(DOOR_SOCKET))?;
         // The directory is the user's, who could have laid a link to somebody else's socket there.
         let peer = rustix::net::sockopt::socket_peercred(&door)?;
         if peer.uid.as_raw() != uid {
@@ -223,7 +257,7 @@ impl Users {
     }
 
     /// A way into the service of a user. `fresh` replaces one that an earlier front door has started, so that it runs this version.
-    fn door(&self, uid: u32, fresh: bool) -> io::Result<UnixStream> {
+    pub(super) fn door(self: &Arc<Self>, uid: u32, fresh: bool) -> io::Result<UnixStream> {
         let lock = {
             let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
             starting.entry(uid).or_default().clone()
@@ -232,19 +266,13 @@ impl Users {
         let deadline = Instant::now() + START_TIMEOUT;
         match self.connect(uid) {
             Ok(door) if !fresh => return Ok(door),
-            Ok(door) => {
-                say(&door, Word::End, None)?;
-                while self.connect(uid).is_ok() && Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-            }
+            Ok(door) => keeper::end_peer(uid, &door)?,
             Err(_) => {}
         }
         let mut child = self.start(uid)?;
         loop {
             if let Ok(door) = self.connect(uid) {
-                // Nobody waits for it otherwise.
-                std::thread::spawn(move || drop(child.wait()));
+                keeper::keep(self, uid, child);
                 return Ok(door);
             }
             if let Some(status) = child.try_wait()? {
@@ -271,21 +299,13 @@ impl Users {
         for path in [&home, &run_dir] {
             directory(path, 0o700, uid, gid)?;
         }
-        let mut command = match scope_of_users() {
-            Some(systemd_run) => {
-                let mut command = Command::new(systemd_run);
-                command.args([
-                    "--scope",
-                    "--quiet",
-                    "--collect",
-                    "--slice=msb.slice",
-                    "--property=Before=msb-flush.service",
-                ]);
-                command.arg(format!("--unit=msb-user-{uid}-{}.scope", std::process::id()));
-                command.args(["--", "setpriv"]);
+        let mut command = match &self.manager {
+            Some(manager) => {
+                let mut command = manager.command(&format!("msb-user-{uid}-{}.scope", uuid::Uuid::new_v4().simple()));
+                command.arg(SETPRIV);
                 command
             }
-            None => Command::new("setpriv"),
+            None => Command::new(SETPRIV),
         };
         command.arg(format!("--reuid={uid}")).arg(format!("--regid={gid}"));
         command.arg(if user.is_some() { "--init-groups" } else { "--clear-groups" });
@@ -299,11 +319,15 @@ impl Users {
         own("MSB_HOME", &home);
         own("XDG_RUNTIME_DIR", &run_dir);
         own("PATH", Path::new("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"));
-        command.arg(&self.program).arg("--behind-door").stdin(Stdio::null()).current_dir("/");
+        command.arg(&self.program).arg("--behind-door");
+        if self.manager.is_some() {
+            command.arg("--door-scopes").arg(scopes::socket(&self.place));
+        }
+        command.stdin(Stdio::null()).current_dir("/");
         command.spawn()
     }
 
-    fn hand_over(&self, connection: &UnixStream) -> io::Result<()> {
+    fn hand_over(self: &Arc<Self>, connection: &UnixStream) -> io::Result<()> {
         let uid = rustix::net::sockopt::socket_peercred(connection)?.uid.as_raw();
         let door = self.door(uid, false)?;
         match say(&door, Word::Connection, Some(connection)) {
@@ -317,12 +341,6 @@ impl Users {
 /// Settings of root's that users' services get: all of msb's but those that say where it is.
 fn passed_on(name: &str) -> bool {
     name.starts_with("MSB_") && !["MSB_HOME", "MSB_HOST", "MSB_DAEMON", "MSB_PATH"].contains(&name)
-}
-
-/// systemd-run, where systemd has started this door.
-fn scope_of_users() -> Option<&'static str> {
-    std::env::var_os("INVOCATION_ID")?;
-    ["/usr/bin/systemd-run", "/bin/systemd-run"].into_iter().find(|path| Path::new(path).exists())
 }
 
 #[cfg(test)]

@@ -7,11 +7,14 @@
 //! ```
 //!
 //! What a user asks for is done by a process of that user: files are opened with its rights, VM processes run as it, and nobody else's
-//! sandboxes exist for it. The front door reads no request, opens no file of a user and holds no state; it may be restarted at any time. A
-//! connection is handed over as it is, so that its other end is still the client, whose death an attached sandbox waits for.
+//! sandboxes exist for it. The front door reads no request, opens no file of a user and holds no state; it may be restarted at any time. It
+//! keeps the users' services (`keeper`): one that dies or hangs is replaced, as systemd does with the door itself. Where systemd runs, it also
+//! makes a scope for each VM process (`scopes`), which only root can. A connection is handed over as it is, so that its other end is still the client, whose death an attached sandbox waits for.
 
 pub mod behind;
 pub mod front;
+mod keeper;
+mod scopes;
 
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::mem::MaybeUninit;
@@ -32,6 +35,8 @@ pub(crate) enum Word {
     Connection,
     /// End; sandboxes go on.
     End,
+    /// Say with one byte that all is well.
+    Alive,
     /// Stop every sandbox with a flush, say so with one byte, and end.
     StopSandboxes,
 }
@@ -41,6 +46,7 @@ impl Word {
         match self {
             Self::Connection => b'c',
             Self::End => b'e',
+            Self::Alive => b'a',
             Self::StopSandboxes => b's',
         }
     }
@@ -74,6 +80,7 @@ pub(crate) fn hear(door: &UnixStream) -> Result<Option<(Word, Option<OwnedFd>)>>
     let word = match byte[0] {
         b'c' => Word::Connection,
         b'e' => Word::End,
+        b'a' => Word::Alive,
         b's' => Word::StopSandboxes,
         _ => return Err(ErrorKind::InvalidData.into()),
     };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use msb_tests::{Home, tree};
 
 /// A share folder like the installed one, with some files replaced.
-fn share_with(home: &Home, replaced: &[(&str, &[u8])]) -> PathBuf {
+pub(crate) fn share_with(home: &Home, replaced: &[(&str, &[u8])]) -> PathBuf {
     let folder = home.scratch().join("share");
     std::fs::create_dir_all(&folder).expect("a folder");
     for entry in std::fs::read_dir(tree().join("share/msb")).expect("the share folder").flatten() {

@@ -78,11 +78,15 @@ impl Host {
 
     /// `msb` as a user, who is in the group or not.
     fn msb(&self, uid: u32, member: bool, words: &[&str]) -> Output {
+        self.msb_at(&self.path("run/msbd.sock"), uid, member, words)
+    }
+
+    fn msb_at(&self, socket: &Path, uid: u32, member: bool, words: &[&str]) -> Output {
         let mut command = Command::new("setpriv");
         command.arg(format!("--reuid={uid}")).arg(format!("--regid={uid}"));
         command.arg(if member { format!("--groups={}", GROUP.1) } else { "--clear-groups".to_owned() });
         command.arg(self.path("tree/bin/msb")).args(words);
-        command.env_clear().env("MSB_HOST", self.path("run/msbd.sock")).env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
+        command.env_clear().env("MSB_HOST", socket).env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
         command.stdin(Stdio::null()).current_dir("/").output().expect("run msb")
     }
 
@@ -159,6 +163,22 @@ fn two_users_of_a_host_work_as_themselves_and_never_see_each_other() {
         host.fails(BOB, true, words, "sandbox_not_found");
     }
     assert_eq!(host.succeeds(BOB, &["ls", "-q"]), "");
+    // Her service refuses him by itself, should the way to its socket ever stand open.
+    let top = host.path(&format!("run/users/{ANN}"));
+    let found = Command::new("find").arg(&top).args(["-name", "msbd.sock"]).output().expect("run find");
+    let hers = PathBuf::from(String::from_utf8(found.stdout).expect("UTF-8").trim());
+    let set_modes = |way, socket| {
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
+        mode(&hers, socket).expect("the socket's mode");
+        for directory in hers.ancestors().skip(1).take_while(|path| path.starts_with(&top)) {
+            mode(directory, way).expect("a directory's mode");
+        }
+    };
+    set_modes(0o711, 0o666);
+    let refused = host.msb_at(&hers, BOB, true, &["ls", "--format", "json"]);
+    set_modes(0o700, 0o600);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("peer_refused"), "{said}");
     assert_eq!(host.succeeds(ANN, &["ls", "-q"]), "box\n");
 
     // The door is killed and opened again: nothing of hers notices, and who uses the service of old is served by a new one.

@@ -1,5 +1,7 @@
 //! What the virtual machine itself promises its guest: processors that agree on the time, and memory that is what the disk said.
 
+use std::time::{Duration, Instant};
+
 use msb_tests::Home;
 
 /// Programs that differ in one byte of code, each at the same place of its page.
@@ -37,5 +39,30 @@ fn four_processors_share_one_clock_and_code_read_from_the_disk_is_the_code_that_
         .run()
         .succeeds()
         .prints(&format!("{ran} programs ran, 0 ran something else\n"));
+    home.finish();
+}
+
+#[test]
+fn memory_that_a_guest_frees_goes_back_to_the_host() {
+    if msb_tests::engine() != "kvm" {
+        println!("skipped: only engine kvm has a balloon");
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let home = Home::with_busybox("memory_back");
+    home.succeeds(&["create", "--name", "box", "-m", "256M", "busybox"]);
+    let held = || home.running("msb-vmm")[0].private_memory_bytes();
+    let before = held();
+    home.succeeds(&["exec", "box", "--", "sh", "-c", "dd if=/dev/zero of=/dev/shm/much bs=1M count=100 2>/dev/null"]);
+    let full = held();
+    assert!(full > before + 90 * MIB, "{full} bytes after 100 MiB were written, {before} before");
+    home.succeeds(&["exec", "box", "--", "rm", "/dev/shm/much"]);
+    // The guest's kernel reports what has been free for two seconds.
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while held() > full - 80 * MIB {
+        assert!(Instant::now() < deadline, "{} bytes two minutes after 100 MiB of {full} were freed", held());
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    home.msb(["exec", "box", "--", "echo", "on"]).run().succeeds().prints("on\n");
     home.finish();
 }

@@ -11,6 +11,7 @@ mod disk_full;
 mod documents;
 mod environment;
 mod exec;
+mod generations;
 mod host;
 mod image;
 mod inside;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
-use msb_protocol::spec::{CPUS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
+use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
     DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
 };
@@ -22,6 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::volumes::{self, SharedPath};
 use super::{command_line, kernel_file};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::storage::{Concatenation, SparseFile};
 use crate::devices::virtio::block::{Block, BlockCounters, BlockOptions, DiskFullObserver};
 use crate::devices::virtio::device::VirtioDevice;
@@ -29,7 +30,7 @@ use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
-use crate::engine::kvm::saved::SavedMachine;
+use crate::engine::kvm::saved::{SavedError, SavedMachine};
 use crate::engine::{Machine, Restore};
 use crate::jail::ThreadClass;
 use crate::logs::decisions::DecisionLog;
@@ -202,18 +203,21 @@ fn open_saved(spec: &RestoreSpec) -> Result<Restore, ApiError> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
         file.map_err(|error| failed("saved machine", path, &error))
     };
-    let state = SavedMachine::read(open(&spec.state)?).map_err(|reason| {
-        let message = format!("the saved machine {} cannot be used: {reason}", spec.state.display());
-        ApiError::new(ErrorCode::SnapshotDamaged, message)
+    let state = SavedMachine::read(open(&spec.state)?).map_err(|error| {
+        let code = match error {
+            SavedError::Format(_) => ErrorCode::UnsupportedOperation,
+            SavedError::Damaged(_) => ErrorCode::SnapshotDamaged,
+        };
+        ApiError::new(code, format!("the saved machine {} cannot go on here: {error}", spec.state.display()))
     })?;
     Ok(Restore { memory: open(&spec.memory)?, state })
 }
 
-/// Opens and builds everything of `spec`, which `check` has accepted. `listeners` are those of its published ports.
+/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports.
 ///
 /// # Errors
 /// What is wrong, for users.
-pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
+pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let lower = open_lower(&spec.lower)?;
@@ -232,7 +236,7 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
     };
 
     let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
-    // A thread per disk: its system calls wait for the host's disk. vsock and rng never wait and share one.
+    // A thread per disk: its system calls wait for the host's disk. vsock, rng and balloon never wait and share one.
     let streams = start_loop("streams")?;
     let (root_loop, upper_loop) = (start_loop("blk-root")?, start_loop("blk-upper")?);
     let mut loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
@@ -290,7 +294,10 @@ pub fn prepare(spec: &VmSpec, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prep
         network: network.as_ref().map(|(net, log)| (net.handle(), log.clone())),
     };
     let mut devices: Vec<Box<dyn VirtioDevice>> =
-        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams))];
+        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams.clone()))];
+    if engine == EngineChoice::Kvm {
+        devices.push(Box::new(Balloon::new(streams)));
+    }
     devices.extend(network.map(|(net, _)| Box::new(net) as Box<dyn VirtioDevice>));
     for disk in volumes::open_disks(&spec.disks, full_timeout, &on_disk_full)? {
         meters.disks.push(disk.device.counters());

@@ -61,6 +61,8 @@ pub enum Action {
     Renewed {
         /// The agent's generation.
         generation: u32,
+        /// The process of its main workload, which goes on; 0: none.
+        main_pid: u32,
     },
     /// Acknowledge the goodbye.
     Goodbye,
@@ -107,9 +109,13 @@ impl LinkSession {
                 }
             }
             (LinkState::Renewing, GuestBody::Opened(opened)) => {
+                if let Err(error) = negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, opened.generation) {
+                    let stage = STAGES[0].to_owned();
+                    return Action::BootFailed { stage, error: error.into() };
+                }
                 self.state = LinkState::Greeted;
                 (self.main_started, self.main_exited) = (opened.main_pid != 0, opened.main_exited.is_some());
-                Action::Renewed { generation: opened.generation }
+                Action::Renewed { generation: opened.generation, main_pid: opened.main_pid }
             }
             (LinkState::Renewing, GuestBody::Refused(failure)) => boot_failed(failure),
             (LinkState::Up, GuestBody::Quiesced(quiesced)) => {

@@ -179,9 +179,12 @@ impl Link {
                 self.run.fail_boot(&stage, error);
                 self.run.stop();
             }
-            Action::Renewed { generation } => {
+            Action::Renewed { generation, main_pid } => {
                 self.run.phases().mark("renewed");
                 self.run.agent_hello(generation);
+                if main_pid != 0 {
+                    self.run.main_started(main_pid);
+                }
             }
             Action::Quiesced(outcome) => self.handle.note_quiesced(outcome),
             Action::MainStarted(pid) => self.run.main_started(pid),

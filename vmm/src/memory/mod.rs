@@ -10,7 +10,7 @@
 //! shared memfd, and `MADV_DONTNEED` really frees it. A *shared* memfd where another process must see it (engine qemu, vhost-user);
 //! there freeing means punching a hole. Either way nothing is touched here: a page exists once the guest or a loader writes it.
 //!
-//! Called by `engine/*` (creation), by the balloon ([`GuestRam::reclaim`]) and by every device (through [`GuestRam::map`]). The guest
+//! Called by `engine/*` (creation), by the balloon ([`reclaim`]) and by every device (through [`GuestRam::map`]). The guest
 //! picks addresses and lengths in all but the first, so every access goes through vm-memory's bounds checks. What this module never
 //! does: hand out host pointers, lock memory, or write to it.
 #![expect(unsafe_code, reason = "maps guest memory and gives pages back with madvise")]
@@ -155,52 +155,6 @@ impl GuestRam {
         self.size_bytes
     }
 
-    /// Gives the whole pages inside `[address, address + length)` back to the host; they read as zero afterwards. Returns the bytes
-    /// given back, rounded inwards to whole pages.
-    ///
-    /// The guest picks both numbers (free page reporting, balloon): a range that is not entirely inside one region is refused.
-    pub fn reclaim(&self, address: GuestAddress, length: u64) -> Result<u64, MemoryError> {
-        let refused = || MemoryError::NotMemory { address: address.0, length };
-        let end = address.0.checked_add(length).ok_or_else(refused)?;
-        let region = self.map.find_region(address).ok_or_else(refused)?;
-        let region_start = region.start_addr().0;
-        if end - region_start > region.len() {
-            return Err(refused());
-        }
-        // Cannot overflow: `address` lies in a region, and regions end far below u64::MAX.
-        let first = (address.0 - region_start).next_multiple_of(PAGE_SIZE);
-        let last = (end - region_start) / PAGE_SIZE * PAGE_SIZE;
-        if first >= last {
-            return Ok(0);
-        }
-        let count = last - first;
-        if self.backing == Backing::Restored {
-            // What is given back would read as the file's content and not as zeros.
-            return Ok(0);
-        }
-        match (self.backing, region.file_offset()) {
-            (Backing::Shared, Some(file)) => {
-                let flags =
-                    nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                // At most 64 GiB: both fit.
-                let (start, count) = ((file.start() + first) as i64, count as i64);
-                nix::fcntl::fallocate(file.file(), flags, start, count)
-                    .map_err(|error| MemoryError::Reclaim(error.into()))?;
-            }
-            _ => {
-                // SAFETY: [first, last) was checked to lie inside this region, whose mapping lives as long as `self.map` does. The
-                // pages are only ever reached by volatile accesses through vm-memory, so their turning to zero breaks no reference.
-                let result = unsafe {
-                    libc::madvise(region.as_ptr().add(first as usize).cast(), count as usize, libc::MADV_DONTNEED)
-                };
-                if result != 0 {
-                    return Err(MemoryError::Reclaim(std::io::Error::last_os_error()));
-                }
-            }
-        }
-        Ok(count)
-    }
-
     /// Bytes of guest memory that the host really holds at this moment, by `mincore`. Costs a byte of scratch per guest page of
     /// 64 MiB at a time; for `Sample` requests and tests, not for hot paths.
     pub fn resident_bytes(&self) -> u64 {
@@ -221,6 +175,48 @@ impl GuestRam {
         }
         pages * PAGE_SIZE
     }
+}
+
+/// Gives the whole pages inside `[address, address + length)` back to the host; they read as zero afterwards, or as what the guest was made
+/// of if it was restored. Returns the bytes given back, rounded inwards to whole pages.
+///
+/// The guest picks both numbers (free page reporting, balloon): a range that is not entirely inside one region is refused.
+pub fn reclaim(map: &GuestMap, address: GuestAddress, length: u64) -> Result<u64, MemoryError> {
+    let refused = || MemoryError::NotMemory { address: address.0, length };
+    let end = address.0.checked_add(length).ok_or_else(refused)?;
+    let region = map.find_region(address).ok_or_else(refused)?;
+    let region_start = region.start_addr().0;
+    if end - region_start > region.len() {
+        return Err(refused());
+    }
+    // Cannot overflow: `address` lies in a region, and regions end far below u64::MAX.
+    let first = (address.0 - region_start).next_multiple_of(PAGE_SIZE);
+    let last = (end - region_start) / PAGE_SIZE * PAGE_SIZE;
+    if first >= last {
+        return Ok(0);
+    }
+    let count = last - first;
+    match region.file_offset() {
+        Some(file) => {
+            let flags =
+                nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            // At most 64 GiB: both fit.
+            let (start, count) = ((file.start() + first) as i64, count as i64);
+            nix::fcntl::fallocate(file.file(), flags, start, count)
+                .map_err(|error| MemoryError::Reclaim(error.into()))?;
+        }
+        None => {
+            // SAFETY: [first, last) was checked to lie inside this region, whose mapping lives as long as the process does. The
+            // pages are only ever reached by volatile accesses through vm-memory, so their turning to zero breaks no reference.
+            let result = unsafe {
+                libc::madvise(region.as_ptr().add(first as usize).cast(), count as usize, libc::MADV_DONTNEED)
+            };
+            if result != 0 {
+                return Err(MemoryError::Reclaim(std::io::Error::last_os_error()));
+            }
+        }
+    }
+    Ok(count)
 }
 
 /// A memfd of `size_bytes` that can neither grow nor shrink, so that no mapping of it can ever fault with SIGBUS.
@@ -284,7 +280,9 @@ fn map_region(
         }
     }
     let mut builder = MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
-    if let Some((file, offset)) = file {
+    // The pages of a private mapping are this process's own, and are given back as anonymous ones are: never by a hole in a file that
+    // other machines are made of.
+    if let Some((file, offset)) = file.filter(|_| backing == Backing::Shared) {
         builder = builder.with_file_offset(FileOffset::from_arc(file, offset));
     }
     // SAFETY: `mapped` is a mapping of exactly `length` bytes, and it is never unmapped.

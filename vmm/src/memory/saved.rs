@@ -122,7 +122,7 @@ fn copy(region: &impl GuestMemoryRegion, at: u64, pages: u64, out: &File, offset
         let bytes = &mut buffer[..count as usize * PAGE];
         let address = MemoryRegionAddress(at + done * PAGE_SIZE);
         region.read_slice(bytes, address).map_err(io::Error::other)?;
-        let filled: Vec<bool> = bytes.chunks_exact(PAGE).map(|page| page.iter().any(|&byte| byte != 0)).collect();
+        let filled: Vec<bool> = bytes.chunks_exact(PAGE).map(|page| page != [0; PAGE]).collect();
         for (start, length) in runs(&filled) {
             let piece = &bytes[start as usize * PAGE..(start + length) as usize * PAGE];
             out.write_all_at(piece, offset + (done + start) * PAGE_SIZE)?;

@@ -52,13 +52,13 @@ fn reclaim_frees_whole_pages_only_and_they_read_as_zero() {
         map.write_slice(&vec![0xaa; 8 << 20], GuestAddress(0)).unwrap();
         assert!(ram.resident_bytes() >= 8 << 20, "{:?}", ram.backing());
         // From inside the first page to inside the fourth: pages 1 and 2 go.
-        assert_eq!(ram.reclaim(GuestAddress(100), 3 * 4096).unwrap(), 2 * 4096);
+        assert_eq!(reclaim(ram.map(), GuestAddress(100), 3 * 4096).unwrap(), 2 * 4096);
         assert_eq!(map.read_obj::<u8>(GuestAddress(4095)).unwrap(), 0xaa);
         assert_eq!(map.read_obj::<u8>(GuestAddress(4096)).unwrap(), 0);
         assert_eq!(map.read_obj::<u8>(GuestAddress(3 * 4096 - 1)).unwrap(), 0);
         assert_eq!(map.read_obj::<u8>(GuestAddress(3 * 4096)).unwrap(), 0xaa);
-        assert_eq!(ram.reclaim(GuestAddress(1), 4094).unwrap(), 0);
-        assert_eq!(ram.reclaim(GuestAddress(0), 64 << 20).unwrap(), 64 << 20);
+        assert_eq!(reclaim(ram.map(), GuestAddress(1), 4094).unwrap(), 0);
+        assert_eq!(reclaim(ram.map(), GuestAddress(0), 64 << 20).unwrap(), 64 << 20);
         assert!(ram.resident_bytes() < 1 << 20, "{:?}", ram.backing());
     }
 }
@@ -75,7 +75,7 @@ fn reclaim_refuses_what_is_not_memory() {
         (4096, u64::MAX - 4095),
     ] {
         assert!(
-            matches!(ram.reclaim(GuestAddress(address), length), Err(MemoryError::NotMemory { .. })),
+            matches!(reclaim(ram.map(), GuestAddress(address), length), Err(MemoryError::NotMemory { .. })),
             "{address:#x}+{length:#x}"
         );
     }

@@ -7,6 +7,8 @@
 //! With `--exact` the same for engine kvm, in the lab's clock ([`exact`]).
 
 mod exact;
+mod images;
+mod metrics;
 
 use std::io::Write;
 use std::path::Path;
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::home::Home;
-use crate::{binaries, cache, debian, images, install, program};
+use crate::{binaries, cache, debian, images as test_images, install, program, sdk};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -26,9 +28,18 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
+    /// Measure only this part (repeatable): boot, images, metrics
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
+    /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
+    #[arg(long, value_name = "FOLDER", conflicts_with = "exact")]
+    tree: Option<std::path::PathBuf>,
     /// Engine kvm in the lab that counts instructions, beside the peers' figures from there
     #[arg(long)]
     exact: bool,
+    /// The SDKs: a command through each beside the raw API, and from creation to the first byte beside `msb run`
+    #[arg(long, conflicts_with = "exact")]
+    sdks: bool,
     #[command(flatten)]
     build: binaries::Arguments,
 }
@@ -45,22 +56,69 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.exact {
         return exact::run(arguments.build);
     }
+    if arguments.sdks {
+        let rows = sdk::measure::pairs(arguments.build, arguments.rounds)?;
+        print(&rows.into_iter().map(Row::from).collect::<Vec<_>>());
+        return Ok(());
+    }
     debian::ensure(&[debian::BUILD, debian::RUN])?;
-    let tree = cache::development_tree();
-    install::install(&tree, arguments.build)?;
-    let images = images::small()?;
-    let home = Home::new("bench", &tree)?;
-    let archive = images.join("busybox.tar");
-    succeed(&mut home.msb(&["image", "load", "-i", &archive.to_string_lossy()]))?;
+    let tree = match &arguments.tree {
+        Some(tree) => std::fs::canonicalize(tree).with_context(|| format!("cannot use {}", tree.display()))?,
+        None => {
+            let tree = cache::development_tree();
+            install::install(&tree, arguments.build)?;
+            tree
+        }
+    };
+    const PARTS: [&str; 3] = ["boot", "images", "metrics"];
+    if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
+        bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
+    }
+    let wanted = |part: &str| arguments.only.is_empty() || arguments.only.iter().any(|name| name == part);
+    let rounds = arguments.rounds.max(1);
+    let mut rows = Vec::new();
+    if wanted("boot") {
+        rows.extend(boot(&tree, rounds, arguments.sandboxes)?);
+    }
+    if wanted("images") {
+        rows.extend(images::rows(&tree, rounds)?);
+    }
+    if wanted("metrics") {
+        rows.extend(metrics::rows(&tree)?);
+    }
+    print(&rows);
+    Ok(())
+}
 
-    let mut rows = vec![cold_start(&home, &tree, arguments.rounds)?];
-    rows.extend(loading(&home)?);
-    rows.extend(idle(&home, arguments.sandboxes)?);
+fn print(rows: &[Row]) {
     println!("\n{:<64} {:>24}  {:<22} holds", "what", "measured", "promise");
-    for row in &rows {
+    for row in rows {
         println!("{:<64} {:>24}  {:<22} {}", row.what, row.measured, row.promise, if row.holds { "yes" } else { "NO" });
     }
-    Ok(())
+}
+
+impl From<sdk::measure::Pair> for Row {
+    fn from(pair: sdk::measure::Pair) -> Self {
+        let (ours, other) = (pair.ours.as_secs_f64() * 1000.0, pair.other.as_secs_f64() * 1000.0);
+        let ratio = ours / other;
+        Self {
+            what: pair.what,
+            measured: format!("{ours:.1} ms; {other:.1} ms; {ratio:.2}"),
+            promise: if pair.ratio_max < 1.5 { "at most 5 % above" } else { "at most 1.5 times" },
+            holds: ratio <= pair.ratio_max,
+        }
+    }
+}
+
+/// A sandbox's start and rest.
+fn boot(tree: &Path, rounds: usize, sandboxes: usize) -> Result<Vec<Row>> {
+    let home = Home::new("bench", tree)?;
+    let archive = test_images::small()?.join("busybox.tar");
+    succeed(&mut home.msb(&["image", "load", "-i", &archive.to_string_lossy()]))?;
+    let mut rows = vec![cold_start(&home, tree, rounds)?];
+    rows.extend(loading(&home)?);
+    rows.extend(idle(&home, sandboxes)?);
+    Ok(rows)
 }
 
 /// `msb run busybox -- true` against the same QEMU, kernel and initramfs started by hand. By hand there is no agent link, so the agent
@@ -198,6 +256,7 @@ fn idle(home: &Home, sandboxes: usize) -> Result<Vec<Row>> {
     const WATCHED: Duration = Duration::from_secs(20);
     std::thread::sleep(WATCHED);
     let share = (processor_time(daemon)? - before).as_secs_f64() / WATCHED.as_secs_f64();
+    let restart = restart_after_kill(home)?;
     let memory = memory_mib(daemon, &["Rss:"])?;
     let mut machine = Vec::new();
     for pid in &machines {
@@ -223,7 +282,29 @@ fn idle(home: &Home, sandboxes: usize) -> Result<Vec<Row>> {
             promise: "under 1 % of a core",
             holds: share < 0.01,
         },
+        Row {
+            what: "from kill -9 of a machine to its next process, less the back-off".to_owned(),
+            measured: format!("{} ms", restart.as_millis()),
+            promise: "under 150 ms",
+            holds: restart < Duration::from_millis(150),
+        },
     ])
+}
+
+/// Kills one VM process and waits for a new one; the first back-off of 100 ms is taken off.
+fn restart_after_kill(home: &Home) -> Result<Duration> {
+    const BACK_OFF: Duration = Duration::from_millis(100);
+    let before = home.running("msb-vmm");
+    let victim = before.first().and_then(|pid| rustix::process::Pid::from_raw(*pid)).context("no machine runs")?;
+    let began = Instant::now();
+    rustix::process::kill_process(victim, rustix::process::Signal::KILL)?;
+    while home.running("msb-vmm").iter().all(|pid| before.contains(pid)) {
+        if began.elapsed() > Duration::from_secs(60) {
+            bail!("a killed machine is not started again");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(began.elapsed().saturating_sub(BACK_OFF))
 }
 
 /// Time used by all threads of a process (proc(5): fields 14 and 15 of `stat`, in hundredths of a second).

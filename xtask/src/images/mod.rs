@@ -12,6 +12,7 @@
 
 mod archive;
 mod busybox;
+pub(crate) mod large;
 mod layer;
 mod python;
 

@@ -9,11 +9,12 @@ use anyhow::{Context, Result};
 use crate::{cache, debian, program};
 
 /// Changed whenever what is made here changes.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 /// The stock kernel for virtual machines: small, and with kvm_amd as a module.
 const KERNEL: &str = "linux-image-cloud-amd64";
-/// Beside the minimal system: what the cases and people inside use.
-const INCLUDE: &str = "ca-certificates,iproute2,procps,strace,openssh-client,curl,netcat-openbsd,kmod";
+/// Beside the minimal system: what the cases and people inside use, and systemd as it comes on a server.
+const INCLUDE: &str = "ca-certificates,iproute2,procps,strace,openssh-client,curl,netcat-openbsd,kmod,\
+    systemd-sysv,dbus,dbus-user-session,libpam-systemd";
 /// What the machine's own initramfs loads to find its disks, in order.
 pub(super) const DISK_MODULES: &[&str] =
     &["virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk", "overlay"];

@@ -79,6 +79,19 @@ pub(crate) struct Machine {
     pub(crate) memory_mib: u32,
     /// Seconds of this machine's time after which it is stopped.
     pub(crate) timeout_s: u64,
+    /// What the script runs under.
+    pub(crate) system: System,
+}
+
+/// What is process 1 of the machine's own system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum System {
+    /// Nothing but the script: up in no time.
+    #[default]
+    Bare,
+    /// systemd, with the script as a unit of its own. A script that has the machine booted again (`systemctl reboot`) is run again
+    /// then, on the same disk.
+    Systemd,
 }
 
 impl Machine {
@@ -107,7 +120,12 @@ impl Machine {
                 std::fs::read(base.module(name)).with_context(|| format!("module {name} of the lab's kernel"))?;
             modules.push((format!("{name}.ko"), content));
         }
-        let init = INIT.replace("@MODULES@", &DISK_MODULES.join(" "));
+        let (rest, boot) = match self.system {
+            System::Bare => (INIT_BARE, "quiet panic=-1 reboot=t"),
+            // A panic stands still and is found by its silence, where otherwise it would boot for ever.
+            System::Systemd => (INIT_SYSTEMD, "quiet panic=0 systemd.show_status=0"),
+        };
+        let init = format!("{INIT}{rest}").replace("@MODULES@", &DISK_MODULES.join(" "));
         let mut files: Vec<(&str, u32, &[u8])> =
             vec![("init", 0o755, init.as_bytes()), ("task", 0o644, script.as_bytes())];
         files.extend(modules.iter().map(|(name, content)| (name.as_str(), 0o644, content.as_slice())));
@@ -123,7 +141,10 @@ impl Machine {
         }
         // String instructions count once a byte there: without ERMS and FSRM kernels copy with 8-byte moves instead.
         qemu.args(["-cpu", "max,-erms,-fsrm", "-m", &self.memory_mib.to_string()]);
-        qemu.args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"]);
+        qemu.args(["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]);
+        if self.system == System::Bare {
+            qemu.arg("-no-reboot");
+        }
         for (id, path, options) in [
             ("base", &base.disk(), "readonly=on"),
             ("payload", &payload_disk, "readonly=on"),
@@ -133,7 +154,7 @@ impl Machine {
             qemu.args(["-device", &format!("virtio-blk-pci,drive={id}")]);
         }
         qemu.arg("-kernel").arg(base.kernel()).arg("-initrd").arg(&initramfs);
-        qemu.args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"]);
+        qemu.arg("-append").arg(format!("console=ttyS0 {boot}"));
 
         let monitor = work.path().join("monitor.sock");
         qemu.args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())]);
@@ -232,21 +253,71 @@ fn size_of_folder(folder: &Path) -> Result<u64> {
     Ok(number.parse()?)
 }
 
-/// The machine's init: mounts what a system needs over the base, loads KVM, runs the script, says how it ended.
+/// The machine's init: mounts the base with what was written over it, and the payload. One of the two below follows.
 const INIT: &str = r#"#!/busybox sh
 b=/busybox
 $b mount -t proc proc /proc; $b mount -t devtmpfs dev /dev
 for module in @MODULES@; do $b insmod /$module.ko; done
-$b mount -t ext4 -o ro /dev/vda /base; $b mount -t ext4 /dev/vdc /writable; $b mkdir /writable/upper /writable/work
+$b mount -t ext4 -o ro /dev/vda /base; $b mount -t ext4 /dev/vdc /writable; $b mkdir -p /writable/upper /writable/work
 $b mount -t overlay -o lowerdir=/base,upperdir=/writable/upper,workdir=/writable/work overlay /new
 $b mount -t ext4 -o ro /dev/vdb /new/payload
 $b cp /task /new/task; $b mount --move /dev /new/dev
+"#;
+
+/// Mounts what a system needs, loads KVM, runs the script, says how it ended.
+const INIT_BARE: &str = r#"
 $b mount -t proc proc /new/proc; $b mount -t sysfs sys /new/sys
 $b mkdir -p /new/dev/pts /new/dev/shm
 $b mount -t devpts devpts /new/dev/pts; $b mount -t tmpfs shm /new/dev/shm; $b mount -t tmpfs -o mode=1777 tmp /new/tmp
 $b mount -t tmpfs run /new/run; $b mount -t cgroup2 cgroup /new/sys/fs/cgroup; $b mount -t securityfs security /new/sys/kernel/security
 $b chroot /new /bin/bash -c 'ip link set lo up; hostname lab; modprobe -a kvm-amd vhost_vsock tun veth loop fuse 2>/dev/null; export HOME=/root PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8; cd /root; bash /task </dev/null; echo "LAB-EXIT $?"'
 $b poweroff -f
+"#;
+
+/// Gives systemd a unit that does the same as the last line of [`INIT_BARE`], and becomes systemd. Timers and terminals, which nobody
+/// needs there, are masked.
+const INIT_SYSTEMD: &str = r#"
+units=/new/etc/systemd/system
+for unit in serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer fstrim.timer dpkg-db-backup.timer e2scrub_reap.service modprobe@.service systemd-sysusers.service; do
+    $b ln -sf /dev/null $units/$unit
+done
+echo lab > /new/etc/hostname
+$b cat > $units/lab.service <<'END'
+[Unit]
+Description=What the lab was asked to run
+After=multi-user.target systemd-user-sessions.service dbus.socket systemd-logind.service
+
+[Service]
+# A shell of its own, so that a script killed by a reboot says nothing.
+ExecStart=/bin/bash -c 'bash /task; echo "LAB-EXIT $?"; exec systemctl poweroff --force --force'
+Environment=HOME=/root PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
+WorkingDirectory=/root
+StandardInput=null
+StandardOutput=file:/dev/ttyS0
+StandardError=file:/dev/ttyS0
+KillMode=mixed
+TimeoutStopSec=5s
+Delegate=yes
+END
+$b cat > $units/lab-kvm.service <<'END'
+[Unit]
+Description=What a host of sandboxes has from its boot on
+DefaultDependencies=no
+After=systemd-modules-load.service
+Before=sysinit.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/bash -c 'modprobe -a kvm-amd vhost_vsock tun veth loop fuse 2>/dev/null; chmod 666 /dev/kvm'
+END
+$b cat > $units/lab.target <<'END'
+[Unit]
+Requires=multi-user.target lab-kvm.service lab.service
+AllowIsolate=yes
+END
+$b umount /proc
+exec $b switch_root /new /lib/systemd/systemd --unit=lab.target
 "#;
 
 #[cfg(test)]

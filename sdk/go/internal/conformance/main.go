@@ -10,7 +10,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -50,6 +52,58 @@ type arguments struct {
 	Force        bool              `json:"force"`
 	Path         string            `json:"path"`
 	Reference    string            `json:"reference"`
+	Selector     string            `json:"selector"`
+	Limit        int               `json:"limit"`
+	Grep         string            `json:"grep"`
+	Mounts       []mountArguments  `json:"mounts"`
+	Ports        []string          `json:"ports"`
+	Network      *networkArguments `json:"network"`
+	Security     msb.Security      `json:"security"`
+	Rlimits      map[string]uint64 `json:"rlimits"`
+	Pull         msb.PullPolicy    `json:"pull"`
+	Alias        string            `json:"alias"`
+	IntervalMS   int64             `json:"interval_ms"`
+	Target       string            `json:"target"`
+	Content      string            `json:"content"`
+	Mode         *uint32           `json:"mode"`
+	Parents      bool              `json:"parents"`
+	Recursive    bool              `json:"recursive"`
+	Follow       *bool             `json:"follow"`
+	Offset       int64             `json:"offset"`
+	Length       *int64            `json:"length"`
+	Touch        string            `json:"touch"`
+	Kind         msb.VolumeKind    `json:"kind"`
+	SizeMiB      int               `json:"size_mib"`
+	Tag          string            `json:"tag"`
+	DryRun       bool              `json:"dry_run"`
+}
+
+type mountArguments struct {
+	Kind     string `json:"kind"`
+	Name     string `json:"name"`
+	Path     string `json:"path"`
+	Target   string `json:"target"`
+	SizeMiB  int    `json:"size_mib"`
+	ReadOnly bool   `json:"read_only"`
+}
+
+func (m mountArguments) mount() msb.Mount {
+	mount := msb.Volume.Tmpfs(m.Target, m.SizeMiB)
+	switch m.Kind {
+	case "bind":
+		mount = msb.Volume.Bind(m.Path, m.Target)
+	case "named":
+		mount = msb.Volume.Named(m.Name, m.Target)
+	}
+	if m.ReadOnly {
+		return mount.ReadOnly()
+	}
+	return mount
+}
+
+type networkArguments struct {
+	Profile msb.NetworkProfile `json:"profile"`
+	Rules   []string           `json:"rules"`
 }
 
 type action struct {
@@ -71,16 +125,27 @@ var signals = map[string]syscall.Signal{"SIGTERM": syscall.SIGTERM, "SIGINT": sy
 
 func detailValue(detail msb.SandboxDetail) value {
 	var spec struct {
-		Detached bool `json:"detached"`
+		Detached bool   `json:"detached"`
+		Security string `json:"security"`
+		Network  struct {
+			Profile string   `json:"profile"`
+			Rules   []string `json:"rules"`
+		} `json:"network"`
+		Mounts []msb.Mount `json:"mounts"`
 	}
 	_ = json.Unmarshal(detail.Spec, &spec)
+	mounts := []string{}
+	for _, mount := range spec.Mounts {
+		mounts = append(mounts, mount.Target)
+	}
 	var cause any
 	if detail.LastEnd != nil {
 		cause = detail.LastEnd.Cause
 	}
 	return value{
 		"name": detail.Name, "status": detail.Status, "image": detail.Image, "labels": detail.Labels, "cause": cause,
-		"detached": spec.Detached,
+		"detached": spec.Detached, "security": spec.Security, "network": spec.Network.Profile, "rules": len(spec.Network.Rules),
+		"ports": len(detail.Ports), "mounts": mounts,
 	}
 }
 
@@ -136,6 +201,18 @@ func (a arguments) create() []msb.Option {
 	add(a.Ephemeral, msb.WithEphemeral())
 	add(a.Replace, msb.WithReplace())
 	add(a.Restart != "", msb.WithRestart(msb.RestartPolicy(a.Restart)))
+	for _, mount := range a.Mounts {
+		options = append(options, msb.WithMounts(mount.mount()))
+	}
+	add(a.Ports != nil, msb.WithPorts(a.Ports...))
+	if a.Network != nil {
+		options = append(options, msb.WithNetwork(a.Network.Profile), msb.WithNetworkRules(a.Network.Rules...))
+	}
+	add(a.Security != "", msb.WithSecurity(a.Security))
+	for name, limit := range a.Rlimits {
+		options = append(options, msb.WithRlimit(name, limit, limit))
+	}
+	add(a.Pull != "", msb.WithPullPolicy(a.Pull))
 	if a.IdleMS != nil {
 		options = append(options, msb.WithIdleTimeout(time.Duration(*a.IdleMS)*time.Millisecond))
 	}
@@ -205,6 +282,11 @@ func (d *driver) stream(ctx context.Context, box *msb.Sandbox, a arguments) (any
 }
 
 func act(handle *msb.ExecHandle, what action) error {
+	if len(what.Resize) == 2 {
+		if err := handle.Resize(what.Resize[0], what.Resize[1]); err != nil {
+			return err
+		}
+	}
 	if what.Write != nil {
 		if _, err := handle.Write([]byte(*what.Write)); err != nil {
 			return err
@@ -212,11 +294,6 @@ func act(handle *msb.ExecHandle, what action) error {
 	}
 	if what.Signal != "" {
 		if err := handle.Signal(signals[what.Signal]); err != nil {
-			return err
-		}
-	}
-	if len(what.Resize) == 2 {
-		if err := handle.Resize(what.Resize[0], what.Resize[1]); err != nil {
 			return err
 		}
 	}
@@ -245,18 +322,28 @@ func (d *driver) call(ctx context.Context, name string, a arguments) (any, error
 	case "shutdown":
 		return nil, client.Shutdown(ctx)
 	case "list":
-		var terms []string
-		_ = json.Unmarshal(a.Labels, &terms)
-		filter := msb.NewSandboxFilter()
-		for _, term := range terms {
-			filter.WithLabelTerm(term)
+		found, err := client.List(ctx, a.filter())
+		return names(found), err
+	case "pages":
+		pages := [][]string{}
+		for filter := a.filter().Limit(a.Limit); ; {
+			page, err := client.ListPage(ctx, filter)
+			if err != nil {
+				return nil, err
+			}
+			pages = append(pages, names(page.Sandboxes))
+			if page.Next == "" {
+				return pages, nil
+			}
+			filter.After(page.Next)
 		}
-		found, err := client.List(ctx, filter)
-		names := []string{}
-		for _, box := range found {
-			names = append(names, box.Name)
-		}
-		return names, err
+	case "volume_create", "volume_get", "volume_list", "volume_remove":
+		return volume(ctx, client, name, a)
+	case "settle":
+		debug.FreeOSMemory()
+		return nil, nil
+	case "first_byte":
+		return firstByte(ctx, client, a)
 	case "start":
 		box, err := client.Start(ctx, a.name())
 		if err != nil {
@@ -265,7 +352,7 @@ func (d *driver) call(ctx context.Context, name string, a arguments) (any, error
 		return detailValue(box.Detail()), nil
 	case "remove":
 		return nil, client.Remove(ctx, a.name(), a.Force)
-	case "image_load", "image_list", "image_inspect", "image_remove":
+	case "image_load", "image_list", "image_inspect", "image_remove", "image_tag", "image_save", "image_prune", "image_pull":
 		return image(ctx, client, name, a)
 	}
 	box, err := client.Get(ctx, a.name())
@@ -273,6 +360,176 @@ func (d *driver) call(ctx context.Context, name string, a arguments) (any, error
 		return nil, err
 	}
 	return d.onSandbox(ctx, box, name, a)
+}
+
+func firstByte(ctx context.Context, client *msb.Client, a arguments) (any, error) {
+	began := time.Now()
+	box, err := client.Create(ctx, "", msb.WithImage(a.Image), msb.WithEphemeral())
+	if err != nil {
+		return nil, err
+	}
+	defer box.Close()
+	handle, err := box.ExecStream(ctx, []string{"echo", "x"})
+	if err != nil {
+		return nil, err
+	}
+	defer handle.Close()
+	for event, err := range handle.Events() {
+		if err != nil {
+			return nil, err
+		}
+		if _, ok := event.(msb.Stdout); ok {
+			break
+		}
+	}
+	return time.Since(began).Seconds() * 1000, nil
+}
+
+func (a arguments) filter() *msb.SandboxFilter {
+	var terms []string
+	_ = json.Unmarshal(a.Labels, &terms)
+	filter := msb.NewSandboxFilter()
+	for _, term := range terms {
+		filter.WithLabelTerm(term)
+	}
+	if a.Selector != "" {
+		filter.WithSelector(a.Selector)
+	}
+	return filter
+}
+
+func names(found []msb.SandboxSummary) []string {
+	names := []string{}
+	for _, box := range found {
+		names = append(names, box.Name)
+	}
+	return names
+}
+
+func volume(ctx context.Context, client *msb.Client, name string, a arguments) (any, error) {
+	shown := func(found *msb.VolumeDetail, err error) (any, error) {
+		if err != nil {
+			return nil, err
+		}
+		users := []string{}
+		for _, user := range found.Users {
+			users = append(users, user.Sandbox)
+		}
+		return value{"name": found.Name, "kind": found.Kind, "size_bytes": found.SizeBytes, "users": users}, nil
+	}
+	switch name {
+	case "volume_create":
+		if a.Kind == "" {
+			a.Kind = msb.VolumeDir
+		}
+		return shown(client.CreateVolume(ctx, a.name(), a.Kind, a.SizeMiB))
+	case "volume_get":
+		return shown(client.Volume(ctx, a.name()))
+	case "volume_list":
+		found, err := client.Volumes(ctx)
+		names := []string{}
+		for _, volume := range found {
+			names = append(names, volume.Name)
+		}
+		return names, err
+	default:
+		return nil, client.RemoveVolume(ctx, a.name())
+	}
+}
+
+func files(ctx context.Context, files *msb.Fs, name string, a arguments) (any, error) {
+	sized := func(found *msb.FileAttributes, err error) (any, error) {
+		if err != nil {
+			return nil, err
+		}
+		return value{"size": found.Size}, nil
+	}
+	switch name {
+	case "fs_mkdir":
+		if a.Parents {
+			return nil, files.MkdirAll(ctx, a.Path)
+		}
+		return nil, files.Mkdir(ctx, a.Path)
+	case "fs_write":
+		return sized(files.Write(ctx, a.Path, strings.NewReader(a.Content), a.Mode))
+	case "fs_append":
+		return sized(files.Append(ctx, a.Path, []byte(a.Content)))
+	case "fs_read":
+		if a.Length == nil {
+			content, err := files.ReadFile(ctx, a.Path)
+			return string(content), err
+		}
+		part, err := files.Open(ctx, a.Path, a.Offset, *a.Length)
+		if err != nil {
+			return nil, err
+		}
+		defer part.Close()
+		content, err := io.ReadAll(part)
+		return string(content), err
+	case "fs_stat":
+		look := files.Stat
+		if a.Follow != nil && !*a.Follow {
+			look = files.Lstat
+		}
+		found, err := look(ctx, a.Path)
+		if err != nil {
+			return nil, err
+		}
+		kind := "other"
+		switch {
+		case found.IsSymlink():
+			kind = "symlink"
+		case found.IsRegular():
+			kind = "file"
+		case found.IsDir():
+			kind = "directory"
+		}
+		return value{"kind": kind, "size": found.Size, "mode": found.Mode & 0o7777}, nil
+	case "fs_chmod":
+		return nil, files.Chmod(ctx, a.Path, *a.Mode)
+	case "fs_symlink":
+		return nil, files.Symlink(ctx, a.Target, a.Path)
+	case "fs_read_link":
+		return files.Readlink(ctx, a.Path)
+	case "fs_real_path":
+		return files.RealPath(ctx, a.Path)
+	case "fs_list":
+		found, err := files.ReadDir(ctx, a.Path)
+		names := []string{}
+		for _, entry := range found {
+			names = append(names, entry.Name)
+		}
+		return names, err
+	case "fs_rename":
+		return nil, files.Rename(ctx, a.Path, a.Target)
+	case "fs_exists":
+		return files.Exists(ctx, a.Path)
+	case "fs_remove":
+		if a.Recursive {
+			return nil, files.RemoveAll(ctx, a.Path)
+		}
+		return nil, files.Remove(ctx, a.Path)
+	}
+	for record, err := range files.Watch(ctx, a.Path, false) {
+		if err != nil {
+			return nil, err
+		}
+		if record.Type == "watching" {
+			if _, err := files.Append(ctx, a.Touch, []byte("seen")); err != nil {
+				return nil, err
+			}
+		} else if record.Kind == "created" {
+			return record.Path, nil
+		}
+	}
+	return nil, errors.New("a watch without an end")
+}
+
+func copied(report *msb.CopyReport, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	return append([]string{}, report.Warnings...), nil
 }
 
 func image(ctx context.Context, client *msb.Client, name string, a arguments) (any, error) {
@@ -300,6 +557,24 @@ func image(ctx context.Context, client *msb.Client, name string, a arguments) (a
 			"references": image.References, "layers": image.Layers, "layer_details": len(image.LayerDetails),
 			"user": image.Config.User, "working_dir": image.Config.WorkingDir, "used_by": image.UsedBy,
 		}, nil
+	case "image_tag":
+		image, err := client.TagImage(ctx, a.Reference, a.Tag)
+		if err != nil {
+			return nil, err
+		}
+		return image.References, nil
+	case "image_save":
+		return nil, msb.Image.Save(ctx, a.Path, a.Reference)
+	case "image_prune":
+		return client.PruneImages(ctx, msb.PruneRequest{DryRun: a.DryRun})
+	case "image_pull":
+		steps := []string{}
+		heard := func(event msb.PullEvent) { steps = append(steps, event.Type) }
+		image, err := client.PullImage(ctx, msb.PullRequest{Reference: a.Reference, Insecure: true}, heard)
+		if err != nil {
+			return nil, err
+		}
+		return value{"references": image.References, "steps": steps}, nil
 	default:
 		return nil, client.RemoveImage(ctx, a.Reference, a.Force)
 	}
@@ -307,7 +582,40 @@ func image(ctx context.Context, client *msb.Client, name string, a arguments) (a
 
 func (d *driver) onSandbox(ctx context.Context, box *msb.Sandbox, name string, a arguments) (any, error) {
 	var err error
+	if strings.HasPrefix(name, "fs_") {
+		return files(ctx, box.Fs(), name, a)
+	}
 	switch name {
+	case "copy_into":
+		return copied(box.CopyInto(ctx, a.Path, a.Target))
+	case "copy_out":
+		return copied(box.CopyOut(ctx, a.Path, a.Target))
+	case "ping":
+		report, err := box.Ping(ctx)
+		return err == nil && report.RoundTripUS > 0, err
+	case "ssh_config":
+		found, err := box.SSHConfig(ctx, a.Alias)
+		if err != nil {
+			return nil, err
+		}
+		return value{"alias": found.Alias, "config": found.Config}, nil
+	case "metrics_stream":
+		names := []string{}
+		for sample, err := range box.MetricsStream(ctx, time.Duration(a.IntervalMS)*time.Millisecond) {
+			if err != nil {
+				return nil, err
+			}
+			if names = append(names, sample.Name); len(names) == a.Count {
+				break
+			}
+		}
+		return names, nil
+	case "metrics_history":
+		history, err := box.MetricsHistory(ctx, 0, 0)
+		if err != nil {
+			return nil, err
+		}
+		return value{"name": history.Name, "has_points": len(history.Points) > 0}, nil
 	case "get":
 	case "exec", "exec_check", "shell":
 		var output *msb.ExecOutput
@@ -347,7 +655,7 @@ func (d *driver) onSandbox(ctx context.Context, box *msb.Sandbox, name string, a
 		return nil, err
 	case "logs":
 		var text strings.Builder
-		for record, err := range box.Logs(ctx, msb.LogQuery{Tail: a.Tail, Source: a.Source}) {
+		for record, err := range box.Logs(ctx, msb.LogQuery{Tail: a.Tail, Source: a.Source, Grep: a.Grep}) {
 			if err != nil {
 				return nil, err
 			}
@@ -415,6 +723,7 @@ func main() {
 		case errors.As(err, &typed):
 			_ = output.Encode(value{
 				"error": typed.Code, "message": typed.Error(), "hint": typed.Hint, "details": append([]string{}, typed.Details...),
+				"errno": int(typed.Errno),
 			})
 		default:
 			fmt.Fprintln(os.Stderr, err)

@@ -31,6 +31,7 @@ class MsbError(Exception):
         retryable: bool | None = None,
         details: Iterable[str] = (),
         code: str | None = None,
+        errno: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -39,6 +40,8 @@ class MsbError(Exception):
         self.retryable = self.RETRYABLE if retryable is None else retryable
         #: What belongs to the error beyond its text, such as the names of sandboxes that use an image.
         self.details: tuple[str, ...] = tuple(details)
+        #: What the sandbox's system answered, for a file operation.
+        self.errno = errno
 
     def detail(self, key: str) -> str | None:
         """The value of a detail written `key=value`."""
@@ -51,13 +54,14 @@ def error_from_value(value: Any, fallback: str) -> MsbError:
     if not isinstance(value, dict) or not isinstance(value.get("message"), str):
         return MsbError._by_code["internal"](fallback)
     code = value.get("code")
-    hint, retryable, details = value.get("hint"), value.get("retryable"), value.get("details")
+    hint, retryable, details, errno = (value.get(key) for key in ("hint", "retryable", "details", "errno"))
     return MsbError._by_code.get(str(code), MsbError)(
         value["message"],
         hint=hint if isinstance(hint, str) else None,
         retryable=retryable if isinstance(retryable, bool) else None,
         details=[detail for detail in details if isinstance(detail, str)] if isinstance(details, list) else (),
         code=str(code),
+        errno=errno if isinstance(errno, int) else None,
     )
 
 

@@ -77,11 +77,12 @@ class Connection:
         if transport is not None:
             transport.abort()
 
-    async def send_head(self, method: str, target: str, headers: Mapping[str, str]) -> None:
-        """Writes a request's head."""
+    async def send_head(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """Writes a request's head, and a body that is there already: together, so that a service that answers to the head and closes
+        has read all of it."""
         lines = [f"{method} {target} HTTP/1.1", "host: msbd"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.writer.write(("\r\n".join(lines) + "\r\n\r\n").encode("ascii"))
+        self.writer.write(("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + body)
         await self.writer.drain()
 
     async def _line(self) -> bytes:
@@ -190,10 +191,7 @@ async def send(
     elif method != "GET":
         headers["content-length"] = "0"
     try:
-        await connection.send_head(method, target, headers)
-        if body:
-            connection.writer.write(body)
-            await connection.writer.drain()
+        await connection.send_head(method, target, headers, body or b"")
         if stream is not None:
             await _send_stream(connection, stream)
     except OSError as error:

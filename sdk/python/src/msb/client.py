@@ -18,17 +18,26 @@ from ._failure import MsbError, error_from_value
 from .errors import DaemonUnavailableError, UnsupportedOperationError
 from .models import (
     EventRecord,
+    FileAttributes,
+    FileChange,
     ImageDetail,
     ImageHandle,
+    ImagePruneReport,
     LogRecord,
+    MetricsHistory,
     MetricsSnapshot,
+    PingReport,
+    PullProgress,
     SandboxDetail,
+    SandboxPage,
     SandboxSummary,
+    SshHost,
     VersionInfo,
+    VolumeDetail,
     decode,
 )
 from .session import ExecHandle
-from .spec import check_name
+from .spec import check_name, milliseconds
 
 T = TypeVar("T")
 
@@ -123,15 +132,21 @@ class Client:
     async def _get(self, kind: type[T], target: str) -> T:
         return decode(kind, await self._call("GET", target))
 
-    async def _post(self, target: str, body: object) -> SandboxDetail:
+    async def _post(self, target: str, body: object = None) -> SandboxDetail:
         return decode(SandboxDetail, await self._call("POST", target, body))
 
     async def _lines(
-        self, method: str, target: str, stream: AsyncIterable[bytes] | None = None, content_type: str = ""
+        self,
+        method: str,
+        target: str,
+        stream: AsyncIterable[bytes] | None = None,
+        content_type: str = "application/json",
+        body: object = None,
     ) -> AsyncIterator[Any]:
         connection = await self._connection()
         try:
-            headers = await _http.send(connection, method, target, stream=stream, content_type=content_type)
+            sent = None if body is None else json.dumps(body).encode()
+            headers = await _http.send(connection, method, target, sent, stream=stream, content_type=content_type)
             async for line in connection.lines(headers):
                 yield json.loads(line)
         except ValueError as error:
@@ -160,10 +175,20 @@ class Client:
         """Creates a sandbox."""
         return await self._post("/v1/sandboxes", dict(request))
 
-    async def list(self, labels: Iterable[str] = ()) -> list[SandboxSummary]:
-        """The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`), newest first."""
-        answer = await self._call("GET", "/v1/sandboxes" + _query(("label", label) for label in labels))
-        return decode(list[SandboxSummary], answer.get("sandboxes"))
+    async def list(self, labels: Iterable[str] = (), selector: str | None = None) -> list[SandboxSummary]:
+        """The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`) and the selector, newest first."""
+        return (await self.list_page(labels, selector)).sandboxes
+
+    async def list_page(
+        self,
+        labels: Iterable[str] = (),
+        selector: str | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+    ) -> SandboxPage:
+        """At most `limit` of them, those after the page whose `next` is given as `after`."""
+        pairs = [*(("label", label) for label in labels), ("selector", selector), ("limit", limit), ("after", after)]
+        return await self._get(SandboxPage, "/v1/sandboxes" + _query(pairs))
 
     async def inspect(self, name: str) -> SandboxDetail:
         """Everything about one sandbox."""
@@ -187,11 +212,19 @@ class Client:
 
     async def detach(self, name: str) -> SandboxDetail:
         """Lets a sandbox outlive its creator."""
-        return await self._post(_sandbox(name, "/detach"), {})
+        return await self._post(_sandbox(name, "/detach"))
 
     async def touch(self, name: str) -> SandboxDetail:
         """Counts as activity."""
-        return await self._post(_sandbox(name, "/touch"), {})
+        return await self._post(_sandbox(name, "/touch"))
+
+    async def ping(self, name: str) -> PingReport:
+        """Asks a running sandbox's agent for a sign of life. It is no activity, and wakes nothing."""
+        return decode(PingReport, await self._call("POST", _sandbox(name, "/ping")))
+
+    async def ssh_host(self, name: str) -> SshHost:
+        """How an SSH client finds a sandbox."""
+        return await self._get(SshHost, _sandbox(name, "/ssh/host"))
 
     async def wait(self, name: str) -> SandboxDetail:
         """Waits until a sandbox rests."""
@@ -216,9 +249,10 @@ class Client:
         since: datetime | str | None = None,
         until: datetime | str | None = None,
         source: str | None = None,
+        grep: str | None = None,
     ) -> AsyncIterator[LogRecord]:
         """Reads a sandbox's log."""
-        pairs = [("follow", follow), ("tail", tail), ("since", since), ("until", until), ("source", source)]
+        pairs = [("follow", follow), ("tail", tail), ("since", since), ("until", until), ("source", source), ("grep", grep)]
         async for line in self._lines("GET", _sandbox(name, "/logs") + _query(pairs)):
             yield decode(LogRecord, line)
 
@@ -232,6 +266,89 @@ class Client:
         pairs = [("name", name), *(("label", label) for label in labels)]
         return await self._get(MetricsSnapshot, "/v1/metrics" + _query(pairs))
 
+    async def metrics_stream(
+        self, name: str | None = None, labels: Iterable[str] = (), *, interval: float = 1.0
+    ) -> AsyncIterator[MetricsSnapshot]:
+        """The same at each interval in seconds (0.1 to 3600), the first at once. A reader that is slow misses some."""
+        pairs = [("name", name), *(("label", label) for label in labels), ("interval_ms", milliseconds(interval, "interval"))]
+        async for line in self._lines("GET", "/v1/metrics/stream" + _query(pairs)):
+            yield decode(MetricsSnapshot, line)
+
+    async def metrics_history(
+        self, name: str, *, last: float | None = None, points_max: int | None = None
+    ) -> MetricsHistory:
+        """The last hour of one sandbox, or the last seconds of it."""
+        last_ms = None if last is None else milliseconds(last, "last")
+        target = _sandbox(name, "/metrics") + _query([("last_ms", last_ms), ("points_max", points_max)])
+        return await self._get(MetricsHistory, target)
+
+    async def archive(self, name: str, action: Mapping[str, Any], user: str | None, stdin: bool) -> ExecHandle:
+        """A tree of a sandbox as a tar stream, in either direction."""
+        archive = {"action": dict(action)} | ({} if user is None else {"user": user})
+        return await self._session(_sandbox(name, "/archive"), {"type": "archive", "archive": archive}, stdin)
+
+    async def file_call(self, name: str, call: Mapping[str, Any], user: str | None = None) -> dict[str, Any]:
+        """One call on a sandbox's files."""
+        request = {"call": dict(call)} | ({} if user is None else {"user": user})
+        return dict(await self._call("POST", _sandbox(name, "/files"), request))
+
+    async def file_content(
+        self, name: str, path: str, user: str | None = None, offset: int = 0, length: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """The content of a file, piece by piece."""
+        pairs = [("path", path), ("user", user), ("offset", offset), ("len", length)]
+        connection = await self._connection()
+        try:
+            headers = await _http.send(connection, "GET", _sandbox(name, "/files/content") + _query(pairs))
+            async for piece in connection.body(headers):
+                yield piece
+        finally:
+            connection.abort()
+
+    async def file_write(
+        self,
+        name: str,
+        path: str,
+        content: AsyncIterable[bytes],
+        user: str | None = None,
+        mode: int | None = None,
+        append: bool = False,
+    ) -> FileAttributes:
+        """Writes the content of a file."""
+        target = _sandbox(name, "/files/content") + _query([("path", path), ("user", user), ("mode", mode), ("append", append)])
+        connection = await self._connection()
+        try:
+            headers = await _http.send(connection, "PUT", target, stream=content, content_type="application/octet-stream")
+            answer = json.loads(await connection.collect(headers))
+        except ValueError as error:
+            raise _http.protocol_error(str(error)) from error
+        finally:
+            connection.abort()
+        return decode(FileAttributes, answer.get("attributes"))
+
+    async def file_watch(self, name: str, path: str, user: str | None = None, recursive: bool = False) -> AsyncIterator[FileChange]:
+        """Changes of a directory's entries, or of a file."""
+        pairs = [("path", path), ("user", user), ("recursive", recursive)]
+        async for line in self._lines("GET", _sandbox(name, "/files/watch") + _query(pairs)):
+            yield decode(FileChange, {"kind": "watching"} if line.get("type") == "watching" else line)
+
+    async def volumes(self) -> builtins.list[VolumeDetail]:
+        """Every volume, by name."""
+        return decode(list[VolumeDetail], (await self._call("GET", "/v1/volumes")).get("volumes"))
+
+    async def volume(self, name: str) -> VolumeDetail:
+        """One volume."""
+        return await self._get(VolumeDetail, f"/v1/volumes/{check_name(name)}")
+
+    async def create_volume(self, name: str, kind: str = "dir", size_mib: int | None = None) -> VolumeDetail:
+        """Makes a volume."""
+        request = {"name": check_name(name), "kind": kind} | ({} if size_mib is None else {"size_mib": size_mib})
+        return decode(VolumeDetail, await self._call("POST", "/v1/volumes", request))
+
+    async def remove_volume(self, name: str) -> None:
+        """Removes a volume."""
+        await self._call("DELETE", f"/v1/volumes/{check_name(name)}")
+
     async def images(self) -> builtins.list[ImageHandle]:
         """The images of the store, newest first."""
         return decode(list[ImageHandle], (await self._call("GET", "/v1/images")).get("images"))
@@ -243,6 +360,35 @@ class Client:
     async def remove_image(self, reference: str, force: bool = False) -> None:
         """Removes an image; `force` untags it even where sandboxes use it."""
         await self._call("DELETE", "/v1/image" + _query([("reference", reference), ("force", force)]))
+
+    async def tag_image(self, reference: str, name: str) -> ImageHandle:
+        """Gives an image another name."""
+        return decode(ImageHandle, await self._call("POST", "/v1/images/tag", {"reference": reference, "name": name}))
+
+    async def pin_image(self, reference: str, pinned: bool = True) -> ImageHandle:
+        """Keeps prune from an image, or no more."""
+        return decode(ImageHandle, await self._call("POST", "/v1/images/pin", {"reference": reference, "pinned": pinned}))
+
+    async def prune_images(self, request: Mapping[str, Any]) -> ImagePruneReport:
+        """Removes the images that the request allows and nothing needs."""
+        return decode(ImagePruneReport, await self._call("POST", "/v1/images/prune", dict(request)))
+
+    async def pull_image(self, request: Mapping[str, Any]) -> AsyncIterator[tuple[PullProgress, ImageHandle | None]]:
+        """Fetches an image; the last step has it. What has come when the iteration is given up is kept for the next pull."""
+        async for event in self._lines("POST", "/v1/images/pull", body=dict(request)):
+            done = _finished(event)
+            yield decode(PullProgress, event), decode(ImageHandle, done.get("image")) if done is not None else None
+
+    async def save_images(self, references: Iterable[str], archive_format: str = "docker") -> AsyncIterator[bytes]:
+        """Images as one archive; it is whole only when the iteration has ended by itself."""
+        request = json.dumps({"references": builtins.list(references), "format": archive_format}).encode()
+        connection = await self._connection()
+        try:
+            headers = await _http.send(connection, "POST", "/v1/images/save", request)
+            async for piece in connection.body(headers):
+                yield piece
+        finally:
+            connection.abort()
 
     async def load_image(self, archive: AsyncIterable[bytes], tag: str | None = None) -> builtins.list[ImageHandle]:
         """Loads an archive (docker or OCI, also compressed) into the store."""

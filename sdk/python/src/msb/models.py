@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 import types
 import typing
 from dataclasses import dataclass, field
@@ -176,6 +177,197 @@ class MetricsSnapshot:
 
 
 @dataclass(frozen=True)
+class HistoryPoint:
+    """One moment of a sandbox. Counters are cumulative since the boot of their run."""
+
+    at: datetime
+    boot_id: str
+    cpu_utilization: float
+    cpu_time_us: int
+    memory_resident_bytes: int
+    memory_limit_bytes: int
+    disk_read_bytes: int
+    disk_written_bytes: int
+    disk_operations: int
+    network_received_bytes: int
+    network_sent_bytes: int
+    network_packets: int
+    root_allocated_bytes: int
+    guest: GuestMetrics | None = None
+
+
+@dataclass(frozen=True)
+class MetricsHistory:
+    """The last hour of one sandbox, oldest point first."""
+
+    name: str
+    id: str
+    points: list[HistoryPoint]
+
+
+@dataclass(frozen=True)
+class PingReport:
+    """A sandbox's agent has answered."""
+
+    boot_id: str
+    round_trip_us: int
+
+
+@dataclass(frozen=True)
+class SandboxPage:
+    """A page of a list; `next` is the `after` of the next one, if there is one."""
+
+    sandboxes: list[SandboxSummary]
+    next: str | None = None
+
+
+@dataclass(frozen=True)
+class SshHost:
+    """How an SSH client finds a sandbox."""
+
+    sandbox: str
+    user: str
+    host_key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SshConfig:
+    """What `ssh` needs: a block for `ssh_config`, and the host key as a line of `known_hosts`."""
+
+    alias: str
+    config: str
+    known_hosts: str
+    host: SshHost
+
+
+@dataclass(frozen=True)
+class FileTime:
+    """A time of a file: seconds since 1970 and nanoseconds below a second."""
+
+    seconds: int
+    nanoseconds: int = 0
+
+
+@dataclass(frozen=True)
+class FileAttributes:
+    """What stat(2) says of a path in a sandbox."""
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    accessed: FileTime
+    modified: FileTime
+    changed: FileTime
+    links: int = 1
+    device: int = 0
+    inode: int = 0
+    allocated: int = 0
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is a directory."""
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file."""
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        """Whether it is a symbolic link."""
+        return stat.S_ISLNK(self.mode)
+
+
+@dataclass(frozen=True)
+class DirectoryEntry:
+    """One entry of a directory, with its own attributes; none if it vanished meanwhile."""
+
+    name: str
+    attributes: FileAttributes | None = None
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A record of a watch: `watching` first, then `created`, `written`, `removed`, `attributes`, `overflow`."""
+
+    kind: str
+    path: str = ""
+    directory: bool = False
+
+
+@dataclass(frozen=True)
+class VolumeUser:
+    """A sandbox that mounts a volume, where and how."""
+
+    sandbox: str
+    target: str
+    options: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VolumeDetail:
+    """A named volume."""
+
+    name: str
+    kind: str
+    allocated_bytes: int
+    created_at: datetime
+    path: str
+    size_bytes: int | None = None
+    users: list[VolumeUser] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PrunedImage:
+    """An image that a prune took, or would take."""
+
+    digest: str
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class ImagePruneReport:
+    """What a prune took, or would take."""
+
+    image_refs_removed: int
+    manifests_removed: int
+    layers_removed: int
+    fsmeta_removed: int
+    bytes_reclaimed: int
+    dry_run: bool = False
+    partials_removed: int = 0
+    images: list[PrunedImage] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PullLayer:
+    """A layer of an image that is being pulled."""
+
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PullProgress:
+    """A step of a pull: `resolved`, `layer`, `layer_done`, `retry`, `warning` or `done`, with what belongs to it."""
+
+    type: str
+    digest: str | None = None
+    platform: str | None = None
+    layers: list[PullLayer] = field(default_factory=list)
+    bytes: int | None = None
+    known: bool | None = None
+    what: str | None = None
+    reason: str | None = None
+    wait_ms: int | None = None
+    message: str | None = None
+    was_present: bool | None = None
+
+
+@dataclass(frozen=True)
 class ImageHandle:
     """One image in a list."""
 
@@ -221,6 +413,7 @@ class ImageLayerDetail:
     compressed_bytes: int
     data_bytes: int
     shared_by: int
+    unpacked_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,6 +423,7 @@ class ImageDetail(ImageHandle):
     config: ImageConfigDetail = field(default_factory=lambda: ImageConfigDetail(""))
     layer_details: list[ImageLayerDetail] = field(default_factory=list)
     used_by: list[str] = field(default_factory=list)
+    used_by_snapshots: list[str] = field(default_factory=list)
 
 
 def decode(kind: type[T], value: Any) -> T:

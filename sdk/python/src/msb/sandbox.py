@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack
 
+from . import copy as copies
 from .client import Client
 from .errors import SandboxNotFoundError
-from .models import EventRecord, LogRecord, SandboxDetail, SandboxMetrics, SandboxSummary
+from .fs import Fs
+from .models import (
+    EventRecord,
+    LogRecord,
+    MetricsHistory,
+    PingReport,
+    SandboxDetail,
+    SandboxMetrics,
+    SandboxPage,
+    SandboxSummary,
+    SshConfig,
+)
 from .session import OUTPUT_LEN_MAX, ExecHandle, ExecOutput
-from .spec import Restart, create_request, exec_request, milliseconds
+from .spec import Network, NetworkProfile, PullPolicy, Restart, Rootfs, Security, create_request, exec_request, milliseconds
+from .ssh import ssh_config
+from .volume import Mount
 
 
 class SandboxOptions(TypedDict, total=False):
@@ -38,6 +53,12 @@ class SandboxOptions(TypedDict, total=False):
     idle_timeout: float
     on_idle: Literal["stop", "restart"]
     max_duration: float
+    mounts: Sequence[Mount]
+    ports: Sequence[str]
+    network: Network | NetworkProfile
+    security: Security
+    rlimits: Mapping[str, int | tuple[int, int]]
+    pull: PullPolicy
     replace: bool
     replace_grace: float
 
@@ -79,7 +100,7 @@ class Sandbox:
 
     @classmethod
     def create(
-        cls, name: str | None = None, *, image: str, client: Client | None = None, **options: Unpack[SandboxOptions]
+        cls, name: str | None = None, *, image: str | Rootfs, client: Client | None = None, **options: Unpack[SandboxOptions]
     ) -> Creation:
         """Creates and boots a sandbox: `await` it, or use it with `async with`.
 
@@ -94,10 +115,26 @@ class Sandbox:
         return cls(client, await client.inspect(name))
 
     @classmethod
-    async def list(cls, *, labels: Iterable[str] = (), client: Client | None = None) -> list[SandboxSummary]:
-        """The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`), newest first."""
+    async def list(
+        cls, *, labels: Iterable[str] = (), selector: str | None = None, client: Client | None = None
+    ) -> list[SandboxSummary]:
+        """The sandboxes whose labels fit every term (`KEY=VALUE` or `KEY`) and the selector (`team in (ml,web)`), newest first."""
         client = client or await Client.connect()
-        return await client.list(labels)
+        return await client.list(labels, selector)
+
+    @classmethod
+    async def list_page(
+        cls,
+        *,
+        labels: Iterable[str] = (),
+        selector: str | None = None,
+        limit: int,
+        after: str | None = None,
+        client: Client | None = None,
+    ) -> SandboxPage:
+        """A page of them; its `next`, if there is one, is the next page's `after`."""
+        client = client or await Client.connect()
+        return await client.list_page(labels, selector, limit, after)
 
     @classmethod
     async def start(cls, name: str, *, client: Client | None = None) -> Sandbox:
@@ -157,9 +194,12 @@ class Sandbox:
         since: datetime | str | None = None,
         until: datetime | str | None = None,
         source: str | None = None,
+        grep: str | None = None,
     ) -> AsyncIterator[LogRecord]:
-        """Reads its log; with `follow` until it rests."""
-        return self.client.logs(self.name, follow=follow, tail=tail, since=since, until=until, source=source)
+        """Reads its log; with `follow` until it rests, with `grep` only lines that contain this text."""
+        return self.client.logs(
+            self.name, follow=follow, tail=tail, since=since, until=until, source=source, grep=grep
+        )
 
     async def events(self, *, follow: bool = False, since: int | None = None) -> AsyncIterator[EventRecord]:
         """What happened to it."""
@@ -169,8 +209,44 @@ class Sandbox:
 
     async def metrics(self) -> SandboxMetrics | None:
         """Its newest sample; `None` when it has none because it rests."""
-        snapshot = await self.client.metrics()
+        snapshot = await self.client.metrics(self.name)
         return next((sample for sample in snapshot.sandboxes if sample.id == self.detail.id), None)
+
+    async def metrics_stream(self, *, interval: float = 1.0) -> AsyncIterator[SandboxMetrics]:
+        """Its samples from now on, one at each interval in seconds, the first at once."""
+        async for snapshot in self.client.metrics_stream(self.name, interval=interval):
+            for sample in snapshot.sandboxes:
+                if sample.id == self.detail.id:
+                    yield sample
+
+    async def metrics_history(self, *, last: float | None = None, points_max: int | None = None) -> MetricsHistory:
+        """Its last hour, or the last seconds of it."""
+        return await self.client.metrics_history(self.name, last=last, points_max=points_max)
+
+    @property
+    def fs(self) -> Fs:
+        """Its files."""
+        return Fs(self.client, self.name)
+
+    async def copy_into(
+        self, source: str | os.PathLike[str], target: str, *, user: str | None = None
+    ) -> copies.CopyReport:
+        """Copies a file or directory of this machine into it, by the rules of `docker cp`."""
+        return await copies.copy_into(self.client, self.name, source, target, user)
+
+    async def copy_out(
+        self, source: str, target: str | os.PathLike[str], *, user: str | None = None
+    ) -> copies.CopyReport:
+        """Copies a file or directory of it to this machine, by the rules of `docker cp`."""
+        return await copies.copy_out(self.client, self.name, source, target, user)
+
+    async def ssh_config(self, *, alias: str | None = None) -> SshConfig:
+        """What makes `ssh msb-NAME` (or another alias) work."""
+        return ssh_config(await self.client.ssh_host(self.name), alias)
+
+    async def ping(self) -> PingReport:
+        """Asks its agent for a sign of life. It is no activity, and wakes nothing."""
+        return await self.client.ping(self.name)
 
     async def touch(self) -> None:
         """Counts as activity."""

@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InvalidConfigError, InvalidLabelError, InvalidNameError
+from .errors import InvalidConfigError, InvalidLabelError, InvalidNameError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from .volume import Mount
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _RESERVED = ("sandbox.", "microsandbox.", "service.")
+
+_PORT = re.compile(r"(?:(?P<bind>[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?P<host>[0-9]{1,5}):(?P<guest>[0-9]{1,5})(?:/(?P<transport>tcp|udp))?\Z")
+
+#: Which addresses a sandbox reaches where no rule decides.
+NetworkProfile = Literal["public", "private", "host", "all", "none"]
+#: What its workloads may do.
+Security = Literal["default", "restricted", "strict"]
+#: When to fetch its image from its registry.
+PullPolicy = Literal["always", "if_missing", "never"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network of a sandbox: a profile, and rules before it of which the first that fits decides (`deny@example.com:tcp:443`)."""
+
+    profile: NetworkProfile = "public"
+    rules: Sequence[str] = ()
+    enabled: bool = True
+    """Whether there is a network device at all."""
+    default_egress: Literal["allow", "deny"] | None = None
+    default_ingress: Literal["allow", "deny"] | None = None
+    nameservers: Sequence[str] = ()
+    """Upstream name servers in place of the host's own, each `ADDRESS:PORT`."""
+
+
+@dataclass(frozen=True)
+class Rootfs:
+    """What a sandbox's root is made of; `Image.oci`, `Image.bind` and `Image.disk` make one."""
+
+    kind: Literal["oci", "bind", "disk"]
+    source: str
+
 
 #: What follows the end of the main workload.
 Restart = Literal["default", "no", "on_failure", "always", "unless_stopped"]
@@ -48,9 +84,57 @@ def words_of(command: Sequence[str], what: str = "a command") -> list[str]:
     return list(command)
 
 
+def image_of(image: str | Rootfs) -> str:
+    """The reference of an image; raises `UnsupportedOperationError` for a root that the service cannot boot."""
+    if isinstance(image, str):
+        return image
+    if image.kind != "oci":
+        raise UnsupportedOperationError(
+            f"a root file system made of {image.source!r} (rootfs {image.kind}): the service boots OCI images",
+            hint="load it as an image, or mount it with Volume.bind or Volume.disk",
+            details=[f"operation=rootfs.{image.kind}", f"needs=rootfs.{image.kind}", "peer=rootfs.oci"],
+        )
+    return image.source
+
+
+def port_of(text: str) -> dict[str, Any]:
+    """A published port written `[BIND:]HOST:GUEST[/tcp|/udp]`; host port 0 is any free one."""
+    found = _PORT.match(text)
+    if found is None or not 0 < int(found["guest"]) < 1 << 16 or int(found["host"]) >= 1 << 16:
+        raise InvalidConfigError(f"published port {text!r}; write [BIND:]HOST:GUEST[/tcp|/udp]")
+    return {
+        "bind": (found["bind"] or "127.0.0.1").strip("[]"),
+        "host_port": int(found["host"]),
+        "guest_port": int(found["guest"]),
+        "transport": found["transport"] or "tcp",
+    }
+
+
+def _network(network: Network | NetworkProfile | None, ports: Sequence[str]) -> dict[str, Any] | None:
+    if network is None and not ports:
+        return None
+    wanted = network if isinstance(network, Network) else Network(profile=network or "public")
+    value: dict[str, Any] = {
+        "profile": wanted.profile,
+        "enabled": wanted.enabled,
+        "rules": list(wanted.rules),
+        "default_egress": wanted.default_egress,
+        "default_ingress": wanted.default_ingress,
+        "ports": [port_of(port) for port in ports],
+    }
+    if wanted.nameservers:
+        value["dns"] = {"nameservers": list(wanted.nameservers)}
+    return value
+
+
+def _rlimits(rlimits: Mapping[str, int | tuple[int, int]]) -> list[dict[str, Any]]:
+    pairs = {name: (limit, limit) if isinstance(limit, int) else limit for name, limit in rlimits.items()}
+    return [{"resource": name, "soft": soft, "hard": hard} for name, (soft, hard) in pairs.items()]
+
+
 def create_request(
     name: str | None,
-    image: str,
+    image: str | Rootfs,
     *,
     cpus: int | None = None,
     memory_mib: int | None = None,
@@ -73,6 +157,12 @@ def create_request(
     idle_timeout: float | None = None,
     on_idle: Literal["stop", "restart"] | None = None,
     max_duration: float | None = None,
+    mounts: Sequence[Mount] = (),
+    ports: Sequence[str] = (),
+    network: Network | NetworkProfile | None = None,
+    security: Security | None = None,
+    rlimits: Mapping[str, int | tuple[int, int]] | None = None,
+    pull: PullPolicy | None = None,
     replace: bool = False,
     replace_grace: float | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -92,7 +182,7 @@ def create_request(
             raise InvalidLabelError(f"label key '{key}' uses reserved prefix '{prefix}'")
     spec: dict[str, Any] = {
         "name": None if name is None else check_name(name),
-        "image": image,
+        "image": image_of(image),
         "cpus": cpus,
         "memory_mib": memory_mib,
         "root_size_mib": root_size_mib,
@@ -113,9 +203,15 @@ def create_request(
         "idle_timeout_ms": None if idle_timeout is None else milliseconds(idle_timeout, "idle_timeout"),
         "on_idle": on_idle,
         "max_duration_ms": None if max_duration is None else milliseconds(max_duration, "max_duration"),
+        "mounts": [mount.value() for mount in mounts] or None,
+        "network": _network(network, ports),
+        "security": security,
+        "rlimits": _rlimits(rlimits or {}) or None,
     }
     request: dict[str, Any] = {"spec": {key: value for key, value in spec.items() if value is not None}}
     request["spec"].update(extra or {})
+    if pull is not None:
+        request["pull"] = pull
     if replace or replace_grace is not None:
         request["replace_grace_ms"] = milliseconds(10 if replace_grace is None else replace_grace, "replace_grace")
     return request

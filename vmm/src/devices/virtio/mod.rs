@@ -5,6 +5,7 @@
 //! Every byte in a ring is written by an untrusted guest: workers never panic, never loop or allocate on its word, and treat
 //! each malformed chain as a used buffer of length 0 or as the device's typed error answer.
 
+pub mod balloon;
 pub mod block;
 pub mod counter;
 pub mod device;

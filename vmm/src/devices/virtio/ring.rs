@@ -56,6 +56,11 @@ impl Ring {
         &self.kick
     }
 
+    /// The ring's number in the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
     /// The ring's size: the most chains that can be outstanding, and the batch size after which workers yield.
     pub fn size(&self) -> u16 {
         self.queue.size()

@@ -33,6 +33,66 @@ const CPUID_LEAVES_MAX: usize = 256;
 const MSRS_MAX: usize = 1024;
 /// The deadline of the local APIC's timer: means something once the counter it refers to is set.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Names of features, as /proc/cpuinfo has them, that differ between processors people have.
+const FLAGS: &[(u32, &str, u32, &str)] = &[
+    (1, "ecx", 0, "sse3"),
+    (1, "ecx", 1, "pclmulqdq"),
+    (1, "ecx", 9, "ssse3"),
+    (1, "ecx", 12, "fma"),
+    (1, "ecx", 13, "cx16"),
+    (1, "ecx", 17, "pcid"),
+    (1, "ecx", 19, "sse4_1"),
+    (1, "ecx", 20, "sse4_2"),
+    (1, "ecx", 21, "x2apic"),
+    (1, "ecx", 22, "movbe"),
+    (1, "ecx", 23, "popcnt"),
+    (1, "ecx", 24, "tsc_deadline_timer"),
+    (1, "ecx", 25, "aes"),
+    (1, "ecx", 26, "xsave"),
+    (1, "ecx", 28, "avx"),
+    (1, "ecx", 29, "f16c"),
+    (1, "ecx", 30, "rdrand"),
+    (7, "ebx", 0, "fsgsbase"),
+    (7, "ebx", 3, "bmi1"),
+    (7, "ebx", 5, "avx2"),
+    (7, "ebx", 7, "smep"),
+    (7, "ebx", 8, "bmi2"),
+    (7, "ebx", 9, "erms"),
+    (7, "ebx", 10, "invpcid"),
+    (7, "ebx", 16, "avx512f"),
+    (7, "ebx", 18, "rdseed"),
+    (7, "ebx", 19, "adx"),
+    (7, "ebx", 20, "smap"),
+    (7, "ebx", 23, "clflushopt"),
+    (7, "ebx", 24, "clwb"),
+    (7, "ebx", 29, "sha_ni"),
+    (7, "ebx", 30, "avx512bw"),
+    (7, "ebx", 31, "avx512vl"),
+    (7, "ecx", 2, "umip"),
+    (7, "ecx", 3, "pku"),
+    (7, "ecx", 8, "gfni"),
+    (7, "ecx", 9, "vaes"),
+    (7, "ecx", 10, "vpclmulqdq"),
+    (7, "ecx", 16, "la57"),
+    (7, "ecx", 22, "rdpid"),
+    (0x8000_0001, "ecx", 0, "lahf_lm"),
+    (0x8000_0001, "ecx", 5, "abm"),
+    (0x8000_0001, "ecx", 6, "sse4a"),
+    (0x8000_0001, "ecx", 8, "3dnowprefetch"),
+    (0x8000_0001, "edx", 26, "pdpe1gb"),
+    (0x8000_0001, "edx", 27, "rdtscp"),
+];
+
+/// Why a file is no machine that this build can go on with.
+#[derive(Debug, thiserror::Error)]
+pub enum SavedError {
+    /// Another generation wrote it.
+    #[error("it has format {0}, this msb knows {FORMAT}")]
+    Format(u32),
+    /// It is not what was written.
+    #[error("{0}")]
+    Damaged(String),
+}
 
 /// A machine without its memory.
 #[derive(Serialize, Deserialize)]
@@ -175,27 +235,28 @@ impl SavedMachine {
     ///
     /// # Errors
     /// In words.
-    pub fn read(file: File) -> Result<Self, String> {
+    pub fn read(file: File) -> Result<Self, SavedError> {
         #[derive(Deserialize)]
         struct Versioned {
             format: u32,
         }
+        let damaged = |error: &dyn std::fmt::Display| SavedError::Damaged(error.to_string());
         let mut bytes = Vec::new();
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| damaged(&error))?;
         if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(format!("it has more than {FILE_BYTES_MAX} bytes"));
+            return Err(damaged(&format!("it has more than {FILE_BYTES_MAX} bytes")));
         }
-        let Versioned { format } = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+        let Versioned { format } = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
         if format != FORMAT {
-            return Err(format!("it has format {format}, this msb knows {FORMAT}"));
+            return Err(SavedError::Format(format));
         }
-        let saved: Self = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+        let saved: Self = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
         let ordered = saved.vcpus.iter().enumerate().all(|(number, vcpu)| usize::from(vcpu.id) == number);
         if saved.vcpus.is_empty() || !ordered || saved.vm.chips.len() != 3 {
-            return Err("it contradicts itself".into());
+            return Err(damaged(&"it contradicts itself"));
         }
         if saved.vcpus.iter().any(|vcpu| vcpu.cpuid.len() > CPUID_LEAVES_MAX || vcpu.msrs.len() > MSRS_MAX) {
-            return Err("it has more leaves or registers than a processor".into());
+            return Err(damaged(&"it has more leaves or registers than a processor"));
         }
         Ok(saved)
     }
@@ -234,8 +295,13 @@ impl SavedMachine {
             if missing != 0 {
                 let bit = missing.trailing_zeros();
                 let kernel = &self.host_kernel;
+                let flag = FLAGS
+                    .iter()
+                    .find(|flag| (flag.0, flag.1, flag.2) == (function, name, bit))
+                    .map_or("", |flag| flag.3);
                 return Err(format!(
-                    "this host's processor or kernel lacks a feature that it uses: CPUID leaf {function:#x}, {name} bit {bit} (saved under Linux {kernel})"
+                    "this host's processor or kernel lacks a feature that it uses: {flag}{}CPUID leaf {function:#x}, {name} bit {bit} (saved under Linux {kernel})",
+                    if flag.is_empty() { "" } else { ", " }
                 ));
             }
         }
@@ -339,7 +405,7 @@ mod tests {
         SavedMachine::of(128, Vec::new(), vec![Ok((vcpu, Some(vm)))]).expect("a machine")
     }
 
-    fn read(text: &str) -> Result<SavedMachine, String> {
+    fn read(text: &str) -> Result<SavedMachine, SavedError> {
         let mut file = tempfile::tempfile().expect("a file");
         file.write_all(text.as_bytes()).expect("write");
         file.rewind().expect("rewind");
@@ -359,13 +425,19 @@ mod tests {
     fn damage_and_strangers_are_refused_in_words() {
         let text = serde_json::to_string(&machine()).expect("json");
         assert!(read(&text[..text.len() - 9]).is_err());
-        assert!(read(&text.replacen("\"format\":1", "\"format\":2", 1)).err().expect("refused").contains("format 2"));
+        assert!(
+            read(&text.replacen("\"format\":1", "\"format\":2", 1))
+                .err()
+                .expect("refused")
+                .to_string()
+                .contains("format 2")
+        );
         assert!(read(&text.replacen("\"id\":0", "\"id\":1", 1)).is_err());
         assert!(read(&" ".repeat(1 + FILE_BYTES_MAX as usize)).is_err());
         let saved = machine();
         saved.fits(&[leaf(0, 0x6c65_746e), leaf(1, u32::MAX)]).expect("a better processor");
         let missing = saved.fits(&[leaf(0, 0x6c65_746e), leaf(1, 0)]).expect_err("a lesser one");
-        assert!(missing.contains("leaf 0x1, ecx bit 12"), "{missing}");
+        assert!(missing.contains("uses: fma, CPUID leaf 0x1, ecx bit 12"), "{missing}");
         let other = saved.fits(&[leaf(0, 0x444d_4163), leaf(1, u32::MAX)]).expect_err("another maker");
         assert!(other.contains("GenuineIntel"), "{other}");
     }
