@@ -74,6 +74,9 @@ pub struct SnapshotManifest {
     /// The memory, for [`SnapshotKind::Memory`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<SnapshotMemory>,
+    /// Only there while copies are made of it (a fork): neither digested nor durable, and gone with the service that took it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transient: bool,
 }
 
 impl SnapshotManifest {
@@ -123,6 +126,7 @@ impl SnapshotManifest {
             || manifest.image.reference != manifest.spec.image
             || manifest.memory.is_some() != (format == SNAPSHOT_MEMORY_FORMAT)
             || manifest.memory.is_some() != (manifest.kind == SnapshotKind::Memory)
+            || manifest.transient && manifest.memory.is_none()
             || manifest.memory.as_ref().is_some_and(|memory| {
                 memory.size_bytes != u64::from(manifest.spec.memory_mib) << 20 || memory.data_bytes > memory.size_bytes
             })
@@ -323,6 +327,7 @@ mod tests {
             spec: SandboxSpec::new("busybox"),
             disk: SnapshotDisk { size_bytes: 8 << 30, data_bytes: 1 << 20, digest },
             memory: None,
+            transient: false,
         }
     }
 

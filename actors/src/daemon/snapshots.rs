@@ -92,7 +92,8 @@ impl Daemon {
     /// # Errors
     /// The daemon ends.
     pub async fn list_snapshots(&self) -> Result<Vec<SnapshotSummary>, ApiError> {
-        let all = self.snapshots().actor.send(ListSnapshots).await.map_err(mailbox)?;
+        let mut all = self.snapshots().actor.send(ListSnapshots).await.map_err(mailbox)?;
+        all.retain(|snapshot| !snapshot.manifest.transient);
         let files = self.snapshots().files.clone();
         let shown = tokio::task::spawn_blocking(move || all.iter().map(|snapshot| snapshot.summary(&files)).collect());
         shown.await.map_err(ApiError::internal)
@@ -118,6 +119,10 @@ impl Daemon {
     /// `sandbox_not_found`, `sandbox_still_running`, `snapshot_already_exists`, `disk_full`; nothing is left then.
     pub async fn take_snapshot(&self, request: CreateSnapshot) -> Result<SnapshotDetail, ApiError> {
         msb_protocol::labels::check_all(&request.labels)?;
+        self.take(request, false).await
+    }
+
+    async fn take(&self, request: CreateSnapshot, transient: bool) -> Result<SnapshotDetail, ApiError> {
         let sandbox = self.find(&request.from).await?;
         let busy = || {
             ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", request.from))
@@ -136,7 +141,7 @@ impl Daemon {
         };
         let clock = &self.surroundings.clock;
         let make = match commands {
-            Some(commands) => Make::of_machine(request.name, request.labels, source, commands, clock),
+            Some(commands) => Make::of_machine(request.name, request.labels, source, commands, clock, transient),
             None => Make::of_sandbox(request.name, request.labels, source, clock),
         };
         let made = self.snapshots().actor.send(make).await.map_err(mailbox)??;
@@ -157,7 +162,7 @@ impl Daemon {
         // Of no interest once the copies are there: what they share with it stays theirs without its name.
         let name = snapshot_name(&format!("fork-{}", SandboxId::generate()))?;
         let taking = CreateSnapshot { name: name.clone(), from: from.clone(), labels: BTreeMap::new(), memory: true };
-        let snapshot = self.take_snapshot(taking).await?;
+        let snapshot = self.take(taking, true).await?;
         let mut network = source.network.clone();
         network.ports.clear();
         let mut begun = Vec::with_capacity(names.len());

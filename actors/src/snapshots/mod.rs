@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use msb_image::Digest;
-use msb_image::snapshot::Sealed;
 pub use msb_image::snapshot::SnapshotFiles;
+use msb_image::snapshot::{DiskContent, Sealed};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::snapshot::{
@@ -193,6 +193,7 @@ impl Make {
                 format: SNAPSHOT_FORMAT,
                 kind: SnapshotKind::Disk,
                 memory: None,
+                transient: false,
                 name: own,
                 created_at,
                 created_by: env!("CARGO_PKG_VERSION").into(),
@@ -212,7 +213,7 @@ impl Make {
         Self { name, parent: parent_id, fill: Box::new(fill), event: Some(event), guard: Box::new(hold) }
     }
 
-    /// Out of a running sandbox, its memory included; `commands` lead to its VM.
+    /// Out of a running sandbox, its memory included; `commands` lead to its VM. A transient one is not digested.
     #[must_use]
     pub fn of_machine(
         name: SandboxName,
@@ -220,6 +221,7 @@ impl Make {
         source: Source,
         commands: mpsc::Sender<VmCommand>,
         clock: &Arc<dyn Clock>,
+        transient: bool,
     ) -> Self {
         let Source { sandbox, sandbox_id, state, spec, image_digest, parent, disk, hold } = source;
         let event = EventDraft {
@@ -230,7 +232,11 @@ impl Make {
             state,
             cause: None,
             actor: "user".into(),
-            message: format!("snapshot {name} was taken, with memory"),
+            message: if transient {
+                "it was copied with its memory, for a fork".into()
+            } else {
+                format!("snapshot {name} was taken, with memory")
+            },
         };
         let parent_id = parent.as_ref().map(|parent| parent.id.clone());
         let (own, created_at) = (name.clone(), clock.wall());
@@ -251,8 +257,14 @@ impl Make {
             draft.copy_disk(&disk)?;
             fault::reached(Step::Copied);
             drop(stands);
-            let content = draft.measure()?;
-            let (memory, machine) = draft.measure_memory()?;
+            let (content, memory, machine) = if transient {
+                let (disk_bytes, memory_bytes) = draft.sizes()?;
+                let of = |size_bytes| DiskContent { size_bytes, data_bytes: 0, digest: Digest::of(&[]) };
+                (of(disk_bytes), of(memory_bytes), Digest::of(&[]))
+            } else {
+                let (memory, machine) = draft.measure_memory()?;
+                (draft.measure()?, memory, machine)
+            };
             let network = spec.network.enabled;
             let main = spec.workload == Workload::Main;
             let spec = spec.for_snapshot();
@@ -280,6 +292,7 @@ impl Make {
                     network,
                     main,
                 }),
+                transient,
             };
             Ok(draft.seal(&manifest)?)
         };

@@ -97,17 +97,17 @@ pub fn run() -> Result<Infallible, BootError> {
 }
 
 /// The steps and their durations.
-struct Steps {
-    steps: Vec<Step>,
+pub(super) struct Steps {
+    pub(super) steps: Vec<Step>,
     last_us: u64,
 }
 
 impl Steps {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { steps: Vec::new(), last_us: uptime_us() }
     }
 
-    fn done(&mut self, name: &str) {
+    pub(super) fn done(&mut self, name: &str) {
         let now_us = uptime_us();
         self.steps.push(Step { name: name.into(), duration_us: now_us.saturating_sub(self.last_us) });
         self.last_us = now_us;

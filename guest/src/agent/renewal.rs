@@ -13,6 +13,7 @@ use msb_protocol::error::ErrorCode;
 use msb_protocol::guest::{GuestBody, Opened, Ready, Renew, Welcome};
 use msb_protocol::version::GUEST_GENERATION;
 
+use super::boot::Steps;
 use super::clock::{self, uptime_us};
 use super::link::Link;
 use super::{Agent, VERSION};
@@ -48,14 +49,15 @@ type Refused = (FrameStream, GuestError);
 
 /// Makes this guest the run that the host says it is.
 pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_id: Vec<u8>) -> Result<(), Refused> {
-    let refuse = |stream, message: String| Err((stream, GuestError::new(ErrorCode::InvalidRequest, message)));
+    let refuse = |stream, message: String| Err((stream, GuestError::new(ErrorCode::BootFailed, message)));
     let Some(link) = agent.renewal.link.get().filter(|link| link.is_quiesced()) else {
         return refuse(stream, "this machine was not made of a saved one".into());
     };
     let Some(mut welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
         return refuse(stream, "a renewal without a welcome".into());
     };
-    if let Err(message) = become_new(agent, &welcome) {
+    let mut steps = Steps::new();
+    if let Err(message) = become_new(agent, &welcome, &mut steps) {
         return refuse(stream, message);
     }
     *agent.renewal.boot_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(boot_id);
@@ -69,6 +71,7 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
         link.log("a renewal came for a link that is still there");
         return Ok(());
     }
+    steps.done("link");
     // Before `Ready`: whoever starts it by hand comes right after that.
     let autostart = match welcome.config.take().and_then(|config| config.main) {
         Some(main) if agent.main.appear() => {
@@ -79,7 +82,7 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
         // It goes on, or has ended; or there is none.
         _ => false,
     };
-    link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: Vec::new() }));
+    link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     link.thaw();
     if autostart {
         // This thread's stream is the link's now. A failed start is told there by the workload itself.
@@ -89,7 +92,7 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
 }
 
 /// Clock, entropy and names.
-fn become_new(agent: &Agent, welcome: &Welcome) -> Result<(), String> {
+fn become_new(agent: &Agent, welcome: &Welcome, steps: &mut Steps) -> Result<(), String> {
     clock::set(welcome.realtime_ns).map_err(|errno| format!("cannot set the clock: {errno}"))?;
     if welcome.entropy.is_empty() {
         return Err("a renewal without entropy".into());
@@ -97,13 +100,16 @@ fn become_new(agent: &Agent, welcome: &Welcome) -> Result<(), String> {
     let random = std::fs::File::open("/dev/urandom").map_err(|error| format!("cannot open /dev/urandom: {error}"))?;
     sys::add_entropy(&random, &welcome.entropy).map_err(|errno| format!("cannot seed the entropy pool: {errno}"))?;
     sys::reseed_entropy(&random).map_err(|errno| format!("cannot reseed the random generator: {errno}"))?;
+    steps.done("clock and entropy");
     let Some(config) = &welcome.config else { return Err("a renewal without a configuration".into()) };
     rustix::system::sethostname(config.hostname.as_bytes())
         .map_err(|errno| format!("cannot set the host name: {errno}"))?;
     environment::renew_boot_id(&agent.guest.root).map_err(|error| format!("cannot renew the boot id: {error}"))?;
+    steps.done("identity");
     // A root that is read-only (profile strict) keeps its files.
     if let Err(error) = environment::write_names(&agent.guest.root, config) {
         agent.host.log(&format!("files of the network keep what they were: {error}"));
     }
+    steps.done("names");
     Ok(())
 }

@@ -114,12 +114,15 @@ pub fn renew_boot_id(root: &RootDirectory) -> io::Result<()> {
     /// In the agent's own root, which the workload does not see.
     const PLACE: &str = "/boot_id";
     let target = Path::new("/proc/sys/kernel/random/boot_id");
+    let is_laid = Path::new(PLACE).exists();
     // The one source of UUIDs in the kernel; it has been seeded anew.
     std::fs::write(PLACE, std::fs::read("/proc/sys/kernel/random/uuid")?)?;
+    if is_laid {
+        // A copy of a copy: what lies over the kernel's is this file.
+        return Ok(());
+    }
     let over = root.open_path(target, OFlags::PATH, 0)?;
-    let laid = mount_bind(PLACE, path_of(&over));
-    std::fs::remove_file(PLACE)?;
-    laid?;
+    mount_bind(PLACE, path_of(&over))?;
     let laid = root.open_path(target, OFlags::PATH, 0)?;
     mount_remount(path_of(&laid), MountFlags::BIND | MountFlags::RDONLY | NO_EXEC, c"")?;
     Ok(())

@@ -25,7 +25,7 @@ use msb_protocol::snapshot::{SNAPSHOT_MANIFEST_LEN_MAX, SnapshotManifest};
 
 use crate::digest::Digest;
 pub use archive::Importing;
-use disk::DiskContent;
+pub use disk::DiskContent;
 pub use error::SnapshotError;
 
 const MANIFEST: &str = "manifest.json";
@@ -332,6 +332,18 @@ impl Draft {
         measure_memory(self.directory.path())
     }
 
+    /// Lengths of its disk and its memory in bytes, for one that nobody will compare with anything.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sizes(&self) -> Result<(u64, u64), SnapshotError> {
+        let length = |name| {
+            let path = self.directory.path().join(name);
+            fs::metadata(&path).map(|data| data.len()).map_err(|error| SnapshotError::io("read", &path, error))
+        };
+        Ok((length(DISK)?, length(MEMORY)?))
+    }
+
     /// Digests its disk.
     ///
     /// # Errors
@@ -342,7 +354,7 @@ impl Draft {
         measured.map_err(|error| SnapshotError::io("read", &path, error))
     }
 
-    /// Writes its manifest and makes everything durable.
+    /// Writes its manifest and makes everything durable, unless it is transient.
     ///
     /// # Errors
     /// `DiskFull`, `Io`, `Manifest` for one that would not be read again.
@@ -361,7 +373,9 @@ impl Draft {
             let failed = |error| SnapshotError::io("write", &path, error);
             let file = File::open(&path).map_err(failed)?;
             file.set_permissions(Permissions::from_mode(0o400)).map_err(failed)?;
-            file.sync_all().map_err(failed)?;
+            if !manifest.transient {
+                file.sync_all().map_err(failed)?;
+            }
         }
         sync_directory(self.directory.path())?;
         Ok(Sealed { directory: self.directory, id: Digest::of(&bytes), manifest })

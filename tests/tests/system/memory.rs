@@ -204,9 +204,13 @@ fn a_snapshot_of_memory_starts_sandboxes_and_is_refused_where_it_does_not_fit() 
     tampered(text.replacen("\"format\":1,", "\"format\":9,", 1), "unsupported_operation", "format 9");
     let mut machine: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let leaves = machine["vcpus"][0]["cpuid"].as_array_mut().expect("leaves");
-    let leaf = leaves.iter_mut().find(|leaf| leaf["function"] == 7).expect("leaf 7");
-    leaf["ebx"] = (leaf["ebx"].as_u64().expect("a register") | 1 << 16).into();
-    tampered(machine.to_string(), "unsupported_operation", "avx512f");
+    let leaf = leaves.iter_mut().find(|leaf| leaf["function"] == 1).expect("leaf 1");
+    let has = leaf["ecx"].as_u64().expect("a register");
+    // Whatever this processor lacks.
+    let flags = [(30, "rdrand"), (28, "avx"), (12, "fma"), (29, "f16c"), (22, "movbe"), (17, "pcid"), (7, "bit 7")];
+    let (bit, flag) = flags.iter().find(|(bit, _)| has & (1 << bit) == 0).expect("a processor that lacks something");
+    leaf["ecx"] = (has | 1 << bit).into();
+    tampered(machine.to_string(), "unsupported_operation", flag);
     tampered(text[..text.len() / 2].to_owned(), "snapshot_damaged", "machine.json");
     std::fs::write(&state, &text).expect("written");
     home.succeeds(&["snapshot", "verify", "mem"]);

@@ -117,7 +117,9 @@ impl LinkSession {
                 (self.main_started, self.main_exited) = (opened.main_pid != 0, opened.main_exited.is_some());
                 Action::Renewed { generation: opened.generation, main_pid: opened.main_pid }
             }
-            (LinkState::Renewing, GuestBody::Refused(failure)) => boot_failed(failure),
+            (LinkState::Renewing, GuestBody::Refused(failure)) => {
+                boot_failed(Failure { stage: STAGES[0].into(), ..failure })
+            }
             (LinkState::Up, GuestBody::Quiesced(quiesced)) => {
                 let error: String =
                     quiesced.error.chars().filter(|c| !c.is_control()).take(LOG_LINE_CHARS_MAX).collect();
