@@ -42,6 +42,7 @@ pub struct BootFailure {
 
 /// A machine that was written down and stands; it goes on when this is dropped.
 pub struct Saved {
+    since: Instant,
     frozen: Option<Box<dyn Any + Send>>,
     halter: Arc<dyn Halter>,
     link: Arc<LinkHandle>,
@@ -52,6 +53,8 @@ impl Drop for Saved {
         drop(self.frozen.take());
         self.halter.go_on();
         self.link.thaw();
+        let stood_us = u64::try_from(self.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::info!(stood_us, "a machine that was written down goes on");
     }
 }
 
@@ -210,7 +213,8 @@ impl Run {
         if facts.paused {
             return Err(ApiError::new(ErrorCode::SandboxPaused, "a halted guest cannot freeze its workload"));
         }
-        let mut saved = Saved { frozen: None, halter: Arc::clone(halter), link: Arc::clone(link) };
+        let mut saved =
+            Saved { since: Instant::now(), frozen: None, halter: Arc::clone(halter), link: Arc::clone(link) };
         link.quiesce(facts.agent_generation.unwrap_or(0))?;
         halter.halt().map_err(|error| match error {
             HaltError::Ended => ApiError::new(ErrorCode::SandboxNotRunning, error.to_string()),
