@@ -110,7 +110,7 @@ fn what_would_make_it_another_machine_is_refused_by_name() {
             (|spec| spec.cpus += 1, "processors"),
             (|spec| spec.network.enabled = false, "network card"),
             (|spec| spec.root_size_mib += 1, "disk"),
-            (|spec| spec.workload = Workload::Main, "msb exec"),
+            (|spec| drop(spec.env.insert("A".into(), "b".into())), "environment"),
         ];
         for (edit, word) in edits {
             let mut spec = SandboxSpec {
@@ -125,5 +125,24 @@ fn what_would_make_it_another_machine_is_refused_by_name() {
             assert!(refused.message.contains(word), "{word}: {refused:?}");
             assert_eq!(world.state("no").await, None);
         }
+        // What had no main workload has room for one; what had one goes on with it and with no other.
+        let spec = |sandbox: &str, saved: &SandboxSpec, snapshot: &str| SandboxSpec {
+            name: Some(name(sandbox)),
+            detached: true,
+            snapshot: Some(name(snapshot)),
+            workload: Workload::Main,
+            ..saved.clone()
+        };
+        let made = world.create(spec("one", &saved.spec, "warm")).await;
+        assert_eq!(made.spec.workload, Workload::Main);
+        let taking = CreateSnapshot { name: name("busy"), from: name("one"), labels: Default::default(), memory: true };
+        let saved = world.daemon.take_snapshot(taking).await.unwrap();
+        assert!(saved.memory.as_ref().unwrap().main);
+        let goes_on = SandboxSpec { workload: Workload::None, ..spec("two", &saved.spec, "busy") };
+        assert_eq!(world.create(goes_on).await.spec.workload, Workload::Main);
+        let other = SandboxSpec { command: Some(vec!["true".into()]), ..spec("three", &saved.spec, "busy") };
+        let request =
+            CreateRequest { spec: other, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+        assert!(world.daemon.create(request, None).await.unwrap_err().message.contains("command"));
     });
 }
