@@ -1,6 +1,8 @@
 //! The sim tier: supervisor and actors over fake VMs and a turned clock. Every wait of the rules passes in an instant.
 #![expect(clippy::print_stdout, reason = "figures for the reader of the output")]
 
+#[path = "sim/activity.rs"]
+mod activity;
 #[path = "sim/care.rs"]
 mod care;
 #[path = "sim/deaths.rs"]

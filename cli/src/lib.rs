@@ -7,6 +7,7 @@
 //! | [`commands`] | one module for each command |
 //! | [`creation`], [`care`] | the options that `run` and `create` share |
 //! | [`mounts`] | the options among them for mounts and patches of the root |
+//! | [`root`] | IMAGE where it is a directory or disk of the host |
 //! | [`mcp`] | the tools that agents get |
 //! | [`env_file`], [`parse`] | docker's environment files; small values |
 //! | [`attached`], [`detach_keys`], [`terminal`] | a running command joined to this process's streams, signals and terminal |
@@ -34,6 +35,7 @@ pub mod mounts;
 pub mod network_options;
 pub mod parse;
 pub mod printer;
+pub mod root;
 pub mod signals;
 pub mod table;
 pub mod terminal;

@@ -27,7 +27,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "FILE:DST[:OPTS]")]
     pub mount_file: Vec<String>,
     /// Mount a named volume, made on first use: a shared directory, or a disk of its own
-    #[arg(long, value_name = "NAME:DST[:kind=dir|disk,size=SIZE,OPTS]")]
+    #[arg(long, value_name = "NAME:DST[:kind=dir|disk,size=SIZE,quota=SIZE,OPTS]")]
     pub mount_named: Vec<String>,
     /// Mount a disk image of the host: raw, with an ext4
     #[arg(long, value_name = "FILE:DST[:OPTS]")]

@@ -349,7 +349,7 @@ pub struct SandboxDetail {
     pub summary: SandboxSummary,
     /// What it is made of.
     pub spec: SandboxSpec,
-    /// Digest of the image's manifest.
+    /// Digest of the image's manifest; the path of a root that is no image.
     pub image_digest: String,
     /// The present run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -845,6 +845,9 @@ pub struct ImageDetail {
     /// What a list shows.
     #[serde(flatten)]
     pub summary: ImageSummary,
+    /// Whether all its parts are there, as far as their lengths tell.
+    #[serde(default)]
+    pub complete: bool,
     /// What it says about running it.
     pub config: ImageConfigDetail,
     /// Its layers, lowest first.

@@ -203,12 +203,16 @@ pub struct GuestConfig {
     /// Whole text of /etc/resolv.conf.
     #[prost(string, tag = "3")]
     pub resolv_conf: String,
-    /// virtio serial of the read-only EROFS device.
+    /// virtio serial of the read-only device: EROFS, or ext4 where it is a disk of the user's.
     #[prost(string, tag = "4")]
     pub lower_serial: String,
     /// virtio serial of the writable ext4 device.
     #[prost(string, tag = "5")]
     pub upper_serial: String,
+    /// Name of the share that is the read-only part of the root, in place of the device of `lower_serial`; empty: none.
+    #[prost(string, tag = "34")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub lower_share: String,
     /// Paths that are directories of the ext4 disk bound over the root: the image's volumes and what cannot live on an overlay.
     #[prost(string, repeated, tag = "6")]
     pub volume_paths: Vec<String>,

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  -v SRC:DST[:OPTS]            SRC with a leading '/' or '.' is a path of the host, else the name of a volume (docker's rule)
-//!  --mount-named NAME:DST[:kind=dir|disk,size=SIZE,OPTS]
+//!  --mount-named NAME:DST[:kind=dir|disk,size=SIZE,quota=SIZE,OPTS]
 //!  --mount-disk FILE:DST[:OPTS]
 //!  --tmpfs PATH[:SIZE][:OPTS]   OPTS may have size=SIZE
 //!  OPTS                         ro rw noexec nosuid nodev, separated by commas
@@ -123,6 +123,9 @@ pub enum MountSource {
         /// Size in MiB of a disk that is made now.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         size_mib: Option<u32>,
+        /// What a directory may hold in MiB, as far as this sandbox fills it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        quota_mib: Option<u32>,
     },
     /// A disk image of the host, by its absolute path: raw, with an ext4.
     Disk {
@@ -173,6 +176,9 @@ impl fmt::Display for Mount {
         match &self.source {
             MountSource::Directory { path } | MountSource::File { path } => write!(f, "{path} on {}", self.target),
             MountSource::Disk { path } => write!(f, "disk {path} on {}", self.target),
+            MountSource::Named { name, quota_mib: Some(quota), .. } => {
+                write!(f, "volume {name} with at most {quota} MiB on {}", self.target)
+            }
             MountSource::Named { name, .. } => write!(f, "volume {name} on {}", self.target),
             MountSource::Tmpfs { size_mib: Some(size) } => write!(f, "tmpfs of {size} MiB on {}", self.target),
             MountSource::Tmpfs { size_mib: None } => write!(f, "tmpfs on {}", self.target),
@@ -282,28 +288,32 @@ impl Mount {
         Ok(Self { target: target.into(), source: MountSource::Directory { path: source.into() }, options })
     }
 
-    /// `--mount-named NAME:DST[:kind=dir|disk,size=SIZE,OPTS]`.
+    /// `--mount-named NAME:DST[:kind=dir|disk,size=SIZE,quota=SIZE,OPTS]`.
     ///
     /// # Errors
     /// As [`Mount::parse_volume`].
     pub fn parse_named(text: &str) -> Result<Self, ApiError> {
-        let (source, target, options) = split(text, "NAME:DST[:kind=dir|disk,size=SIZE,OPTS]")?;
+        let (source, target, options) = split(text, "NAME:DST[:kind=dir|disk,size=SIZE,quota=SIZE,OPTS]")?;
         let name = volume_name(source)?;
-        let words = options.map(|words| parse_words(words, &["kind", "size"], text)).transpose()?;
-        let (mut volume, mut size_mib) = (None, None);
+        let words = options.map(|words| parse_words(words, &["kind", "size", "quota"], text)).transpose()?;
+        let (mut volume, mut size_mib, mut quota_mib) = (None, None, None);
         for (key, value) in words.iter().flat_map(|words| &words.values) {
             match (*key, *value) {
                 ("kind", "dir") => volume = Some(VolumeKind::Dir),
                 ("kind", "disk") => volume = Some(VolumeKind::Disk),
                 ("size", value) => size_mib = Some(parse_size(value, text)?),
+                ("quota", value) => quota_mib = Some(parse_size(value, text)?),
                 _ => return refuse(format!("{value:?} is no kind of volume"), "it is kind=dir or kind=disk"),
             }
         }
         if size_mib.is_some() && volume != Some(VolumeKind::Disk) {
             return refuse(format!("{text:?} has a size and is no disk"), "only kind=disk has a size");
         }
+        if quota_mib.is_some() && volume == Some(VolumeKind::Disk) {
+            return refuse(format!("{text:?} has a quota and is a disk"), "a disk ends at its size; give size=");
+        }
         let options = words.map(|words| words.options).unwrap_or_default();
-        Ok(Self { target: target.into(), source: MountSource::Named { name, volume, size_mib }, options })
+        Ok(Self { target: target.into(), source: MountSource::Named { name, volume, size_mib, quota_mib }, options })
     }
 
     /// `--mount-disk FILE:DST[:OPTS]`.
@@ -590,6 +600,7 @@ mod tests {
             ("data:/b:size=1G", "only kind=disk"),
             ("data:/b:kind=tape", "kind=dir or kind=disk"),
             ("data:/b:kind=disk,size=0", "is 0"),
+            ("data:/b:kind=disk,quota=1G", "a disk ends at its size"),
         ] {
             let text = (text, shown(Mount::parse_volume(text)));
             assert!(text.1.starts_with('!') && text.1.contains(part), "{text:?}");

@@ -94,6 +94,27 @@ pub enum OnIdle {
     Restart,
 }
 
+/// What the read-only part of a sandbox's root is: what `image` names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RootKind {
+    /// An image of the store, by its reference.
+    #[default]
+    Image,
+    /// A directory of the host, by its absolute path without links. The sandbox changes nothing of it.
+    Directory,
+    /// A raw disk with an ext4 or EROFS file system, by its absolute path without links. The sandbox changes nothing of it.
+    Disk,
+}
+
+impl RootKind {
+    /// Whether it is the host's own and has neither digest nor configuration.
+    #[must_use]
+    pub fn is_local(self) -> bool {
+        self != Self::Image
+    }
+}
+
 /// Whether there is a main workload and what it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -146,8 +167,11 @@ pub struct SandboxSpec {
     /// Its name; the daemon makes one when it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<SandboxName>,
-    /// The image as the user wrote it.
+    /// The image as the user wrote it, or the path of what its root is in place of one.
     pub image: String,
+    /// What `image` names.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub root: RootKind,
     /// The snapshot whose disk it begins with, in place of an empty one; the image is then the snapshot's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -244,6 +268,9 @@ pub struct SandboxSpec {
     pub pre_stop: Option<PreStop>,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 fn spec_version() -> u32 {
     SPEC_VERSION
 }
@@ -268,6 +295,7 @@ impl SandboxSpec {
             spec_version: SPEC_VERSION,
             name: None,
             image: image.into(),
+            root: RootKind::Image,
             snapshot: None,
             cpus: 1,
             memory_mib: MEMORY_MIB_DEFAULT,
@@ -335,6 +363,14 @@ impl SandboxSpec {
         }
         if self.image.is_empty() || self.image.len() > 4096 {
             return refuse("image must be 1 to 4096 bytes".into());
+        }
+        if self.root.is_local() {
+            if !self.image.starts_with('/') || self.image.contains('\0') {
+                return refuse(format!("the root {:?} must be an absolute path", self.image));
+            }
+            if self.snapshot.is_some() {
+                return refuse("a snapshot brings its own image; leave the root out".into());
+            }
         }
         if self.cpus == 0 {
             return refuse("cpus must be greater than 0".into());

@@ -32,6 +32,8 @@ pub const CONSOLE_LOG_FILE: &str = "console.log";
 pub const DECISION_LOG_FILE: &str = "network.jsonl";
 /// virtio serial of the read-only root.
 pub const LOWER_SERIAL: &str = "root";
+/// Name of the share that is the read-only root where that is a directory of the host.
+pub const LOWER_SHARE: &str = "root";
 /// virtio serial of the writable disk.
 pub const UPPER_SERIAL: &str = "upper";
 
@@ -440,7 +442,8 @@ pub struct VmSpec {
     /// Words added to the kernel command line, for tests and debugging.
     #[serde(default)]
     pub cmdline_extra: Vec<String>,
-    /// The read-only root: files of which the device is the concatenation, each with its length in bytes (multiples of 4096).
+    /// The read-only root: files of which the device is the concatenation, each with its length in bytes (multiples of 4096). None of
+    /// them where a disk with the serial [`LOWER_SERIAL`] or a share with the name [`LOWER_SHARE`] takes the device's place.
     pub lower: Vec<DiskPart>,
     /// The writable disk, sparse.
     pub upper: PathBuf,
@@ -495,6 +498,12 @@ pub struct ShareSpec {
     pub path: PathBuf,
     /// Whether the guest may change nothing of it, whatever it mounts.
     pub read_only: bool,
+    /// Whether the caller's files in it belong to the guest's root, whoever the guest's user is.
+    #[serde(default)]
+    pub is_root_owned: bool,
+    /// What it may hold in bytes; none: whatever the host has room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota_bytes: Option<u64>,
 }
 
 /// The disk of a volume.

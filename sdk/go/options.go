@@ -14,6 +14,7 @@ import (
 type spec struct {
 	Name          string            `json:"name,omitempty"`
 	Image         string            `json:"image"`
+	Root          string            `json:"root,omitempty"`
 	CPUs          *int              `json:"cpus,omitempty"`
 	MemoryMiB     *int              `json:"memory_mib,omitempty"`
 	RootSizeMiB   int               `json:"root_size_mib,omitempty"`
@@ -130,6 +131,18 @@ const (
 
 // WithImage names the image. Required.
 func WithImage(reference string) Option { return func(r *createRequest) { r.Spec.Image = reference } }
+
+// WithRootDirectory makes the root of a directory of this host, in place of an image. The sandbox changes nothing of it. The path is
+// absolute and without links.
+func WithRootDirectory(path string) Option {
+	return func(r *createRequest) { r.Spec.Image, r.Spec.Root = path, "directory" }
+}
+
+// WithRootDisk makes the root of a raw disk of this host with an ext4 or EROFS file system, in place of an image. The sandbox changes
+// nothing of it.
+func WithRootDisk(path string) Option {
+	return func(r *createRequest) { r.Spec.Image, r.Spec.Root = path, "disk" }
+}
 
 // WithCPUs sets the number of virtual CPUs.
 func WithCPUs(count int) Option { return func(r *createRequest) { r.Spec.CPUs = &count } }

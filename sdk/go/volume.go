@@ -2,6 +2,7 @@ package msb
 
 import (
 	"context"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -41,6 +42,13 @@ func (m Mount) With(options MountOptions) Mount { m.Options = options; return m 
 
 // ReadOnly gives the mount read-only.
 func (m Mount) ReadOnly() Mount { m.Options.ReadOnly = true; return m }
+
+// Quota gives the mount of a directory volume with at most so many MiB.
+func (m Mount) Quota(mib int) Mount {
+	m.Source = maps.Clone(m.Source)
+	m.Source["quota_mib"] = mib
+	return m
+}
 
 // Create makes a volume; sizeMiB is a disk's, and 0 stands for the usual.
 func (volumes) Create(ctx context.Context, name string, kind VolumeKind, sizeMiB int) (*VolumeDetail, error) {

@@ -75,8 +75,8 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
     })
 }
 
-/// The features of this package that the programs linking the product need.
-pub(crate) const COMPANION_FEATURES: &str = "xtask/reference,xtask/upper";
+/// The features of this package that the programs linking the product need. Checks and tests have them all, so that none of them breaks unseen.
+pub(crate) const COMPANION_FEATURES: &str = "xtask/reference,xtask/upper,xtask/machine";
 
 /// Runs `xtask-<name>`, a program of this package that links a part of the product, with these words.
 ///

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-use crate::{binaries, cache, install, program};
+use crate::{binaries, cache, install, newcomer, program};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -22,6 +22,9 @@ pub(crate) struct Arguments {
     /// Where the results go; target/dist when left out
     #[arg(long)]
     output: Option<PathBuf>,
+    /// Try them in a Debian root without compilers: install, hello from a guest, remove; needs root
+    #[arg(long)]
+    check: bool,
     #[command(flatten)]
     build: binaries::Arguments,
 }
@@ -56,16 +59,28 @@ fi
 ";
 
 /// Before it is removed (not upgraded): sandboxes end with a flush.
-const PRERM: &str = "#!/bin/sh
+const PRERM: &str = r#"#!/bin/sh
 set -e
-if [ \"$1\" = remove ] && [ -d /run/systemd/system ]; then
+if [ "$1" = remove ] && [ -d /run/systemd/system ]; then
     systemctl disable --now msb-flush.service msbd.service msbd.socket >/dev/null 2>&1 || true
     # The services of users who have their own, in their managers.
     loginctl list-users --no-legend 2>/dev/null | while read -r uid name rest; do
-        systemctl --user --machine=\"$name@\" stop msb.slice msbd.socket msbd.service >/dev/null 2>&1 || true
+        systemctl --user --machine="$name@" stop msb.slice msbd.socket msbd.service >/dev/null 2>&1 || true
     done
 fi
-";
+if [ "$1" = remove ]; then
+    # Services that msb itself has started belong to no unit. Each is asked as its own user, with the environment that finds it.
+    for process in /proc/[0-9]*; do
+        [ "$(readlink "$process/exe" 2>/dev/null)" = /usr/bin/msbd ] || continue
+        # One that has ended meanwhile needs nothing.
+        uid=$(sed -n 's/^Uid:\t\([0-9]*\).*/\1/p' "$process/status" 2>/dev/null) || continue
+        gid=$(sed -n 's/^Gid:\t\([0-9]*\).*/\1/p' "$process/status" 2>/dev/null) || continue
+        xargs -0 -a "$process/environ" sh -c 'uid=$1 gid=$2; shift 2
+            exec timeout 60 setpriv --reuid "$uid" --regid "$gid" --clear-groups env -i "$@" /usr/bin/msb self stop --sandboxes
+        ' sh "$uid" "$gid" >/dev/null 2>&1 || true
+    done
+fi
+"#;
 
 /// After it is gone: no unit is known, no socket is left; with a purge no state of the host's service either. Homes of users are theirs.
 const POSTRM: &str = "#!/bin/sh
@@ -91,7 +106,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let sums = checksums(&[&tarball, &package])?;
     std::fs::write(output.join("SHA256SUMS"), sums)?;
     println!("{}\n{}\n{}", tarball.display(), package.display(), output.join("SHA256SUMS").display());
-    Ok(())
+    if arguments.check { newcomer::check(&output) } else { Ok(()) }
 }
 
 /// Only the package, as `msb.deb` in this folder: for the machine that the service is tested in.

@@ -24,9 +24,11 @@ mod home;
 mod house;
 mod images;
 mod initramfs;
+mod inside;
 mod install;
 mod kernel;
 mod lab;
+mod newcomer;
 mod observers;
 mod program;
 mod sdk;
@@ -72,6 +74,8 @@ enum Chore {
     Fuzz(fuzz::Arguments),
     /// The proofs that take too long for every test run
     Soak(soak::Arguments),
+    /// Run whole programs inside a guest: Docker with a container of its own, sudo under two security profiles
+    Inside(inside::Arguments),
     /// Thousands of commands through one client of each SDK, and what it holds afterwards
     Leaks(sdk::measure::Arguments),
     /// Measure: paired runs on this machine, ratios reported
@@ -94,6 +98,7 @@ fn main() -> ExitCode {
         Chore::Lab(arguments) => lab::run(&arguments),
         Chore::Fuzz(arguments) => fuzz::run(&arguments),
         Chore::Soak(arguments) => soak::run(&arguments),
+        Chore::Inside(arguments) => inside::run(&arguments),
         Chore::Leaks(arguments) => sdk::measure::leaks(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Setup => debian::ensure(debian::EVERYTHING),

@@ -90,10 +90,28 @@ const PROOFS: &[Proof] = &[
         environment: &[],
     },
     Proof {
+        name: "dist",
+        proves: "package and tarball in a Debian root without compilers: hello within a minute, and nothing left after the removal",
+        cargo: &["xtask", "dist", "--check"],
+        environment: &[],
+    },
+    Proof {
         name: "execs",
         proves: "a thousand commands at once in one sandbox, each with its own streams, in bounded memory",
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "many_execs_at_once"],
         environment: &[("MSB_TEST_EXECS", "1000")],
+    },
+    Proof {
+        name: "durability",
+        proves: "after each of fifty kills under load the disk recovers and has every synced byte",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "what_was_synced_is_there_after_each_kill"],
+        environment: &[("MSB_TEST_KILLS", "50")],
+    },
+    Proof {
+        name: "inside",
+        proves: "Docker runs and builds containers inside a sandbox, and keeps them on a volume; sudo works, and not under restricted",
+        cargo: &["xtask", "inside"],
+        environment: &[],
     },
     Proof {
         name: "sdk",

@@ -88,6 +88,8 @@ Wants=msb-flush.service
 Type=notify
 NotifyAccess=main
 ExecStart={bin}/msbd{arguments}
+# What keeps it small after it has loaded an image.
+Environment=MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=131072
 WatchdogSec=60s
 Restart=on-failure
 RestartSec=200ms

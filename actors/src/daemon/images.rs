@@ -149,6 +149,9 @@ impl Daemon {
 
     /// Has the image of a sandbox that is to be created, as the request's policy says; the lease is of what was fetched.
     pub(super) async fn fetch_for(&self, request: &CreateRequest) -> Result<Option<PreparedImage>, ApiError> {
+        if request.spec.root.is_local() {
+            return Ok(None);
+        }
         let reference = request.spec.image.clone();
         let missing = match request.pull {
             PullPolicy::Never => return Ok(None),

@@ -55,7 +55,7 @@ pub type ImageUsers = BTreeMap<String, Vec<ImageUser>>;
 /// An image that is ready to boot from.
 #[derive(Clone)]
 pub struct PreparedImage {
-    /// Digest of the manifest.
+    /// Digest of the manifest; the path of a root that is no image.
     pub digest: String,
     /// What it says about running it.
     pub config: ImageConfigDetail,
@@ -63,6 +63,15 @@ pub struct PreparedImage {
     pub lower: Vec<DiskPart>,
     /// While a clone lives, prune leaves the image alone.
     pub lease: Arc<dyn Any + Send + Sync>,
+}
+
+impl PreparedImage {
+    /// What stands for an image where the root is a directory or disk of the host: nobody has to hold on to it here, and it says
+    /// nothing about running it.
+    #[must_use]
+    pub fn local(path: &str) -> Self {
+        Self { digest: path.to_owned(), config: ImageConfigDetail::default(), lower: Vec::new(), lease: Arc::new(()) }
+    }
 }
 
 /// A store of images. Every method blocks.

@@ -198,6 +198,7 @@ impl ImageStore for ContentStore {
         let details = self.store.get(reference)?;
         Ok(ImageDetail {
             summary: self.summary(&details.summary)?,
+            complete: details.complete,
             config: config_detail(&details.config, details.summary.config_digest.to_string()),
             layer_details: details
                 .layers

@@ -127,6 +127,11 @@ impl Handler<HoldDisk> for SandboxActor {
             return Err(ApiError::new(ErrorCode::SandboxStillRunning, message)
                 .with_hint(format!("stop it first: msb stop {name}")));
         }
+        if self.record.spec.root.is_local() {
+            let message = format!("sandbox {name} has no image: its root is {}", self.record.spec.image);
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_hint("a snapshot needs an image that it can hold on to; load the root as one"));
+        }
         if self.record.image_digest.is_empty() || !self.directories.upper.exists() {
             let message = format!("sandbox {name} has no disk yet: it never started");
             return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
@@ -660,6 +665,10 @@ impl SandboxActor {
 
     fn lease(&mut self, ctx: &mut Context<Self>) {
         self.failure = None;
+        if self.record.spec.root.is_local() {
+            let root = PreparedImage::local(&self.record.spec.image);
+            return self.later(ctx, async move { News::Leased(Ok(root)) });
+        }
         // A sandbox keeps the image it was made from, whatever its reference means by now.
         let wanted = if self.record.image_digest.is_empty() {
             self.record.spec.image.clone()
@@ -1093,9 +1102,12 @@ impl SandboxActor {
     fn hear_beat(&mut self, boot_id: BootId, beat: msb_protocol::guest::Beat, ctx: &mut Context<Self>) {
         let now_ms = self.now_ms();
         let Some(watch) = self.beats.as_mut() else { return };
+        let due_ms = watch.due_ms();
         if !watch.hear(boot_id, beat.sequence, now_ms) {
             return;
         }
+        // The first beat of a machine that was adopted ends the longer wait for it.
+        let is_due_sooner = watch.due_ms() < due_ms;
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
         self.guest_metrics = Some(GuestMetrics {
@@ -1105,7 +1117,7 @@ impl SandboxActor {
             root_free_bytes: beat.root_free_bytes,
             processes: beat.processes,
         });
-        if self.beat_timer.is_none() {
+        if is_due_sooner || self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }
     }

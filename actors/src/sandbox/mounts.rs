@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{GuestMount, GuestMountSource, GuestPatch, GuestPatchKind};
 use msb_protocol::mount::{MountSource, Patch, SCRIPTS_DIRECTORY, VOLUME_SIZE_MIB_DEFAULT, VolumeKind};
-use msb_protocol::spec::SandboxSpec;
-use msb_protocol::vmm::{DiskSpec, ShareSpec};
+use msb_protocol::spec::{RootKind, SandboxSpec};
+use msb_protocol::vmm::{DiskSpec, LOWER_SERIAL, LOWER_SHARE, ShareSpec};
 
 use crate::volumes::Volumes;
 
@@ -31,9 +31,15 @@ pub fn plan(spec: &SandboxSpec, volumes: &Volumes) -> Result<MountPlan, ApiError
     let mut plan = MountPlan::default();
     for mount in &spec.mounts {
         let options = mount.options.with(forced);
-        let share = |plan: &mut MountPlan, path: PathBuf| {
+        let share = |plan: &mut MountPlan, path: PathBuf, quota_mib: Option<u32>| {
             let name = plan.shares.len().to_string();
-            plan.shares.push(ShareSpec { name: name.clone(), path, read_only: options.read_only });
+            plan.shares.push(ShareSpec {
+                name: name.clone(),
+                path,
+                read_only: options.read_only,
+                is_root_owned: false,
+                quota_bytes: quota_mib.map(|mebibytes| u64::from(mebibytes) << 20),
+            });
             GuestMountSource::Share(name)
         };
         let disk = |plan: &mut MountPlan, path: PathBuf| {
@@ -43,9 +49,9 @@ pub fn plan(spec: &SandboxSpec, volumes: &Volumes) -> Result<MountPlan, ApiError
         };
         let source = match &mount.source {
             MountSource::Tmpfs { size_mib } => GuestMountSource::Tmpfs(u64::from(size_mib.unwrap_or_default()) << 20),
-            MountSource::Directory { path } | MountSource::File { path } => share(&mut plan, PathBuf::from(path)),
+            MountSource::Directory { path } | MountSource::File { path } => share(&mut plan, PathBuf::from(path), None),
             MountSource::Disk { path } => disk(&mut plan, PathBuf::from(path)),
-            MountSource::Named { name, volume, .. } => {
+            MountSource::Named { name, volume, quota_mib, .. } => {
                 let (kind, path) = volumes
                     .locate(name)
                     .ok_or_else(|| ApiError::new(ErrorCode::VolumeNotFound, format!("volume {name} is gone")))?;
@@ -55,13 +61,29 @@ pub fn plan(spec: &SandboxSpec, volumes: &Volumes) -> Result<MountPlan, ApiError
                         .with_hint("leave kind= out, or choose another name"));
                 }
                 match kind {
-                    VolumeKind::Dir => share(&mut plan, path),
+                    VolumeKind::Disk if quota_mib.is_some() => {
+                        let message = format!("volume {name} is a disk, which ends at its size and has no quota");
+                        return Err(ApiError::new(ErrorCode::InvalidConfig, message).with_hint("leave quota= out"));
+                    }
+                    VolumeKind::Dir => share(&mut plan, path, *quota_mib),
                     VolumeKind::Disk => disk(&mut plan, path),
                 }
             }
         };
         let options = options.to_string();
         plan.guest.push(GuestMount { target: mount.target.clone(), options, source: Some(source) });
+    }
+    // Only read: what the sandbox changes is on its own disk.
+    let root = PathBuf::from(&spec.image);
+    match spec.root {
+        RootKind::Image => {}
+        RootKind::Directory => {
+            let name = LOWER_SHARE.to_owned();
+            plan.shares.push(ShareSpec { name, path: root, read_only: true, is_root_owned: true, quota_bytes: None });
+        }
+        RootKind::Disk => {
+            plan.disks.push(DiskSpec { serial: LOWER_SERIAL.to_owned(), path: root, read_only: true });
+        }
     }
     Ok(plan)
 }
@@ -73,7 +95,7 @@ pub fn plan(spec: &SandboxSpec, volumes: &Volumes) -> Result<MountPlan, ApiError
 pub fn missing_disks(spec: &SandboxSpec, volumes: &Volumes) -> Result<Vec<(PathBuf, u32)>, ApiError> {
     let mut disks = Vec::new();
     for mount in &spec.mounts {
-        let MountSource::Named { name, volume, size_mib } = &mount.source else { continue };
+        let MountSource::Named { name, volume, size_mib, .. } = &mount.source else { continue };
         if volumes.locate(name).is_none() {
             let kind = volume.unwrap_or_default();
             let path = volumes.create(name, kind)?;
@@ -142,6 +164,16 @@ mod tests {
         );
         assert_eq!(made.shares.iter().map(|share| share.read_only).collect::<Vec<_>>(), [true, false]);
         assert_eq!((made.disks.len(), made.disks[0].serial.as_str()), (1, "volume-0"));
+        // A root of the host's own comes last, and is only read.
+        spec.image = "/srv/root".into();
+        spec.root = RootKind::Directory;
+        let with_root = plan(&spec, &volumes).unwrap();
+        let share = with_root.shares.last().unwrap();
+        assert_eq!((share.name.as_str(), share.read_only, share.is_root_owned), ("root", true, true));
+        assert_eq!((with_root.shares.len(), with_root.guest.len()), (3, 4));
+        spec.root = RootKind::Disk;
+        let with_root = plan(&spec, &volumes).unwrap();
+        assert_eq!((with_root.disks[1].serial.as_str(), with_root.disks[1].read_only), ("root", true));
         spec.mounts = vec![Mount::parse_volume("data:/d:kind=disk").unwrap()];
         assert_eq!(plan(&spec, &volumes).unwrap_err().code, ErrorCode::InvalidConfig);
     }

@@ -12,9 +12,9 @@ use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceL
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::mount::SCRIPTS_DIRECTORY;
 use msb_protocol::network::PublishedPort;
-use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, SandboxSpec, Workload};
+use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, RootKind, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, UPPER_SERIAL, VmSpec};
+use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, LOWER_SHARE, UPPER_SERIAL, VmSpec};
 
 use super::directories::Directories;
 use super::machine::Run;
@@ -153,6 +153,7 @@ pub fn guest_config(
         resolv_conf: network::resolv_conf(&spec.network),
         lower_serial: LOWER_SERIAL.into(),
         upper_serial: UPPER_SERIAL.into(),
+        lower_share: if spec.root == RootKind::Directory { LOWER_SHARE.into() } else { String::new() },
         volume_paths: volume_paths(&image.volumes),
         env: with_scripts(environment(&image.env, &spec.env), spec),
         user: spec.user.clone().unwrap_or_else(|| image.user.clone()),

@@ -42,6 +42,8 @@ pub struct Faults {
     pub boot_ms: u64,
     /// Time of a flush in milliseconds of the clock.
     pub flush_ms: u64,
+    /// The VM processes are of this generation, not of this build's.
+    pub vmm_generation: Option<u32>,
 }
 
 /// A VM of the simulator.
@@ -52,6 +54,7 @@ struct FakeVm {
     listeners: Vec<Arc<OwnedFd>>,
     inbox: mpsc::UnboundedSender<Input>,
     paused: AtomicBool,
+    generation: u32,
     gone: Mutex<Option<Gone>>,
 }
 
@@ -61,6 +64,7 @@ enum Input {
     End(Gone),
     Raw(VmEvent),
     ReadyNow,
+    Silence,
 }
 
 /// Runs fake VMs. One outlives every daemon of a test, as the processes of real VMs do.
@@ -160,6 +164,20 @@ impl FakeLauncher {
         }
     }
 
+    /// The VM process of a sandbox counts this.
+    pub fn tell(&self, name: &str, sample: Sample) {
+        if let Some(vm) = self.named(name) {
+            let _ = vm.inbox.send(Input::Raw(VmEvent::Sampled(Box::new(sample))));
+        }
+    }
+
+    /// The agent of a sandbox beats no more, to nobody.
+    pub fn silence(&self, name: &str) {
+        if let Some(vm) = self.named(name) {
+            let _ = vm.inbox.send(Input::Silence);
+        }
+    }
+
     /// The agent of a silent boot is ready after all.
     pub fn ready(&self, name: &str) {
         if let Some(vm) = self.named(name) {
@@ -211,6 +229,7 @@ impl Launcher for FakeLauncher {
             listeners,
             inbox,
             paused: AtomicBool::new(false),
+            generation: faults.vmm_generation.unwrap_or(VMM_GENERATION),
             gone: Mutex::new(None),
         });
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.spec.run_dir.clone(), vm.clone());
@@ -279,7 +298,7 @@ fn no_policy() -> ApiError {
 
 fn status(vm: &FakeVm, state: VmState) -> VmStatus {
     VmStatus {
-        generation: VMM_GENERATION,
+        generation: vm.generation,
         version: "fake".into(),
         sandbox_id: vm.spec.sandbox_id,
         boot_id: vm.spec.boot_id,
@@ -336,7 +355,7 @@ fn fate(spec: &VmSpec) -> Option<(u64, ProcessEnd)> {
 
 async fn live(
     vm: Arc<FakeVm>,
-    faults: Faults,
+    mut faults: Faults,
     clock: Arc<dyn Clock>,
     mut events: EventSink,
     mut commands: mpsc::Receiver<VmCommand>,
@@ -363,13 +382,14 @@ async fn live(
             input = inputs.recv() => match input {
                 Some(Input::Adopt(sink, queue)) => {
                     (events, commands) = (sink, queue);
-                    if ready {
+                    if ready && !faults.no_beats {
                         sequence += 1;
                         let _ = events.send(VmEvent::Beat(Beat { sequence, ..Beat::default() })).await;
                     }
                 }
                 Some(Input::End(gone)) => break gone,
                 Some(Input::Raw(event)) => drop(events.send(event).await),
+                Some(Input::Silence) => faults.no_beats = true,
                 Some(Input::ReadyNow) => (can_boot, next_ms) = (true, clock.now_ms()),
                 None => return,
             },

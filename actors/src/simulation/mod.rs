@@ -90,6 +90,7 @@ impl ImageStore for FakeImages {
         };
         Ok(ImageDetail {
             summary,
+            complete: true,
             config,
             layer_details: Vec::new(),
             used_by: Vec::new(),

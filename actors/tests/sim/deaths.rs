@@ -90,6 +90,37 @@ fn a_daemon_that_dies_in_any_state_goes_on_where_it_was() {
     }
 }
 
+/// A new daemon on a host that starts everything at once waits longer for the first beat, and from then on as long as any.
+#[test]
+fn an_adopted_vm_that_falls_silent_is_a_crash_after_three_beats_and_one_that_was_silent_before_a_little_later() {
+    for beats_first in [true, false] {
+        simulate(|world| async move {
+            world.create(SandboxSpec { restart: RestartPolicy::No, ..detached("web") }).await;
+            world.turn(5_000).await;
+            if !beats_first {
+                world.launcher.silence("web");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let world = world.restart_daemon().await;
+            // Until then it is shown as it was last seen, and nothing is waited for yet.
+            world.daemon.recovered(Duration::from_secs(60)).await;
+            assert_eq!(world.state("web").await, Some(SandboxState::Running));
+            if beats_first {
+                world.turn(2_000).await;
+                world.launcher.silence("web");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            // The last beat was heard up to a second ago.
+            let (alive_ms, then_ms) = if beats_first { (2_750, 2_250) } else { (19_000, 2_000) };
+            world.turn(alive_ms).await;
+            assert_eq!(world.state("web").await, Some(SandboxState::Running), "beats first: {beats_first}");
+            world.turn(then_ms).await;
+            let crashed = world.until("web", SandboxState::Crashed).await;
+            assert_eq!(crashed.summary.last_end.unwrap().cause, EndCause::AgentLost);
+        });
+    }
+}
+
 #[test]
 fn a_creator_that_dies_between_request_and_answer_leaves_nothing() {
     simulate(|world| async move {
@@ -147,5 +178,43 @@ fn a_host_that_goes_down_flushes_all_and_brings_back_what_is_to_come_back() {
         for text in ["plain", "stopped"] {
             world.until(text, SandboxState::Stopped).await;
         }
+    });
+}
+
+#[test]
+fn a_full_disk_under_the_heartbeat_costs_the_file_and_not_the_sandbox() {
+    simulate(|world| async move {
+        world.create(detached("web")).await;
+        let folder = world.directory.path().join("sandboxes/web");
+        let (path, temporary) = (folder.join("heartbeat.json"), folder.join("heartbeat.json.tmp"));
+        let sequence = || {
+            let text = std::fs::read(&path).unwrap_or_default();
+            serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|beat| beat["sequence"].as_u64())
+        };
+        let until = async |beyond: u64| {
+            for _ in 0..20_000 {
+                if sequence().is_some_and(|sequence| sequence > beyond) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            panic!("no beat after the {beyond}th was written");
+        };
+        world.turn(3_000).await;
+        until(0).await;
+        // Every byte that is written there meets a full disk.
+        while std::os::unix::fs::symlink("/dev/full", &temporary).is_err() {
+            let _ = std::fs::remove_file(&temporary);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let last = sequence().unwrap();
+        world.turn(10_000).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(world.state("web").await, Some(SandboxState::Running));
+        let shown = sequence().expect("the last file that had room stays whole");
+        assert!(shown <= last + 1, "{shown} was written to a full disk");
+        std::fs::remove_file(&temporary).unwrap();
+        world.turn(2_000).await;
+        until(last + 1).await;
     });
 }

@@ -46,11 +46,14 @@ async fn grow(world: &World, random: &mut Random, from: usize, to: usize) {
     }
 }
 
-/// The 99th of 100 times of a durable operation, in microseconds.
-async fn p99_us(world: &World, random: &mut Random, count: usize) -> u128 {
-    let mut times = Vec::new();
+/// The 99th of 100 times of a durable operation and of one that only looks, in microseconds.
+async fn p99_us(world: &World, random: &mut Random, count: usize) -> (u128, u128) {
+    let (mut times, mut looks) = (Vec::new(), Vec::new());
     for _ in 0..400 {
         let picked = name(&format!("s{}", random.below(count as u64)));
+        let began = Instant::now();
+        world.daemon.inspect(&picked).await.unwrap();
+        looks.push(began.elapsed().as_micros());
         let set = [("tick".to_owned(), random.below(1_000).to_string())].into();
         let began = Instant::now();
         let request = msb_protocol::control::LabelRequest { set, remove: Vec::new() };
@@ -59,7 +62,8 @@ async fn p99_us(world: &World, random: &mut Random, count: usize) -> u128 {
         times.push(began.elapsed().as_micros());
     }
     times.sort_unstable();
-    times[times.len() * 99 / 100]
+    looks.sort_unstable();
+    (times[times.len() * 99 / 100], looks[looks.len() * 99 / 100])
 }
 
 /// Waits until nothing is under way, while the clock stands.
@@ -89,12 +93,16 @@ fn a_fleet_that_beats_idles_and_crashes_at_random_agrees_with_its_journal() {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let few = count.min(100);
         grow(&world, &mut random, 0, few).await;
-        let (few_us, few_bytes) = (p99_us(&world, &mut random, few).await, resident_bytes());
+        let ((few_us, few_look_us), few_bytes) = (p99_us(&world, &mut random, few).await, resident_bytes());
+        let began = Instant::now();
         grow(&world, &mut random, few, count).await;
-        let (many_us, many_bytes) = (p99_us(&world, &mut random, count).await, resident_bytes());
+        let grown = began.elapsed();
+        let ((many_us, many_look_us), many_bytes) = (p99_us(&world, &mut random, count).await, resident_bytes());
         println!("p99 of a durable change: {few_us} us with {few} sandboxes, {many_us} us with {count}");
+        println!("p99 of a look at one: {few_look_us} us with {few} sandboxes, {many_look_us} us with {count}");
         if count > few {
             println!("memory of a sandbox: {} bytes", many_bytes.saturating_sub(few_bytes) / (count - few));
+            println!("creation of a sandbox: {} us", grown.as_micros() / (count - few) as u128);
         }
 
         for second in 0..seconds {

@@ -146,3 +146,32 @@ fn what_would_make_it_another_machine_is_refused_by_name() {
         assert!(world.daemon.create(request, None).await.unwrap_err().message.contains("command"));
     });
 }
+
+#[test]
+fn a_vm_process_of_an_older_generation_does_all_it_knows_and_refuses_what_is_newer() {
+    simulate(|world| async move {
+        world.launcher.fault(|faults| faults.vmm_generation = Some(1));
+        let old = world.create(detached("web")).await.boot_id;
+        world.launcher.fault(|faults| faults.vmm_generation = None);
+        // The upgrade: a new daemon finds it.
+        let world = world.restart_daemon().await;
+        world.until("web", SandboxState::Running).await;
+        let exec = OpenKind::Exec(ExecConfig { argv: words("echo on").unwrap(), ..ExecConfig::default() });
+        let (mut session, _guard) = world.daemon.open(&name("web"), exec, ActivityKind::Exec).await.unwrap();
+        use msb_protocol::guest::GuestBody;
+        loop {
+            if let GuestBody::Output(output) = session.reader.next().await.unwrap().unwrap() {
+                assert_eq!(output.data, b"on\n");
+                break;
+            }
+        }
+        let refused = world.daemon.pause(&name("web")).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::UnsupportedOperation);
+        assert!(refused.hint.contains("restart the sandbox"), "{refused:?}");
+        assert_eq!(world.daemon.inspect(&name("web")).await.unwrap().boot_id, old);
+        // It says the truth.
+        world.daemon.stop(&name("web"), None, false).await.unwrap();
+        world.daemon.start(&name("web"), false).await.unwrap();
+        assert_eq!(world.daemon.pause(&name("web")).await.unwrap().summary.status, SandboxState::Paused);
+    });
+}

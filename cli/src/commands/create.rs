@@ -10,8 +10,8 @@ use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 use super::template;
 use crate::context::{Context, host_variable};
 use crate::creation::{CreationArgs, Pull};
-use crate::failure::{ExitStatus, Failure};
-use crate::parse;
+use crate::failure::{self, ExitStatus, Failure};
+use crate::{parse, root};
 
 /// Options of `create`.
 #[derive(Debug, Args)]
@@ -22,7 +22,7 @@ pub struct CreateArgs {
     /// What it is made of.
     #[command(flatten)]
     pub creation: CreationArgs,
-    /// The image, and what to run of it; without a command it boots and waits
+    /// The image (or the path of a directory or raw disk), and what to run of it; without a command it boots and waits
     #[arg(required_unless_present = "snapshot", num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     pub image_and_command: Vec<String>,
 }
@@ -67,12 +67,21 @@ pub async fn spec(
     let config = context.config()?;
     let Some(name) = &options.snapshot else {
         let (image, command) = split(words);
-        if options.pull == Pull::IfMissing
+        let local = root::local(&image)?;
+        if local.is_none()
+            && options.pull == Pull::IfMissing
             && let Some(template) = template::find(&image, &context.client().await?).await?
         {
             return Ok((options.spec(("", Some(&template)), &config, &host_variable)?, command));
         }
-        return Ok((options.spec((&image, None), &config, &host_variable)?, command));
+        let mut spec = options.spec((&image, None), &config, &host_variable)?;
+        if let Some((kind, path)) = local {
+            if options.pull == Pull::Always {
+                return Err(failure::invalid(format!("{image} is a path: there is nothing to pull")));
+            }
+            (spec.root, spec.image) = (kind, path);
+        }
+        return Ok((spec, command));
     };
     let name = snapshot_name(name).map_err(Failure::Api)?;
     let snapshot = context.client().await?.snapshot(&name).await?;
@@ -99,6 +108,7 @@ pub async fn create(
     // A snapshot's image is there, or the service says what to do about it.
     let missing = options.pull == Pull::IfMissing
         && spec.snapshot.is_none()
+        && !spec.root.is_local()
         && matches!(client.image(&spec.image).await, Err(error) if error.code() == ErrorCode::ImageNotFound);
     if missing || options.pull == Pull::Always {
         let wanted = PullRequest { reference: spec.image.clone(), ..PullRequest::default() };

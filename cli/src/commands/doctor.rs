@@ -117,20 +117,28 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<ExitStatus, Fail
         match &client {
             Some(client) => {
                 let progress = context.printer.spinner("reading the image store");
-                let report = client.check_store().await?;
+                let report = client.check_store().await;
                 drop(progress);
-                let read =
-                    format!("{} images, {} blobs, {} read", report.images, report.blobs, show_bytes(report.bytes));
-                checks.push(if report.problems.is_empty() {
-                    Check::ok("Store", "images", read)
-                } else {
-                    Check::not_ok(
-                        "Store",
-                        "images",
-                        Verdict::Problem,
-                        format!("{read}\n{}", report.problems.join("\n")),
-                        "load the named images again",
-                    )
+                checks.push(match report {
+                    Ok(report) => {
+                        let read = format!(
+                            "{} images, {} blobs, {} read",
+                            report.images,
+                            report.blobs,
+                            show_bytes(report.bytes)
+                        );
+                        if report.problems.is_empty() {
+                            Check::ok("Store", "images", read)
+                        } else {
+                            let found = format!("{read}\n{}", report.problems.join("\n"));
+                            Check::not_ok("Store", "images", Verdict::Problem, found, "load the named images again")
+                        }
+                    }
+                    // As on a full disk: nothing is known of the images, and the other checks are still worth reading.
+                    Err(error) => {
+                        let found = format!("not checked: {error}");
+                        Check::not_ok("Store", "images", Verdict::Problem, found, error.hint())
+                    }
                 });
             }
             None => checks.push(Check::not_ok("Store", "images", Verdict::Problem, "not checked: no service", "")),

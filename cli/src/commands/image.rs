@@ -142,24 +142,37 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<ExitStatus,
 /// # Errors
 /// `path_not_found`, `invalid_archive` and others of the service.
 pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    let (archive, sum): (Archive, Option<u64>) = match &args.input {
+    let file = match &args.input {
         Some(path) if path.as_os_str() != "-" => {
             let file = std::fs::File::open(path).map_err(|error| failure::file(path, &error))?;
             let data = file.metadata().map_err(|error| failure::file(path, &error))?;
             if data.is_dir() {
                 return Err(invalid(format!("{} is a directory, not an archive", path.display())));
             }
-            let sum = data.is_file().then_some(data.len());
-            (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+            Some((file, data.is_file().then_some(data.len())))
         }
         _ if std::io::stdin().is_terminal() => {
             let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
                 .with_hint("name one with -i FILE, or pipe one in: docker save IMAGE | msb load");
             return Err(error.into());
         }
-        _ => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
+        _ => None,
     };
     let client = context.client().await?;
+    if let Some((file, Some(_))) = &file
+        && args.tag.is_empty()
+        && args.platform.is_none()
+        && let Some(images) = msb_sdk::archive::known(&client, file).await
+    {
+        context.printer.terminal_note("everything in this archive is in the store already");
+        return show_loaded(&images, context);
+    }
+    let (archive, sum): (Archive, Option<u64>) = match file {
+        Some((file, sum)) => {
+            (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+        }
+        None => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
+    };
     let progress = context.printer.bytes_bar("loading", sum);
     let how = LoadOptions { tags: args.tag, platform: args.platform };
     let mut events = client.load_image(archive.fuse(), &how).await?;
@@ -181,10 +194,15 @@ pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failu
     for warning in warnings {
         context.printer.warning(&warning);
     }
+    show_loaded(&images, context)
+}
+
+/// Names, or digests where there are none.
+fn show_loaded(images: &[ImageSummary], context: &Context) -> Result<ExitStatus, Failure> {
     if context.printer.is_json() {
-        context.printer.json(&images)?;
+        context.printer.json(images)?;
     } else {
-        for image in &images {
+        for image in images {
             let names = if image.references.is_empty() { image.digest.clone() } else { image.references.join("\n") };
             context.printer.text(&plain(&names))?;
         }

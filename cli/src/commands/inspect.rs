@@ -6,7 +6,7 @@ use clap::Args;
 use msb_protocol::control::SandboxDetail;
 use msb_protocol::mount::{Mount, MountOptions};
 use msb_protocol::quantity::show_bytes;
-use msb_protocol::spec::Workload;
+use msb_protocol::spec::{RootKind, Workload};
 
 use super::status::{end, quoted};
 use crate::context::Context;
@@ -45,8 +45,14 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
     text.line("Name", summary.name.as_str());
     text.line("Id", &summary.id.to_string());
     text.line("State", summary.status.as_str());
-    text.line("Image", &summary.image);
-    text.line("Image digest", &detail.image_digest);
+    match spec.root {
+        RootKind::Image => {
+            text.line("Image", &summary.image);
+            text.line("Image digest", &detail.image_digest);
+        }
+        RootKind::Directory => text.line("Root", &format!("directory {}, unchanged", summary.image)),
+        RootKind::Disk => text.line("Root", &format!("disk {}, unchanged", summary.image)),
+    }
     text.optional("Snapshot", spec.snapshot.as_ref().map(ToString::to_string));
     let workload = match spec.workload {
         Workload::None => "none: it waits for exec".to_owned(),

@@ -10,8 +10,8 @@ use msb_protocol::error::{ApiError, ErrorCode};
 
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure, invalid};
-use crate::parse;
 use crate::table::Table;
+use crate::{parse, root};
 
 /// The line by which such a script is known; nothing else is ever overwritten or removed.
 const MARK: &str = "# made by msb install for image ";
@@ -62,6 +62,8 @@ pub async fn run(args: InstallArgs, context: &Context) -> Result<ExitStatus, Fai
         return list(&directory, context);
     }
     let (image, command) = super::create::split(args.image_and_command.clone());
+    // The command runs from anywhere.
+    let image = root::local(&image)?.map_or(image, |(_, path)| path);
     let name = match &args.name {
         Some(name) => name.clone(),
         None => name_of(&image).ok_or_else(|| invalid(format!("--name is needed: {image:?} has no name to take")))?,

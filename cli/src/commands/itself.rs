@@ -127,7 +127,8 @@ async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus
         // Sandboxes end with a flush whether or not they are kept: nothing of msb may run afterwards.
         stop(true, context).await?;
         disable_units(context);
-        for path in own.iter().filter(|_| args.purge) {
+        // Sockets may lie in the home, and are gone with it.
+        for path in own.iter().filter(|path| args.purge && path.exists()) {
             remove_own(path)?;
         }
         for path in &files {

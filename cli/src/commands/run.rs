@@ -49,7 +49,7 @@ pub struct RunArgs {
     /// What it is made of.
     #[command(flatten)]
     pub creation: CreationArgs,
-    /// The image, and what to run of it; without a command the image's own
+    /// The image (or the path of a directory or raw disk), and what to run of it; without a command the image's own
     #[arg(required_unless_present = "snapshot", num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     pub image_and_command: Vec<String>,
 }

@@ -551,6 +551,7 @@ async fn inspect_image(Query(pairs): Query<Vec<(String, String)>>) -> Response {
     };
     Json(ImageDetail {
         summary: image(),
+        complete: true,
         config,
         layer_details: vec![layer(1), layer(2)],
         used_by: vec![SandboxName::parse("web").unwrap()],

@@ -55,13 +55,19 @@ fn serials() -> Vec<(String, String)> {
         .collect()
 }
 
-/// Mounts the image.
+/// Mounts the image: EROFS, as msb writes it, or ext4 where the user brought a disk. A journal that was not emptied is not replayed.
 ///
 /// # Errors
 /// As mount(2).
 pub fn mount_lower(device: &Path, target: &Path) -> Result<(), RootError> {
     fs::create_dir_all(target).trying("lower", "cannot make the mount point")?;
-    mount(device, target, "erofs", MountFlags::RDONLY, None).trying("lower", "cannot mount the image (erofs)")
+    let mut superblock = [0; 1024];
+    let is_ext4 = fs::File::open(device)
+        .and_then(|file| file.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET))
+        .is_ok_and(|()| parse_superblock(&superblock).is_some());
+    let (kind, options) = if is_ext4 { ("ext4", Some(c"noload")) } else { ("erofs", None) };
+    mount(device, target, kind, MountFlags::RDONLY, options)
+        .trying("lower", if is_ext4 { "cannot mount the root (ext4)" } else { "cannot mount the root (erofs)" })
 }
 
 /// Mounts the writable disk and grows its file system to the device. Gives its root directory.

@@ -3,9 +3,9 @@
 //!
 //! ```text
 //!  /          initramfs: init and agent live here for good, out of reach of paths inside the workload's root
-//!  /lower     EROFS, read-only          /upper     ext4: msb/{upper,work}, msb/volumes/*
+//!  /lower     EROFS (or ext4), read-only /upper     ext4: msb/{upper,work}, msb/volumes/*
 //!  /shares    virtiofs: the host's shared directories        /disks/*   ext4 of disk volumes
-//!  /workload  overlay(lower, upper) ── + volumes, patches, /proc, /sys, /dev, mounts … ── moved over / ──► what sessions change to
+//!  /workload  overlay(lower or a share, upper) ── + volumes, patches, /proc, /sys, /dev, mounts … ── moved over / ──► what sessions change to
 //! ```
 //!
 //! The overlay is moved over `/` because the kernel refuses user namespaces to a process whose root is not the topmost mount there.
@@ -23,13 +23,14 @@ pub mod volumes;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use msb_protocol::guest::GuestConfig;
 use msb_protocol::security::SecurityProfile;
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use self::directory::RootDirectory;
+use self::mounts::Shares;
 use crate::cgroup::{self, WorkloadGroup};
 
 /// Where the image is mounted.
@@ -89,14 +90,21 @@ impl<T, E: Into<io::Error>> Trying<T> for Result<T, E> {
 /// # Errors
 /// [`RootError`] of the step that failed; the guest cannot go on then.
 pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Result<Root, RootError> {
-    let lower = disks::find(&config.lower_serial)?;
+    let device = if config.lower_share.is_empty() { Some(disks::find(&config.lower_serial)?) } else { None };
     let upper = disks::find(&config.upper_serial)?;
     step("disks");
-    disks::mount_lower(&lower, Path::new(LOWER))?;
+    let shares = Shares::default();
+    let lower = match device {
+        Some(device) => {
+            disks::mount_lower(&device, Path::new(LOWER))?;
+            PathBuf::from(LOWER)
+        }
+        None => shares.path(&config.lower_share).trying("lower", "cannot use the shared directory")?,
+    };
     step("lower");
     let upper = disks::mount_upper(&upper, Path::new(UPPER))?;
     step("upper");
-    mount_overlay()?;
+    mount_overlay(&lower)?;
     let directory = RootDirectory::open(Path::new(WORKLOAD)).trying("overlay", "cannot open the root")?;
     step("overlay");
     volumes::bind_all(&directory, Path::new(UPPER), &config.volume_paths)?;
@@ -118,7 +126,7 @@ pub fn set_up(config: &GuestConfig, mut step: impl FnMut(&'static str)) -> Resul
     }
     let mut disks = vec![upper];
     if !config.mounts.is_empty() {
-        disks.extend(mounts::apply(&directory, &config.mounts, owner_of_shares(&directory, config))?);
+        disks.extend(mounts::apply(&directory, &config.mounts, &shares, owner_of_shares(&directory, config))?);
         step("mounts");
     }
     // Without a number there is no limit, which is better than no sandbox.
@@ -153,7 +161,7 @@ fn owner_of_shares(root: &RootDirectory, config: &GuestConfig) -> (u32, u32) {
         .map_or((0, 0), |identity| (identity.uid, identity.gid))
 }
 
-fn mount_overlay() -> Result<(), RootError> {
+fn mount_overlay(lower: &Path) -> Result<(), RootError> {
     let make = |path: String| match std::fs::create_dir_all(&path) {
         Ok(()) => Ok(path),
         Err(error) => Err(error).trying("overlay", "cannot make the writable directories"),
@@ -162,7 +170,8 @@ fn mount_overlay() -> Result<(), RootError> {
     let work = make(format!("{UPPER}/msb/work"))?;
     make(WORKLOAD.into())?;
     // redirect_dir: a directory of the image can be renamed. Hard links keep docker's meaning (a copy-up parts them).
-    let data = format!("lowerdir={LOWER},upperdir={upper},workdir={work},redirect_dir=on,metacopy=off,index=off");
+    let lower = lower.display();
+    let data = format!("lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=on,metacopy=off,index=off");
     let data =
         std::ffi::CString::new(data).map_err(io::Error::from).trying("overlay", "cannot name the directories")?;
     mount("overlay", WORKLOAD, "overlay", MountFlags::empty(), Some(data.as_c_str()))

@@ -1,5 +1,6 @@
 //! The user's mounts over the root: memory, shared directories, disks. Called by `root::set_up`, parents before what lies inside them.
 
+use std::cell::Cell;
 use std::ffi::CString;
 use std::fs;
 use std::io;
@@ -27,7 +28,12 @@ const DISKS: &str = "/disks";
 ///
 /// # Errors
 /// As mount(2), naming the target.
-pub fn apply(root: &RootDirectory, mounts: &[GuestMount], owner: (u32, u32)) -> Result<Vec<OwnedFd>, RootError> {
+pub fn apply(
+    root: &RootDirectory,
+    mounts: &[GuestMount],
+    shares: &Shares,
+    owner: (u32, u32),
+) -> Result<Vec<OwnedFd>, RootError> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     if mounts.len() > MOUNTS_MAX {
         return Err(invalid()).trying(STAGE, "too many mounts");
@@ -35,7 +41,7 @@ pub fn apply(root: &RootDirectory, mounts: &[GuestMount], owner: (u32, u32)) -> 
     let mut order: Vec<&GuestMount> = mounts.iter().collect();
     order.sort_by_key(|mount| parts(&mount.target));
     if order.iter().any(|mount| matches!(mount.source, Some(GuestMountSource::Share(_)))) {
-        mount_shares(owner).trying(STAGE, "cannot mount the shared directories (virtiofs)")?;
+        shares.set_owner(owner).trying(STAGE, "cannot mount the shared directories (virtiofs)")?;
     }
     let mut flushed = Vec::new();
     for mount in order {
@@ -48,7 +54,9 @@ pub fn apply(root: &RootDirectory, mounts: &[GuestMount], owner: (u32, u32)) -> 
             Some(GuestMountSource::Tmpfs(size_bytes)) => {
                 tmpfs(root, &mount.target, *size_bytes, flags).trying(STAGE, &what)?
             }
-            Some(GuestMountSource::Share(name)) => share(root, &mount.target, name, flags).trying(STAGE, &what)?,
+            Some(GuestMountSource::Share(name)) => {
+                shares.path(name).and_then(|source| share(root, &mount.target, &source, flags)).trying(STAGE, &what)?
+            }
             Some(GuestMountSource::Disk(serial)) => flushed.push(disk(root, &mount.target, serial, flags)?),
             None => return Err(invalid()).trying(STAGE, &what),
         }
@@ -86,19 +94,42 @@ fn tmpfs(root: &RootDirectory, target: &str, size_bytes: u64, flags: MountFlags)
     Ok(())
 }
 
-/// Mounts the one shared file system and tells its server which user of the guest the caller's files belong to.
-fn mount_shares((uid, gid): (u32, u32)) -> io::Result<()> {
-    fs::create_dir_all(SHARES)?;
-    mount(SHARES_TAG, SHARES, "virtiofs", MountFlags::empty(), None)?;
-    let owner = format!("{uid}:{gid}");
-    rustix::fs::setxattr(SHARES, "user.msb.owner", owner.as_bytes(), rustix::fs::XattrFlags::empty())?;
-    Ok(())
+/// The one shared file system, mounted when the first share of it is needed.
+#[derive(Debug, Default)]
+pub struct Shares {
+    is_mounted: Cell<bool>,
 }
 
-fn share(root: &RootDirectory, target: &str, name: &str, flags: MountFlags) -> io::Result<()> {
-    let source = Path::new(SHARES).join(Path::new(name).file_name().ok_or(io::ErrorKind::InvalidInput)?);
+impl Shares {
+    fn mount(&self) -> io::Result<()> {
+        if !self.is_mounted.replace(true) {
+            fs::create_dir_all(SHARES)?;
+            mount(SHARES_TAG, SHARES, "virtiofs", MountFlags::empty(), None)?;
+        }
+        Ok(())
+    }
+
+    /// Where a share is.
+    ///
+    /// # Errors
+    /// As mount(2), or a name that is none.
+    pub fn path(&self, name: &str) -> io::Result<PathBuf> {
+        self.mount()?;
+        Ok(Path::new(SHARES).join(Path::new(name).file_name().ok_or(io::ErrorKind::InvalidInput)?))
+    }
+
+    /// Tells the server which user of the guest the caller's files belong to.
+    fn set_owner(&self, (uid, gid): (u32, u32)) -> io::Result<()> {
+        self.mount()?;
+        let owner = format!("{uid}:{gid}");
+        rustix::fs::setxattr(SHARES, "user.msb.owner", owner.as_bytes(), rustix::fs::XattrFlags::empty())?;
+        Ok(())
+    }
+}
+
+fn share(root: &RootDirectory, target: &str, source: &Path, flags: MountFlags) -> io::Result<()> {
     let path = Path::new(target);
-    let is_directory = fs::metadata(&source)?.is_dir();
+    let is_directory = fs::metadata(source)?.is_dir();
     let over = if is_directory {
         root.create_directories(path, 0o755)?
     } else {
@@ -108,7 +139,7 @@ fn share(root: &RootDirectory, target: &str, name: &str, flags: MountFlags) -> i
         }
         root.open_path(path, OFlags::PATH, 0)?
     };
-    mount_bind(&source, path_of(&over))?;
+    mount_bind(source, path_of(&over))?;
     // A bind takes its flags from the source; its own come with a second call.
     let mounted = root.open_path(path, OFlags::PATH, 0)?;
     mount_remount(path_of(&mounted), flags | MountFlags::BIND, c"")?;

@@ -39,7 +39,8 @@ impl Store {
     /// Checks the whole store without changing it.
     ///
     /// # Errors
-    /// `Io` when a directory of the store cannot be read at all; everything else is a problem in the report.
+    /// `Io` when a directory of the store cannot be read at all, `DiskFull` when there is no room to unpack what is compared; everything
+    /// else is a problem in the report.
     pub fn check(&self, depth: CheckDepth) -> Result<CheckReport, ImageError> {
         let (records, dead) = {
             let state = self.state();
@@ -64,7 +65,7 @@ impl Store {
         for record in &records {
             report.layers += record.layers.iter().filter(|layer| seen.insert(layer.diff_id)).count() as u64;
             report.problems.extend(
-                self.problems_of(record, depth)
+                self.problems_of(record, depth)?
                     .into_iter()
                     .map(|problem| format!("image {}: {problem}", record.name())),
             );
@@ -72,21 +73,34 @@ impl Store {
         Ok(report)
     }
 
-    fn problems_of(&self, record: &ImageRecord, depth: CheckDepth) -> Vec<String> {
+    /// What is wrong with an image; `DiskFull` when that cannot be told, which is no damage.
+    fn problems_of(&self, record: &ImageRecord, depth: CheckDepth) -> Result<Vec<String>, ImageError> {
         let mut problems = Vec::new();
-        let mut note = |result: Result<(), ImageError>| {
-            if let Err(error) = result {
+        let mut note = |result: Result<(), ImageError>| match result {
+            Ok(()) => Ok(()),
+            Err(full @ ImageError::DiskFull(_)) => Err(full),
+            Err(error) => {
                 problems.push(error.to_string());
+                Ok(())
             }
         };
-        note(self.check_blob(record.digest, record.manifest_bytes, CheckDepth::Content));
-        note(self.check_blob(record.config, record.config_bytes, CheckDepth::Content));
+        note(self.check_blob(record.digest, record.manifest_bytes, CheckDepth::Content))?;
+        note(self.check_blob(record.config, record.config_bytes, CheckDepth::Content))?;
         for layer in &record.layers {
-            note(self.check_blob(layer.blob, layer.blob_bytes, depth));
-            note(self.check_layer(layer, depth));
+            note(self.check_blob(layer.blob, layer.blob_bytes, depth))?;
+            note(self.check_layer(layer, depth))?;
         }
-        note(self.check_root(record));
-        problems
+        note(self.check_root(record))?;
+        Ok(problems)
+    }
+
+    /// Whether every part of an image is there with its length. Takes as long as asking the file system does.
+    pub(super) fn is_complete(&self, record: &ImageRecord) -> bool {
+        let blob = |digest, bytes| self.check_blob(digest, bytes, CheckDepth::Structure).is_ok();
+        blob(record.digest, record.manifest_bytes)
+            && blob(record.config, record.config_bytes)
+            && record.layers.iter().all(|layer| blob(layer.blob, layer.blob_bytes) && self.layer_is_whole(layer))
+            && self.paths().root(record.chain()).exists()
     }
 
     fn check_blob(&self, digest: Digest, bytes: u64, depth: CheckDepth) -> Result<(), ImageError> {
@@ -163,10 +177,18 @@ impl Store {
             if !record.flushed {
                 // Another boot means that the page cache is gone, and maybe what was in it.
                 if record.boot_id != self.shared().boot_id {
-                    let problems = self.problems_of(&record, CheckDepth::Content);
-                    if !problems.is_empty() {
-                        drop_record(&path, &problems.join("; "))?;
-                        continue;
+                    match self.problems_of(&record, CheckDepth::Content) {
+                        Ok(problems) if problems.is_empty() => {}
+                        Ok(problems) => {
+                            drop_record(&path, &problems.join("; "))?;
+                            continue;
+                        }
+                        // It stays as it is, and is looked at again when the store is opened next.
+                        Err(error) => {
+                            tracing::warn!(image = record.name(), %error, "an image of another boot could not be checked");
+                            self.state().records.insert(record.digest, record);
+                            continue;
+                        }
                     }
                 }
                 unflushed.push(record.digest);

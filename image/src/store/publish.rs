@@ -219,8 +219,13 @@ impl Store {
         // What was admitted once is admitted again, whatever limits the load had.
         let limits = Limits { layer_bytes: layer.tar_bytes.max(1), compression_ratio: u64::MAX, ..Limits::default() };
         let source = BufReader::with_capacity(256 << 10, source);
-        let imported = import_layer(source, layer.compression, &files, &limits, &name, Hashing::Here)
-            .map_err(|error| ImageError::Corrupt(format!("blob {} no longer unpacks: {error}", layer.blob)))?;
+        let imported = import_layer(source, layer.compression, &files, &limits, &name, Hashing::Here).map_err(
+            |error| match error {
+                // A disk without room says nothing about the blob.
+                full @ ImageError::DiskFull(_) => full,
+                error => ImageError::Corrupt(format!("blob {} no longer unpacks: {error}", layer.blob)),
+            },
+        )?;
         if imported.diff_id != Some(layer.diff_id) || imported.tree.data_bytes != layer.data_bytes {
             return Err(ImageError::Corrupt(format!("blob {} has other content", layer.blob)));
         }

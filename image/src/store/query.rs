@@ -46,6 +46,8 @@ pub struct ImageDetails {
     pub summary: ImageSummary,
     /// Media type of the manifest.
     pub media_type: String,
+    /// Whether all its parts are there, as far as their lengths tell.
+    pub complete: bool,
     /// Its configuration.
     pub config: ImageConfig,
     /// Layers, bottom first.
@@ -176,6 +178,7 @@ impl Store {
         let config = self.config(record.digest)?;
         Ok(ImageDetails {
             summary: self.summary(&record, Some(&config)),
+            complete: self.is_complete(&record),
             media_type: record.media_type.clone(),
             layers: record
                 .layers

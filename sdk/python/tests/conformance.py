@@ -79,6 +79,8 @@ class Driver:
         for key in ("idle_timeout", "max_duration", "stop_grace"):
             if f"{key}_ms" in options:
                 options[key] = options.pop(f"{key}_ms") / 1000
+        if "root_directory" in options:
+            options["image"] = Image.bind(options.pop("root_directory"))
         options["mounts"] = [mount(value) for value in options.get("mounts", ())]
         if isinstance(options.get("network"), dict):
             options["network"] = Network(**options["network"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unittest
 
-from msb import Image, InvalidConfigError, MsbError, Network, PathExistsError, PathNotFoundError, Sandbox, SshHost, UnsupportedOperationError, Volume
+from msb import Image, InvalidConfigError, MsbError, Network, PathExistsError, PathNotFoundError, Sandbox, SshHost, Volume
 from msb.copy import place
 from msb.spec import create_request, port_of
 from msb.ssh import quoted, ssh_config
@@ -46,13 +47,13 @@ class Units(unittest.TestCase):
         self.assertEqual([mount["options"]["read_only"] for mount in spec["mounts"]], [False, True])
         self.assertEqual(spec["rlimits"], [{"resource": "nofile", "soft": 1, "hard": 2}])
 
-    def test_roots_that_no_service_boots_are_refused_with_what_is_needed(self) -> None:
-        self.assertEqual(create_request("n", Image.oci("busybox"))["spec"]["image"], "busybox")
-        for root in (Image.bind("/srv/root"), Image.disk("/srv/root.img")):
-            with self.subTest(root), self.assertRaises(UnsupportedOperationError) as caught:
-                Sandbox.create("n", image=root)
-            error = caught.exception
-            self.assertEqual((error.detail("operation"), error.detail("peer")), (f"rootfs.{root.kind}", "rootfs.oci"))
+    def test_a_root_is_an_image_a_directory_or_a_disk(self) -> None:
+        for root, kind in ((Image.oci("/srv/root"), "image"), (Image.bind("/srv/root"), "directory"), (Image.disk("/srv/root"), "disk")):
+            with self.subTest(root):
+                spec = create_request("n", root)["spec"]
+                self.assertEqual((spec["image"], spec["root"]), ("/srv/root", kind))
+        self.assertNotIn("root", create_request("n", "busybox")["spec"])
+        self.assertTrue(os.path.isabs(create_request("n", Image.bind("tree"))["spec"]["image"]))
 
     def test_the_block_for_ssh_quotes_what_it_must(self) -> None:
         self.assertEqual(quoted("/usr/bin/msb"), "/usr/bin/msb")

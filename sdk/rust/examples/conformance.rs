@@ -34,6 +34,7 @@ use serde_json::{Value, json};
 struct Arguments {
     name: Option<String>,
     image: String,
+    root_directory: Option<String>,
     cpus: Option<u32>,
     memory_mib: Option<u32>,
     env: BTreeMap<String, String>,
@@ -427,7 +428,7 @@ impl MountArguments {
             "bind" => MountSource::Directory { path: self.path },
             "named" => {
                 let name = SandboxName::parse(&self.name).map_err(Error::InvalidConfig)?;
-                MountSource::Named { name, volume: None, size_mib: None }
+                MountSource::Named { name, volume: None, size_mib: None, quota_mib: None }
             }
             _ => MountSource::Tmpfs { size_mib: self.size_mib },
         };
@@ -441,7 +442,11 @@ async fn create(args: Arguments) -> Result<Value, Error> {
         Some(name) => Sandbox::builder(name),
         None => Sandbox::builder_unnamed(),
     };
-    builder = builder.image(args.image).envs(args.env).detached(args.detached).ephemeral(args.ephemeral);
+    builder = match args.root_directory {
+        Some(path) => builder.root_directory(path),
+        None => builder.image(args.image),
+    };
+    builder = builder.envs(args.env).detached(args.detached).ephemeral(args.ephemeral);
     builder = builder.labels(serde_json::from_value(args.labels).unwrap_or_default());
     if let Some(cpus) = args.cpus {
         builder = builder.cpus(cpus);

@@ -12,7 +12,7 @@ use msb_protocol::mount::{Mount, Patch};
 use msb_protocol::network::{NetworkProfile, NetworkSpec, PublishedPort, Rule};
 use msb_protocol::security::SecurityProfile;
 use msb_protocol::snapshot::SnapshotDetail;
-use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, SandboxSpec, Workload};
+use msb_protocol::spec::{EngineChoice, OnIdle, RestartPolicy, Rlimit, RootKind, SandboxSpec, Workload};
 
 use crate::client::Client;
 use crate::error::Error;
@@ -42,6 +42,23 @@ impl SandboxBuilder {
     #[must_use]
     pub fn image(mut self, reference: impl Into<String>) -> Self {
         self.spec.image = reference.into();
+        self
+    }
+
+    /// A directory of this host as the root, in place of an image; the sandbox changes nothing of it. An absolute path without links.
+    #[must_use]
+    pub fn root_directory(self, path: impl Into<String>) -> Self {
+        self.root(RootKind::Directory, path.into())
+    }
+
+    /// A raw disk of this host with an ext4 or EROFS file system as the root, in place of an image; the sandbox changes nothing of it.
+    #[must_use]
+    pub fn root_disk(self, path: impl Into<String>) -> Self {
+        self.root(RootKind::Disk, path.into())
+    }
+
+    fn root(mut self, kind: RootKind, path: String) -> Self {
+        (self.spec.root, self.spec.image) = (kind, path);
         self
     }
 

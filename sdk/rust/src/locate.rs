@@ -42,6 +42,8 @@ const HOST_PATIENCE: Duration = Duration::from_secs(90);
 const LOG_LEN_MAX: u64 = 16 << 20;
 /// Lines of the log that an error shows.
 const LOG_TAIL_LINES: usize = 20;
+/// What keeps the daemon small after it has loaded an image: few arenas, and large pieces that go back to the system (mallopt(3)).
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
 /// `POSIX_SPAWN_SETSID` of glibc 2.26 and newer (spawn.h): the child leads a new session, so it outlives our terminal.
 const POSIX_SPAWN_SETSID: i32 = 0x80;
 
@@ -359,8 +361,10 @@ fn spawn(program: &Path, log: &Path) -> std::io::Result<rustix::process::Pid> {
         defaults.add(signal);
     }
     attributes.set_sigdefault(&defaults)?;
-    let environment = environment(std::env::vars_os())
+    let allocator = ALLOCATOR.map(|(name, value)| (OsString::from(name), OsString::from(value)));
+    let environment = allocator
         .into_iter()
+        .chain(environment(std::env::vars_os()))
         .map(|(name, value)| {
             let mut entry = name;
             entry.push("=");

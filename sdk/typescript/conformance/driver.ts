@@ -79,7 +79,8 @@ function createOptions(args: Arguments): SandboxOptions {
     stop_signal: "stopSignal",
     max_retries: "maxRetries",
   };
-  const entries = Object.entries(args).filter(([key]) => key !== "name" && key !== "mounts");
+  const entries = Object.entries(args).filter(([key]) => !["name", "mounts", "root_directory"].includes(key));
+  if (args.root_directory !== undefined) entries.push(["image", Image.bind(args.root_directory)]);
   if (args.mounts !== undefined) entries.push(["mounts", args.mounts.map(mountOf)]);
   return Object.fromEntries(entries.map(([key, value]) => [names[key] ?? key, value])) as unknown as SandboxOptions;
 }

@@ -1,6 +1,6 @@
 /** Images of the store, as functions of a type. */
 
-import { createReadStream } from "node:fs";
+import { createReadStream, realpathSync } from "node:fs";
 import { open } from "node:fs/promises";
 
 import { Client } from "./client.js";
@@ -8,12 +8,23 @@ import { failure } from "./failure.js";
 import { localError, writeWhole } from "./fs.js";
 import type { ImageDetail, ImageHandle, ImagePruneReport, PullEvent } from "./models.js";
 import type { On } from "./sandbox.js";
+import type { Rootfs } from "./spec.js";
 
 /** Bytes of an archive that are read and sent at a time. */
 const CHUNK_LEN = 256 << 10;
 
 /** The images of a service. */
 export const Image = {
+  /** A directory of this host as root, for `Sandbox.create`; the sandbox changes nothing of it. */
+  bind(directory: string): Rootfs {
+    return { kind: "directory", path: realpathSync(directory) };
+  },
+
+  /** A raw disk of this host with an ext4 or EROFS file system as root, for `Sandbox.create`; the sandbox changes nothing of it. */
+  disk(file: string): Rootfs {
+    return { kind: "disk", path: realpathSync(file) };
+  },
+
   /** Fetches an image from its registry; `progress` hears each step. A pull that fails is taken up by the next one. */
   async pull(
     reference: string,

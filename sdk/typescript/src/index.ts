@@ -16,5 +16,5 @@ export { Image } from "./image.js";
 export type * from "./models.js";
 export { type CollectOptions, type On, Sandbox } from "./sandbox.js";
 export { type ExecEvent, ExecHandle, ExecOutput } from "./session.js";
-export type { ExecOptions, Mount, Network, NetworkProfile, SandboxOptions } from "./spec.js";
+export type { ExecOptions, Mount, Network, NetworkProfile, Rootfs, SandboxOptions } from "./spec.js";
 export { type MountOptions, Volume } from "./volume.js";

@@ -7,9 +7,16 @@ import { failure } from "./failure.js";
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 const RESERVED = ["sandbox.", "microsandbox.", "service."];
 
+/** A root that is no image: a directory or a raw disk of this host. The sandbox changes nothing of it. */
+export interface Rootfs {
+  readonly kind: "directory" | "disk";
+  readonly path: string;
+}
+
 /** What a sandbox is made of. Durations are in milliseconds, sizes in MiB. */
 export interface SandboxOptions {
-  image: string;
+  /** The reference of an image, or what `Image.bind` or `Image.disk` made. */
+  image: string | Rootfs;
   cpus?: number;
   memoryMib?: number;
   rootSizeMib?: number;
@@ -160,7 +167,7 @@ export function createRequest(name: string | undefined, options: SandboxOptions)
   // JSON leaves out what is undefined.
   const spec = {
     name: name === undefined ? undefined : checkName(name),
-    image: options.image,
+    ...(typeof options.image === "string" ? { image: options.image } : { image: options.image.path, root: options.image.kind }),
     cpus: options.cpus,
     memory_mib: options.memoryMib,
     root_size_mib: options.rootSizeMib,

@@ -56,9 +56,14 @@ export const Volume = {
     return mount(target, { kind, path: place }, options);
   },
 
-  /** A named volume, which is made if it does not exist. */
-  named(name: string, target: string, options: { kind?: "dir" | "disk"; sizeMib?: number } & MountOptions = {}): Mount {
-    return mount(target, { kind: "named", name: checkName(name), volume: options.kind, size_mib: options.sizeMib }, options);
+  /** A named volume, which is made if it does not exist; a disk has a size, a directory may have a quota. */
+  named(
+    name: string,
+    target: string,
+    options: { kind?: "dir" | "disk"; sizeMib?: number; quotaMib?: number } & MountOptions = {},
+  ): Mount {
+    const { kind, sizeMib, quotaMib } = options;
+    return mount(target, { kind: "named", name: checkName(name), volume: kind, size_mib: sizeMib, quota_mib: quotaMib }, options);
   },
 
   /** Memory of the guest. */

@@ -148,8 +148,8 @@ fn named_volumes_live_longer_than_their_sandboxes_and_are_not_removed_under_them
         "create",
         "--name",
         "one",
-        "-v",
-        "made:/made",
+        "--mount-named",
+        "made:/made:quota=8M",
         "--mount-named",
         "work:/work:kind=disk,size=256M,nosuid",
         "-v",
@@ -162,6 +162,14 @@ fn named_volumes_live_longer_than_their_sandboxes_and_are_not_removed_under_them
     // A full disk is an error for the writer and nothing else.
     let full = home.msb(["exec", "one", "--", "dd", "if=/dev/zero", "of=/work/big", "bs=1M", "count=400"]).run();
     let _ = full.exits(1).complains("No space left on device");
+    // So is a full quota; what is removed makes room again.
+    let full = home.msb(["exec", "one", "--", "dd", "if=/dev/zero", "of=/made/big", "bs=1M", "count=16"]).run();
+    let _ = full.exits(1).complains("No space left on device");
+    let on_host = std::fs::metadata(home.path().join("volumes/made/data/big")).expect("a file").blocks() * 512;
+    assert!((7 << 20..=8 << 20).contains(&on_host), "{on_host}");
+    // (busybox's df asks the first mount of the same device.)
+    assert_eq!(exec("one", "stat -f -c '%b %s' /made | awk '{ print $1 * $2 }'"), "8388608\n");
+    exec("one", "rm /made/big && dd if=/dev/zero of=/made/big bs=1M count=7 && rm /made/big");
     // Flushed, because a forced removal kills.
     exec("one", "rm /work/big && sync && cat /work/file");
     let list = home.succeeds(&["volume", "ls"]);

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use crate::Next;
 use crate::machine::{
-    ANN, BOB, CARL, drop_in, group, inspect, lives, load, msb, process, processes, property, run, sleeper, succeeds,
-    try_msb, wait_until,
+    ANN, BOB, CARL, Session, drop_in, group, inspect, lives, load, msb, process, processes, property, run, sleeper,
+    succeeds, try_msb, wait_until,
 };
 
 const SOCKET: &str = "/run/msb/msbd.sock";
@@ -56,18 +56,24 @@ pub(crate) fn machines_have_scopes_and_outlive_the_service(_: u32) -> Next {
     let boot = inspect(ANN, "box")["boot_id"].clone();
     assert_ne!(group(first), group(second));
 
+    let session = Session::open(ANN, "box");
     succeeds("systemctl", &["restart", "msbd.service"]);
     still_there("a restart", (first, second));
+    println!("a session over a restart: {}", session.fate());
     let front = property("msbd.service", "MainPID");
+    let session = Session::open(ANN, "box");
     succeeds("kill", &["-KILL", &front]);
     wait_until("systemd starts the service again", || {
         property("msbd.service", "ActiveState") == "active" && property("msbd.service", "MainPID") != front
     });
     still_there("a kill of the front door", (first, second));
+    println!("a session over a kill of the front door: {}", session.fate());
     let before = service_of_ann();
+    let session = Session::open(ANN, "box");
     succeeds("kill", &["-KILL", &before.to_string()]);
     // Nobody has to ask for it to come back.
     wait_until("her service is started again", || processes("msbd", Some(ANN)).iter().any(|pid| *pid != before));
+    println!("a session over a kill of her service: {}", session.fate());
     still_there("a kill of her service", (first, second));
     assert_eq!(inspect(ANN, "box")["boot_id"], boot);
     let place = format!("/sys/fs/cgroup{}", group(second));

@@ -1,8 +1,10 @@
 //! The machine as an administrator and its users meet it: commands, what they print, conditions that are waited for.
 
 use std::fmt::Display;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -57,11 +59,71 @@ pub(crate) fn msb(user: &str, words: &[&str]) -> String {
 
 /// The same, however it ends.
 pub(crate) fn try_msb(user: &str, words: &[&str]) -> Output {
+    command(user, words).stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("setpriv: {error}"))
+}
+
+fn command(user: &str, words: &[&str]) -> Command {
     let home = format!("/home/{user}");
     let mut command = Command::new("setpriv");
     command.args(["--reuid", user, "--regid", user, "--init-groups", "--", "msb"]).args(words);
     command.env_clear().env("HOME", &home).env("PATH", "/usr/bin:/bin").env("LC_ALL", "C.UTF-8").current_dir(&home);
-    command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("setpriv: {error}"))
+    command
+}
+
+/// A command that runs in a sandbox and answers each line with itself, held by a client that survives.
+pub(crate) struct Session {
+    client: Child,
+    answers: Receiver<String>,
+}
+
+impl Session {
+    /// Opens one, which answers.
+    #[track_caller]
+    pub(crate) fn open(user: &str, name: &str) -> Self {
+        let mut client = command(user, &["--format", "json", "exec", "-i", name, "--", "cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("setpriv: {error}"));
+        let output = client.stdout.take().expect("its output");
+        let (sender, answers) = sync_channel(16);
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let mut session = Self { client, answers };
+        assert_eq!(session.ask("before"), Some("before".to_owned()), "the session is not there");
+        session
+    }
+
+    /// What it answers; nothing if it has ended.
+    fn ask(&mut self, line: &str) -> Option<String> {
+        let input = self.client.stdin.as_mut().expect("its input");
+        writeln!(input, "{line}").and_then(|()| input.flush()).ok()?;
+        match self.answers.recv_timeout(PATIENCE) {
+            Ok(answer) => Some(answer),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("a session neither answers nor ends"),
+        }
+    }
+
+    /// How it came through what happened to the service: it answers as before, or it has ended with an error that says so.
+    #[track_caller]
+    pub(crate) fn fate(mut self) -> &'static str {
+        if self.ask("after").is_some_and(|answer| answer == "after") {
+            drop(self.client.stdin.take());
+            let status = self.client.wait().expect("its end");
+            assert!(status.success(), "{status}");
+            return "intact";
+        }
+        let output = self.client.wait_with_output().expect("its end");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(125), "{said}");
+        assert!(said.contains("exec_lost"), "{said}");
+        "ended with exec_lost"
+    }
 }
 
 /// A shell line in a session of its own: logged in by `su -`, logged out at its end.
@@ -158,7 +220,6 @@ pub(crate) fn drop_in(unit: &str, folder: &str, text: &str) {
 
 /// Adds a line to a file, on the disk before this returns.
 pub(crate) fn note(path: &str, line: &str) {
-    use std::io::Write;
     let mut file = std::fs::File::options().create(true).append(true).open(path).expect("the file of what was done");
     writeln!(file, "{line}").and_then(|()| file.sync_all()).expect("the file of what was done");
 }

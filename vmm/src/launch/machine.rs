@@ -16,7 +16,7 @@ use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
-    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
+    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -98,8 +98,13 @@ pub fn check(spec: &VmSpec) -> Result<(), ApiError> {
             spec.memory_mib
         )));
     }
-    if spec.lower.is_empty() || spec.lower.len() > DISK_PARTS_MAX {
-        return Err(invalid(format!("a root has 1 to {DISK_PARTS_MAX} files, not {}", spec.lower.len())));
+    let local_roots = spec.shares.iter().filter(|share| share.name == LOWER_SHARE).count()
+        + spec.disks.iter().filter(|disk| disk.serial == LOWER_SERIAL).count();
+    if usize::from(!spec.lower.is_empty()) + local_roots != 1 {
+        return Err(invalid("a root is files, a disk or a shared directory, and one of them"));
+    }
+    if spec.lower.len() > DISK_PARTS_MAX {
+        return Err(invalid(format!("a root has at most {DISK_PARTS_MAX} files, not {}", spec.lower.len())));
     }
     for DiskPart { path, len_bytes } in &spec.lower {
         if len_bytes % PART_ALIGNMENT != 0 || *len_bytes > 1 << 50 {
@@ -220,7 +225,6 @@ fn open_saved(spec: &RestoreSpec) -> Result<Restore, ApiError> {
 pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
-    let lower = open_lower(&spec.lower)?;
     let upper = open_upper(&spec.upper)?;
     let upper_handle = upper.try_clone().map(Arc::new).map_err(|error| failed("writable disk", &spec.upper, &error))?;
     let upper = SparseFile::new(upper).map_err(|error| failed("writable disk", &spec.upper, &error))?;
@@ -238,18 +242,23 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
     let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
     // A thread per disk: its system calls wait for the host's disk. vsock, rng and balloon never wait and share one.
     let streams = start_loop("streams")?;
-    let (root_loop, upper_loop) = (start_loop("blk-root")?, start_loop("blk-upper")?);
-    let mut loops = vec![streams.clone(), root_loop.clone(), upper_loop.clone()];
+    let upper_loop = start_loop("blk-upper")?;
+    let mut loops = vec![streams.clone(), upper_loop.clone()];
     let full_timeout = Duration::from_millis(spec.disk_full_timeout_ms);
     let announcer = run.clone();
     let on_disk_full: DiskFullObserver = Arc::new(move |full| {
         announcer.announce(Event::HostDiskFull { boot_id: announcer.boot_id(), full });
     });
-    let root = Block::new(
-        Box::new(lower),
-        BlockOptions { serial: LOWER_SERIAL.into(), full_timeout, on_disk_full: None },
-        root_loop,
-    );
+    // A root that is a disk of the user's or a shared directory is among those.
+    let root = if spec.lower.is_empty() {
+        None
+    } else {
+        let lower = open_lower(&spec.lower)?;
+        let root_loop = start_loop("blk-root")?;
+        loops.push(root_loop.clone());
+        let options = BlockOptions { serial: LOWER_SERIAL.into(), full_timeout, on_disk_full: None };
+        Some(Block::new(Box::new(lower), options, root_loop))
+    };
     let upper = Block::new(
         Box::new(upper),
         BlockOptions { serial: UPPER_SERIAL.into(), full_timeout, on_disk_full: Some(Arc::clone(&on_disk_full)) },
@@ -287,14 +296,16 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         }
     };
     let mut meters = Meters {
-        disks: vec![root.counters(), upper.counters()],
+        disks: root.iter().chain([&upper]).map(Block::counters).collect(),
         vsock: vsock.counters(),
         upper: upper_handle,
         memory_limit_bytes: u64::from(spec.memory_mib) << 20,
         network: network.as_ref().map(|(net, log)| (net.handle(), log.clone())),
     };
-    let mut devices: Vec<Box<dyn VirtioDevice>> =
-        vec![Box::new(root), Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams.clone()))];
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    devices.extend(root.map(|root| Box::new(root) as Box<dyn VirtioDevice>));
+    let always: [Box<dyn VirtioDevice>; 3] = [Box::new(upper), Box::new(vsock), Box::new(Rng::new(streams.clone()))];
+    devices.extend(always);
     if engine == EngineChoice::Kvm {
         devices.push(Box::new(Balloon::new(streams)));
     }

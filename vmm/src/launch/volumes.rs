@@ -73,7 +73,7 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
         return Ok(None);
     }
     let (mut opened, mut paths) = (Vec::with_capacity(shares.len()), Vec::with_capacity(shares.len()));
-    for ShareSpec { name, path, read_only } in shares {
+    for ShareSpec { name, path, read_only, is_root_owned, quota_bytes } in shares {
         let error = |errno: rustix::io::Errno| failed("shared directory", path, &errno.into());
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root: OwnedFd =
@@ -86,8 +86,9 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
             path: PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd())),
             read_only: *read_only,
         });
-        let opening = Share::new(name.clone(), root, *read_only);
-        opened.push(opening.map_err(|error| failed("shared directory", path, &error))?);
+        let share =
+            Share::new(name.clone(), root, *read_only).map_err(|error| failed("shared directory", path, &error))?;
+        opened.push(share.root_owned(*is_root_owned).quota(*quota_bytes));
     }
     let event_loop = LoopHandle::start_as("fs", ThreadClass::Share).map_err(ApiError::internal)?;
     Ok(Some(Shared { device: Fs::new(opened, event_loop.clone()), event_loop, paths }))

@@ -102,7 +102,7 @@ pub(super) fn rows(tree: &Path) -> Result<Vec<Row>> {
 }
 
 /// The tree of the programs, with machines that run nothing.
-fn tree_with_machines(tree: &Path, work: &Path) -> Result<PathBuf> {
+pub(super) fn tree_with_machines(tree: &Path, work: &Path) -> Result<PathBuf> {
     let mut build = binaries::cargo();
     build.args([
         "build",
@@ -138,7 +138,7 @@ fn until(what: &str, mut is: impl FnMut() -> Result<bool>) -> Result<()> {
 }
 
 /// The share of a core that each process takes.
-fn share(processes: &[i32]) -> Result<Vec<f64>> {
+pub(super) fn share(processes: &[i32]) -> Result<Vec<f64>> {
     let times = || processes.iter().map(|pid| processor_time(*pid)).collect::<Result<Vec<_>>>();
     std::thread::sleep(Duration::from_secs(5));
     let before = times()?;

@@ -9,6 +9,7 @@
 mod exact;
 mod images;
 mod metrics;
+mod supervision;
 
 use std::io::Write;
 use std::path::Path;
@@ -28,7 +29,7 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
-    /// Measure only this part (repeatable): boot, images, metrics
+    /// Measure only this part (repeatable): boot, images, metrics, supervision
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
     /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
@@ -70,7 +71,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             tree
         }
     };
-    const PARTS: [&str; 3] = ["boot", "images", "metrics"];
+    const PARTS: [&str; 4] = ["boot", "images", "metrics", "supervision"];
     if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
         bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
     }
@@ -85,6 +86,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if wanted("metrics") {
         rows.extend(metrics::rows(&tree)?);
+    }
+    if wanted("supervision") {
+        rows.extend(supervision::rows(&tree, rounds)?);
     }
     print(&rows);
     Ok(())
@@ -256,13 +260,13 @@ fn idle(home: &Home, sandboxes: usize) -> Result<Vec<Row>> {
     const WATCHED: Duration = Duration::from_secs(20);
     std::thread::sleep(WATCHED);
     let share = (processor_time(daemon)? - before).as_secs_f64() / WATCHED.as_secs_f64();
-    let restart = restart_after_kill(home)?;
     let memory = memory_mib(daemon, &["Rss:"])?;
     let mut machine = Vec::new();
     for pid in &machines {
         machine.push(memory_mib(*pid, &["Private_Clean:", "Private_Dirty:"])?);
     }
     let largest = machine.iter().copied().fold(0.0, f64::max);
+    let restart = restart_after_kill(home)?;
     Ok(vec![
         Row {
             what: format!("msb-vmm (engine qemu): private memory, largest of {}", machine.len()),

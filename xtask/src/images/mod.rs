@@ -6,6 +6,7 @@
 //! | `busybox-oci.tar` | OCI layout, gzip layers | the same image in the other form |
 //! | `app.tar` | OCI layout, one zstd layer | entrypoint, non-root user, workdir, volume, labels, stop signal |
 //! | `python.tar` | OCI layout, gzip layers | a larger one: Debian with python3 |
+//! | `tools.tar` | docker archive, plain layers | whole programs inside a guest, as Docker; made when a long proof wants it |
 //!
 //! They hold what real images hold and toys do not: several layers, whiteouts, an opaque folder, hard links, xattrs, a file
 //! capability, device nodes, a fifo, a set-uid file, a sticky folder, names with spaces. Kept under `~/.cache/msb/images/<key>/`.
@@ -15,6 +16,8 @@ mod busybox;
 pub(crate) mod large;
 mod layer;
 mod python;
+mod root;
+mod tools;
 
 use std::path::PathBuf;
 
@@ -24,7 +27,7 @@ use crate::{cache, debian};
 
 /// The sources that decide what comes out.
 const RECIPE: &[&str] =
-    &[include_str!("archive.rs"), include_str!("busybox.rs"), include_str!("layer.rs"), include_str!("python.rs")];
+    &[include_str!("archive.rs"), include_str!("busybox.rs"), include_str!("layer.rs"), include_str!("root.rs")];
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -59,10 +62,25 @@ pub(crate) fn small() -> Result<PathBuf> {
 /// Also when this user cannot become root: debootstrap makes files of many owners.
 pub(crate) fn python() -> Result<PathBuf> {
     let (codename, mirror) = debian::release()?;
-    let parts = RECIPE.iter().copied().chain([codename.as_str()]).map(str::as_bytes);
+    let parts = RECIPE.iter().copied().chain([include_str!("python.rs"), codename.as_str()]).map(str::as_bytes);
     cache::entry("images", &cache::key(parts), |result| {
         debian::ensure(&[debian::IMAGES])?;
         println!("test images: making python from Debian packages ({codename}), about a minute");
         python::make(&codename, &mirror, result)
+    })
+}
+
+/// The folder with `tools.tar`, which needs some minutes and half a gigabyte.
+///
+/// # Errors
+///
+/// As [`python`].
+pub(crate) fn tools() -> Result<PathBuf> {
+    let (codename, mirror) = debian::release()?;
+    let parts = RECIPE.iter().copied().chain([include_str!("tools.rs"), codename.as_str()]).map(str::as_bytes);
+    cache::entry("images", &cache::key(parts), |result| {
+        debian::ensure(&[debian::IMAGES])?;
+        println!("test images: making tools from Debian packages ({codename}), some minutes");
+        tools::make(&codename, &mirror, result)
     })
 }

@@ -1,7 +1,6 @@
-//! The `python` image: Debian's minbase with python3, by debootstrap, squeezed.
+//! The `python` image: Debian's minbase with python3.
 //!
-//! Two layers: what debootstrap made, without documentation and package lists, and a small one on top with a user and a program.
-//! Needs root, because the files belong to many owners.
+//! Two layers: what debootstrap made, and a small one on top with a folder and a program.
 
 use std::path::Path;
 
@@ -10,52 +9,11 @@ use serde_json::json;
 
 use super::archive::{Compression, Image, StoredLayer};
 use super::layer::{Layer, ROOT};
-use crate::{cache, program};
-
-/// What nobody needs in a container, relative to the root.
-const SQUEEZED: &[&str] = &[
-    "var/cache/apt/*.bin",
-    "var/cache/apt/archives/*.deb",
-    "var/lib/apt/lists/*",
-    "var/log/*",
-    "usr/share/doc/*",
-    "usr/share/man/*",
-    "usr/share/info/*",
-    "usr/share/locale/*",
-    "usr/share/i18n/*",
-    "usr/share/zoneinfo/*",
-    "dev/*",
-];
+use super::root;
 
 /// Writes `python.tar`.
 pub(crate) fn make(codename: &str, mirror: &str, result: &Path) -> Result<()> {
-    let work = tempfile::Builder::new().prefix("msb-python-").tempdir()?;
-    let (root, tar) = (work.path().join("root"), work.path().join("base.tar"));
-    let log = cache::root()?.join("log/debootstrap.log");
-    let made = (|| {
-        let mut bootstrap = program::command_as_root("debootstrap")?;
-        bootstrap.args(["--variant=minbase", "--include=python3-minimal"]).arg(codename).arg(&root).arg(mirror);
-        program::run_logged("debootstrap", &mut bootstrap, &log)?;
-        let mut pack = program::command_as_root("tar")?;
-        pack.args(["--sort=name", "--numeric-owner", "--xattrs", "--mtime=@1704067200", "--format=pax"])
-            .args([
-                "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime",
-                "--no-wildcards-match-slash",
-                "--anchored",
-            ])
-            .args(SQUEEZED.iter().map(|pattern| format!("--exclude=./{pattern}")))
-            .arg("-C")
-            .arg(&root)
-            .arg("-cf")
-            .arg(&tar)
-            .arg(".");
-        program::run_logged("packing the layer", &mut pack, &log)
-    })();
-    // The tree belongs to root, so the temporary folder cannot always remove it by itself.
-    let removed = program::command_as_root("rm")
-        .and_then(|mut rm| program::run(rm.args(["-rf", "--one-file-system"]).arg(&root)));
-    made.and(removed)?;
-
+    let base = root::layer(codename, mirror, "python3-minimal", None)?;
     let mut top = Layer::new();
     top.folder("srv/work", 0o777, ROOT)?;
     top.file("srv/work/hello.py", 0o644, ROOT, b"import sys\nprint('hello from python', sys.version.split()[0])\n")?;
@@ -67,7 +25,7 @@ pub(crate) fn make(codename: &str, mirror: &str, result: &Path) -> Result<()> {
             "WorkingDir": "/srv/work",
             "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"],
         }),
-        layers: vec![gzip(std::fs::read(&tar)?), gzip(top.finish()?)],
+        layers: vec![gzip(base), gzip(top.finish()?)],
     };
     image.write_oci(&result.join("python.tar"))
 }

@@ -2,6 +2,7 @@
 //!
 //! It takes the launch on its standard input, says that the agent is ready, answers the agent's control stream with a beat each second and
 //! sends a sample at each interval, as a sandbox does that works a little. It does nothing else: no exec, no disks, no network.
+#![expect(clippy::exit, reason = "a machine that is killed is gone at once")]
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
@@ -130,6 +131,7 @@ fn status(spec: &VmSpec, state: VmState) -> VmStatus {
         agent_generation: Some(GUEST_GENERATION),
         main_end: None,
         main_started: false,
+        paused: false,
         phases: Vec::new(),
         jail: JailReport::default(),
     }

@@ -80,6 +80,8 @@ pub(crate) fn run(build: binaries::Arguments, filter: Option<&str>) -> Result<()
     let registry = Registry::of(&archives.join("busybox-oci.tar"), &work.path().join("registry"))?;
     std::fs::create_dir(work.path().join("tree"))?;
     trees::make(&work.path().join("tree"))?;
+    trees::unpack(&archives.join("busybox.tar"), &work.path().join("rootfs"))?;
+    std::fs::write(work.path().join("rootfs/marker"), "outside\n")?;
     let place =
         suite::Place { home: &home, tree: &tree, archives: &archives, work: work.path(), registry: &registry.host };
     for sdk in &sdks {

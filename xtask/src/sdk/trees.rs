@@ -8,6 +8,8 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
 
+use crate::program;
+
 /// Makes the tree.
 pub(super) fn make(root: &Path) -> Result<()> {
     let deep = root.join("a folder/deeper");
@@ -27,6 +29,18 @@ pub(super) fn make(root: &Path) -> Result<()> {
     let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
     for path in [&root.join("file"), &deep, &root.to_owned()] {
         File::open(path)?.set_modified(old)?;
+    }
+    Ok(())
+}
+
+/// Unpacks the layers of a docker archive one over the other: enough of an image for a root, whiteouts left as they are.
+pub(super) fn unpack(archive: &Path, root: &Path) -> Result<()> {
+    let layers = tempfile::tempdir()?;
+    std::fs::create_dir(root)?;
+    program::run(program::command("tar").arg("-xf").arg(archive).arg("-C").arg(layers.path()))?;
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(layers.path().join("manifest.json"))?)?;
+    for layer in manifest[0]["Layers"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str) {
+        program::run(program::command("tar").arg("-xf").arg(layers.path().join(layer)).arg("-C").arg(root))?;
     }
     Ok(())
 }

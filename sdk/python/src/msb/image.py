@@ -134,10 +134,10 @@ class Image:
 
     @staticmethod
     def bind(path: str | os.PathLike[str]) -> Rootfs:
-        """A directory of the host as root. No service boots one yet: `Sandbox.create` raises `UnsupportedOperationError`."""
-        return Rootfs("bind", os.path.abspath(path))
+        """A directory of this host as root, for `Sandbox.create(image=…)`; the sandbox changes nothing of it."""
+        return Rootfs("bind", os.path.realpath(path))
 
     @staticmethod
     def disk(path: str | os.PathLike[str]) -> Rootfs:
-        """A disk image of the host as root. No service boots one yet: `Sandbox.create` raises `UnsupportedOperationError`."""
-        return Rootfs("disk", os.path.abspath(path))
+        """A raw disk of this host with an ext4 or EROFS file system as root; the sandbox changes nothing of it."""
+        return Rootfs("disk", os.path.realpath(path))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InvalidConfigError, InvalidLabelError, InvalidNameError, UnsupportedOperationError
+from .errors import InvalidConfigError, InvalidLabelError, InvalidNameError
 
 if TYPE_CHECKING:
     from .volume import Mount
@@ -84,17 +84,12 @@ def words_of(command: Sequence[str], what: str = "a command") -> list[str]:
     return list(command)
 
 
-def image_of(image: str | Rootfs) -> str:
-    """The reference of an image; raises `UnsupportedOperationError` for a root that the service cannot boot."""
+def root_of(image: str | Rootfs) -> dict[str, str]:
+    """What a sandbox's root is made of, as the API has it."""
     if isinstance(image, str):
-        return image
-    if image.kind != "oci":
-        raise UnsupportedOperationError(
-            f"a root file system made of {image.source!r} (rootfs {image.kind}): the service boots OCI images",
-            hint="load it as an image, or mount it with Volume.bind or Volume.disk",
-            details=[f"operation=rootfs.{image.kind}", f"needs=rootfs.{image.kind}", "peer=rootfs.oci"],
-        )
-    return image.source
+        return {"image": image}
+    kinds = {"oci": "image", "bind": "directory", "disk": "disk"}
+    return {"image": image.source, "root": kinds[image.kind]}
 
 
 def port_of(text: str) -> dict[str, Any]:
@@ -182,7 +177,7 @@ def create_request(
             raise InvalidLabelError(f"label key '{key}' uses reserved prefix '{prefix}'")
     spec: dict[str, Any] = {
         "name": None if name is None else check_name(name),
-        "image": image_of(image),
+        **root_of(image),
         "cpus": cpus,
         "memory_mib": memory_mib,
         "root_size_mib": root_size_mib,

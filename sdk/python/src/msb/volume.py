@@ -66,10 +66,16 @@ class Volume:
 
     @staticmethod
     def named(
-        name: str, target: str, *, kind: VolumeKind | None = None, size_mib: int | None = None, read_only: bool = False
+        name: str,
+        target: str,
+        *,
+        kind: VolumeKind | None = None,
+        size_mib: int | None = None,
+        quota_mib: int | None = None,
+        read_only: bool = False,
     ) -> Mount:
-        """A named volume, which is made if it does not exist."""
-        source = {"kind": "named", "name": check_name(name), "volume": kind, "size_mib": size_mib}
+        """A named volume, which is made if it does not exist; a disk has a size, a directory may have a quota."""
+        source = {"kind": "named", "name": check_name(name), "volume": kind, "size_mib": size_mib, "quota_mib": quota_mib}
         return Mount(target, {key: value for key, value in source.items() if value is not None}, read_only)
 
     @staticmethod

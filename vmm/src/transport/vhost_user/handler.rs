@@ -171,7 +171,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         if features & protocol == 0 || self.device.device_type() == DeviceType::Net {
             // Without protocol features there is no enabling: rings are born enabled (vhost-user, "Ring states"). QEMU enables those of
-            // a network device before it has agreed on any features, which is refused, and not again before they are to work.
+            // a network device before it has agreed on any features, which is dropped, and not again before they are to work.
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
             self.start_if_ready();
         }

@@ -110,17 +110,28 @@ fn serve_on(
 
 fn serve_requests(name: &str, mut requests: BackendReqHandler<Mutex<Handler>>) {
     let mut refusals = 0;
+    let mut early = false;
     loop {
         match requests.handle_request() {
             Ok(()) => jail::enter_or_abort(ThreadClass::Device),
+            // QEMU has a network device's rings enabled as soon as enabling is *offered*: when the device is made, when the guest chooses
+            // features and before it is started. The protocol wants it *agreed* (SET_FEATURES), and the library drops what comes
+            // before that. Nobody waits for an answer, and `Handler::set_features` enables the rings when it is their time.
+            Err(Error::InactiveFeature(feature)) => {
+                jail::enter_or_abort(ThreadClass::Device);
+                if !std::mem::replace(&mut early, true) {
+                    tracing::debug!(
+                        device = name,
+                        ?feature,
+                        "rings are enabled early, as QEMU does it; they are once features are agreed"
+                    );
+                }
+            }
             Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_) | Error::SocketError(_)) => return,
             // The message was read whole and refused (and QEMU told, if it asked): the next one can be understood.
-            Err(
-                error @ (Error::InvalidParam
-                | Error::InvalidOperation(_)
-                | Error::InactiveFeature(_)
-                | Error::ReqHandlerError(_)),
-            ) if refusals < REFUSALS_MAX => {
+            Err(error @ (Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_)))
+                if refusals < REFUSALS_MAX =>
+            {
                 refusals += 1;
                 jail::enter_or_abort(ThreadClass::Device);
                 tracing::warn!(device = name, %error, "vhost-user request is refused");

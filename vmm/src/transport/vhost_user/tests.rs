@@ -1,5 +1,6 @@
 //! The back end driven by the library's own front end over a socket pair, with guest memory in a memfd.
 
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::serve;
+use super::{REFUSALS_MAX, serve};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::rng::Rng;
@@ -103,6 +104,26 @@ fn a_front_end_starts_uses_stops_and_restarts_a_device() {
     assert!(front_end.set_vring_addr(0, &nonsense).is_err(), "an address outside of the memory table");
     assert!(front_end.set_vring_num(0, 3).is_err(), "no power of two");
     assert_eq!(front_end.get_features().expect("features"), features);
+    drop(front_end);
+    served.finish();
+    event_loop.stop();
+}
+
+/// QEMU 7.2 says so several times for a network card before it says which features the two agree on.
+#[test]
+fn rings_that_are_enabled_before_anything_is_agreed_cost_the_device_nothing() {
+    let (ours, mut theirs) = UnixStream::pair().expect("pair");
+    let event_loop = LoopHandle::start("test-vu-early").expect("loop");
+    let served = serve(Box::new(Rng::new(event_loop.clone())), ours).expect("serve");
+    // SET_VRING_ENABLE, version 1, eight bytes: ring 0 is to be enabled. The library's own front end would not send it.
+    let early: Vec<u8> = [18u32, 1, 8, 0, 1].into_iter().flat_map(u32::to_ne_bytes).collect();
+    for _ in 0..2 * REFUSALS_MAX {
+        theirs.write_all(&early).expect("sent");
+    }
+    let front_end = Frontend::from_stream(theirs, 1);
+    front_end.set_owner().expect("owner");
+    let offered = Rng::new(event_loop.clone()).device_features();
+    assert_ne!(front_end.get_features().expect("the device answers") & offered, 0);
     drop(front_end);
     served.finish();
     event_loop.stop();

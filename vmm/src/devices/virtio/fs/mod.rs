@@ -22,6 +22,7 @@
 mod attributes;
 mod device;
 mod nodes;
+mod quota;
 mod server;
 mod server_change;
 mod wire;
@@ -45,6 +46,10 @@ pub struct Share {
     pub name: String,
     /// Whether nothing may be changed.
     pub read_only: bool,
+    /// Whether the caller's files in it belong to the guest's root, whoever the guest's user is.
+    is_root_owned: bool,
+    /// What it may hold in bytes; none: whatever the host has room for.
+    quota_bytes: Option<u64>,
     /// The directory or file itself, opened as a path.
     root: Arc<OwnedFd>,
     kind: FileType,
@@ -59,6 +64,20 @@ impl Share {
     pub fn new(name: String, root: OwnedFd, read_only: bool) -> io::Result<Self> {
         let stat = attributes::host_stat(root.as_fd())?;
         let (kind, key) = (attributes::type_of(&stat), attributes::key_of(&stat));
-        Ok(Self { name, read_only, root: Arc::new(root), kind, key })
+        Ok(Self { name, read_only, is_root_owned: false, quota_bytes: None, root: Arc::new(root), kind, key })
+    }
+
+    /// The same, with the caller's files in it belonging to the guest's root, whoever the guest's user is.
+    #[must_use]
+    pub fn root_owned(mut self, is_root_owned: bool) -> Self {
+        self.is_root_owned = is_root_owned;
+        self
+    }
+
+    /// The same, holding at most so many bytes.
+    #[must_use]
+    pub fn quota(mut self, quota_bytes: Option<u64>) -> Self {
+        self.quota_bytes = quota_bytes;
+        self
     }
 }

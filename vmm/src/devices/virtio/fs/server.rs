@@ -1,7 +1,7 @@
 //! What each request does. One server per activation of the device; a new mount of the guest begins with nothing but the shares.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, RawDir, SeekFrom};
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::Share;
 use super::attributes::{self, OWN_PREFIX, Owner, host_stat, path_of};
 use super::nodes::{Nodes, TOP, open_entry};
+use super::quota::{self, Quota};
 use super::wire::{self, Attributes, Header, Reader, Writer};
 
 /// Bytes of file contents per request.
@@ -56,6 +57,7 @@ pub(super) struct Server {
     files_max: usize,
     pub(super) owner: Owner,
     owner_is_known: bool,
+    quotas: Vec<Option<Quota>>,
 }
 
 /// What a request comes to.
@@ -73,6 +75,7 @@ impl Server {
     pub(super) fn new(shares: Arc<Vec<Share>>, host: (u32, u32), files_max: usize) -> Self {
         Self {
             nodes: Nodes::new(&shares, files_max),
+            quotas: shares.iter().map(|share| share.quota_bytes.map(Quota::new)).collect(),
             shares,
             handles: HashMap::new(),
             next_handle: 1,
@@ -115,7 +118,12 @@ impl Server {
             wire::READDIR => self.read_directory(&mut reader, room, false),
             wire::READDIRPLUS => self.read_directory(&mut reader, room, true),
             wire::RELEASE | wire::RELEASEDIR => {
-                self.handles.remove(&reader.u64()?);
+                if let Some(Handle { share, .. }) = self.handles.remove(&reader.u64()?)
+                    && let Some(quota) = self.quota(share)
+                {
+                    // It may have been the last of a deleted file.
+                    quota.freed();
+                }
                 Ok(Vec::new())
             }
             wire::STATFS => self.file_system(header.node),
@@ -156,9 +164,77 @@ impl Server {
         self.owner_is_known = false;
     }
 
+    /// Whom files of a share are shown to belong to. (What may be changed is never root's alone, so changes need no such look.)
+    fn owner_in(&self, share: usize) -> Owner {
+        let is_root_owned = self.shares.get(share).is_some_and(|share| share.is_root_owned);
+        Owner { guest: if is_root_owned { (0, 0) } else { self.owner.guest }, ..self.owner }
+    }
+
     /// Whether nothing of a file's share may be changed.
     pub(super) fn is_read_only(&self, share: usize) -> bool {
         self.shares.get(share).is_none_or(|share| share.read_only)
+    }
+
+    /// Whether a share has room for so many bytes more.
+    pub(super) fn admit(&mut self, share: usize, bytes: u64) -> Result<(), Errno> {
+        let Some(Some(quota)) = self.quotas.get_mut(share) else { return Ok(()) };
+        let (shares, handles) = (&self.shares, &self.handles);
+        quota.admit(bytes, || {
+            let named = shares.get(share).map_or(Ok(0), |share| quota::count(share.root.as_fd()))?;
+            // A file that is open twice counts twice: rather too early than too late.
+            let open = handles.values().filter(|handle| handle.share == share && !handle.is_directory);
+            Ok(open.map(|handle| quota::taken_without_name(handle.file.as_fd())).fold(named, u64::saturating_add))
+        })
+    }
+
+    /// Whether what is to be written has room: a file that takes all its bytes already may be written over. Gives what it takes now, if
+    /// its share has a quota; [`Server::wrote`] wants it.
+    pub(super) fn room_to_write(&mut self, handle: u64, offset: u64, len: u64) -> Result<Option<u64>, Errno> {
+        let (share, file) = (self.handle(handle)?.share, self.handle(handle)?.file.as_fd());
+        if self.quotas.get(share).is_none_or(Option::is_none) {
+            return Ok(None);
+        }
+        let stat = host_stat(file)?;
+        let before = quota::taken(file)?;
+        let is_over_what_is_there = offset.saturating_add(len) <= stat.stx_size && before >= stat.stx_size;
+        if !is_over_what_is_there {
+            self.admit(share, len)?;
+        }
+        Ok(Some(before))
+    }
+
+    /// Tells a share's quota of a write.
+    pub(super) fn wrote(&mut self, handle: u64, before: u64) -> Result<(), Errno> {
+        let open = self.handle(handle)?;
+        let (share, after) = (open.share, quota::taken(open.file.as_fd())?);
+        if let Some(quota) = self.quota(share) {
+            quota.changed(before, after);
+        }
+        Ok(())
+    }
+
+    /// The quota of a share, if it has one.
+    pub(super) fn quota(&mut self, share: usize) -> Option<&mut Quota> {
+        self.quotas.get_mut(share)?.as_mut()
+    }
+
+    /// Does what changes what a file takes, and tells its share's quota by how much.
+    pub(super) fn counted<T>(
+        &mut self,
+        share: usize,
+        file: BorrowedFd<'_>,
+        change: impl FnOnce(&mut Self) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        if self.quota(share).is_none() {
+            return change(self);
+        }
+        let before = quota::taken(file)?;
+        let outcome = change(self);
+        let after = quota::taken(file)?;
+        if let Some(quota) = self.quota(share) {
+            quota.changed(before, after);
+        }
+        outcome
     }
 
     /// A descriptor of a file whose share may be changed.
@@ -187,7 +263,8 @@ impl Server {
         let file = open_entry(directory.as_fd(), name, OFlags::PATH, 0)?;
         let stat = host_stat(file.as_fd())?;
         let (number, file) = self.nodes.tell(parent, name, file, &stat)?;
-        Ok((number, attributes::attributes(file.as_fd(), &stat, &self.owner)))
+        let owner = self.owner_in(self.nodes.get(number)?.share);
+        Ok((number, attributes::attributes(file.as_fd(), &stat, &owner)))
     }
 
     pub(super) fn attributes(&mut self, number: u64) -> Result<Attributes, Errno> {
@@ -196,7 +273,8 @@ impl Server {
         }
         let file = self.nodes.file(number)?;
         let stat = host_stat(file.as_fd())?;
-        Ok(attributes::attributes(file.as_fd(), &stat, &self.owner))
+        let owner = self.owner_in(self.nodes.get(number)?.share);
+        Ok(attributes::attributes(file.as_fd(), &stat, &owner))
     }
 
     pub(super) fn get_attributes(&mut self, number: u64) -> Outcome {
@@ -237,6 +315,11 @@ impl Server {
         let share = self.nodes.get(number)?.share;
         let flags = self.open_flags(share, flags)?;
         let file = self.reopen(number, flags)?;
+        if flags.contains(OFlags::TRUNC)
+            && let Some(quota) = self.quota(share)
+        {
+            quota.freed();
+        }
         if open_flags & OPEN_KILLS_SET_ID != 0 {
             attributes::strip_set_id(file.as_fd(), &self.owner);
         }
@@ -321,7 +404,19 @@ impl Server {
             return Ok(out);
         }
         let file = self.nodes.file(number)?;
-        let stat = rustix::fs::fstatfs(file.as_fd())?;
+        let mut stat = rustix::fs::fstatfs(file.as_fd())?;
+        let share = self.nodes.get(number)?.share;
+        if self.quota(share).is_some() {
+            // Whoever asks for the room wants it counted.
+            let _ = self.admit(share, u64::MAX);
+        }
+        if let Some(quota) = self.quota(share) {
+            let block_bytes = u64::try_from(stat.f_bsize).unwrap_or(4096).max(1);
+            let (size, free) = quota.size();
+            stat.f_blocks = stat.f_blocks.min(size / block_bytes);
+            stat.f_bavail = stat.f_bavail.min(free / block_bytes);
+            stat.f_bfree = stat.f_bavail;
+        }
         for value in [stat.f_blocks, stat.f_bfree, stat.f_bavail, stat.f_files, stat.f_ffree] {
             out.put_u64(value);
         }

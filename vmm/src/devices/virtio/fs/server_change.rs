@@ -1,13 +1,15 @@
 //! The requests that change something. Each asks [`Server::writable`] first.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 
 use super::attributes::{self, Change, Stat, host_mode, host_stat, key_of, path_of};
 use super::nodes::{TOP, open_entry};
-use super::server::{Outcome, Server};
+use super::quota::ENTRY_BYTES;
+use super::server::{Handle, Outcome, Server};
 use super::wire::{self, Header, Reader};
 
 /// Bits of `fuse_setattr_in.valid`.
@@ -78,11 +80,14 @@ impl Server {
             attributes::change(file.as_fd(), change, &self.owner)?;
         }
         if valid & SIZE != 0 {
-            if valid & BY_HANDLE != 0 {
-                rustix::fs::ftruncate(&self.handle(handle)?.file, size)?;
-            } else {
-                rustix::fs::ftruncate(self.reopen(number, OFlags::WRONLY)?, size)?;
-            }
+            let share = self.nodes.get(number)?.share;
+            self.counted(share, file.as_fd(), |server| {
+                if valid & BY_HANDLE != 0 {
+                    rustix::fs::ftruncate(&server.handle(handle)?.file, size)
+                } else {
+                    rustix::fs::ftruncate(server.reopen(number, OFlags::WRONLY)?, size)
+                }
+            })?;
             if valid & KILL_SET_ID != 0 {
                 attributes::strip_set_id(file.as_fd(), &self.owner);
             }
@@ -103,6 +108,19 @@ impl Server {
             rustix::fs::utimensat(CWD, path_of(file.as_fd()), &times, AtFlags::empty())?;
         }
         self.get_attributes(number)
+    }
+
+    /// A directory in which something may be made, now that there is room for it.
+    fn room_in(&mut self, directory: u64) -> Result<Arc<OwnedFd>, Errno> {
+        let file = self.writable(directory)?;
+        let share = self.nodes.get(directory)?.share;
+        self.admit(share, ENTRY_BYTES)?;
+        if let Some(quota) = self.quota(share) {
+            quota.changed(0, ENTRY_BYTES);
+            // It may take less, or come to nothing.
+            quota.freed();
+        }
+        Ok(file)
     }
 
     /// Tells the guest of what it has just made, and remembers who made it.
@@ -127,7 +145,7 @@ impl Server {
         let (flags, mode) = (reader.u32()?, reader.u32()?);
         reader.skip(8)?;
         let name = reader.name()?;
-        let directory = self.writable(header.node)?;
+        let directory = self.room_in(header.node)?;
         let share = self.nodes.get(header.node)?.share;
         let exclusive = OFlags::from_bits_retain(flags).contains(OFlags::EXCL);
         let flags = self.open_flags(share, flags)?;
@@ -152,7 +170,7 @@ impl Server {
         let (mode, device) = (reader.u32()?, reader.u32()?);
         reader.skip(8)?;
         let name = reader.name()?;
-        let directory = self.writable(header.node)?;
+        let directory = self.room_in(header.node)?;
         let kind = FileType::from_raw_mode(mode);
         let known =
             [FileType::RegularFile, FileType::CharacterDevice, FileType::BlockDevice, FileType::Fifo, FileType::Socket];
@@ -169,7 +187,7 @@ impl Server {
         let mode = reader.u32()?;
         reader.skip(4)?;
         let name = reader.name()?;
-        let directory = self.writable(header.node)?;
+        let directory = self.room_in(header.node)?;
         rustix::fs::mkdirat(directory.as_fd(), name, Mode::from_raw_mode(host_mode(mode, true)))?;
         self.made(header, name, FileType::Directory.as_raw_mode() | mode & 0o7777, 0)
     }
@@ -179,7 +197,7 @@ impl Server {
         if target.len() >= LINK_LEN_MAX {
             return Err(Errno::NAMETOOLONG);
         }
-        let directory = self.writable(header.node)?;
+        let directory = self.room_in(header.node)?;
         rustix::fs::symlinkat(target, directory.as_fd(), name)?;
         self.look_up(header.node, name)
     }
@@ -195,10 +213,19 @@ impl Server {
         self.look_up(to, name)
     }
 
+    fn freed(&mut self, node: u64) -> Result<(), Errno> {
+        let share = self.nodes.get(node)?.share;
+        if let Some(quota) = self.quota(share) {
+            quota.freed();
+        }
+        Ok(())
+    }
+
     fn remove(&mut self, parent: u64, reader: &mut Reader<'_>, flags: AtFlags) -> Outcome {
         let name = reader.name()?;
         let directory = self.writable(parent)?;
         rustix::fs::unlinkat(directory.as_fd(), name, flags)?;
+        self.freed(parent)?;
         Ok(Vec::new())
     }
 
@@ -225,6 +252,8 @@ impl Server {
         } else {
             rustix::fs::renameat_with(source.as_fd(), old, target.as_fd(), new, flags)?;
         }
+        // What had the new name may be gone.
+        self.freed(to)?;
         if let Some(moved) = moved {
             self.nodes.renamed(moved, to, new);
         }
@@ -242,9 +271,11 @@ impl Server {
             return self.set_owner(value);
         }
         self.writable(number)?;
+        let share = self.nodes.get(number)?.share;
+        self.admit(share, value.len() as u64)?;
         let (file, name) = self.xattr(number, name)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        rustix::fs::setxattr(path_of(file.as_fd()), name, value, flags)?;
+        self.counted(share, file.as_fd(), |_| rustix::fs::setxattr(path_of(file.as_fd()), name, value, flags))?;
         Ok(Vec::new())
     }
 
@@ -252,11 +283,15 @@ impl Server {
         let (handle, offset, len, mode) = (reader.u64()?, reader.u64()?, reader.u64()?, reader.u32()?);
         let allowed = FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
         let mode = FallocateFlags::from_bits(mode).filter(|mode| allowed.contains(*mode)).ok_or(Errno::OPNOTSUPP)?;
-        let handle = self.handle(handle)?;
-        if self.is_read_only(handle.share) {
+        let Handle { node, share, .. } = *self.handle(handle)?;
+        if self.is_read_only(share) {
             return Err(Errno::ROFS);
         }
-        rustix::fs::fallocate(&handle.file, mode, offset, len)?;
+        self.admit(share, if mode.contains(FallocateFlags::PUNCH_HOLE) { 0 } else { len })?;
+        let file = self.nodes.file(node)?;
+        self.counted(share, file.as_fd(), |server| {
+            rustix::fs::fallocate(&server.handle(handle)?.file, mode, offset, len)
+        })?;
         Ok(Vec::new())
     }
 }

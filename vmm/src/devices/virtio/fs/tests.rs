@@ -19,7 +19,7 @@ struct Guest {
 
 fn share(path: &Path, name: &str, read_only: bool) -> Share {
     let root: OwnedFd = std::fs::File::open(path).expect("open").into();
-    Share::new(name.into(), root, read_only).expect("stat")
+    Share::new(name.into(), root, read_only).expect("stat").root_owned(name == "root")
 }
 
 impl Guest {
@@ -184,12 +184,16 @@ fn a_read_only_share_refuses_every_change() {
 fn the_guests_owners_and_modes_are_remembered_and_the_hosts_stay_its_own() {
     let (_house, shared) = house();
     std::fs::write(shared.join("mine"), "x").unwrap();
-    let mut guest = Guest::new(vec![share(&shared, "0", false)], 100);
+    let mut guest = Guest::new(vec![share(&shared, "0", false), share(&shared, "root", true)], 100);
     let mut owner = numbers(&[5, 0]);
     owner.extend(text("user.msb.owner"));
     owner.extend(b"33:34");
     guest.ask(wire::SETXATTR, TOP, &owner).unwrap();
     assert_eq!(guest.ask(wire::SETXATTR, TOP, &owner), Err(Errno::PERM), "once");
+    // What a sandbox's root is made of is root's there.
+    let root = guest.look_up(TOP, "root").unwrap();
+    let mine = guest.look_up(root, "mine").unwrap();
+    assert_eq!(guest.stat(mine).unwrap(), (0o100_644, 0, 0));
     let root = guest.look_up(TOP, "0").unwrap();
     let mine = guest.look_up(root, "mine").unwrap();
     assert_eq!(guest.stat(mine).unwrap(), (0o100_644, 33, 34));
@@ -313,4 +317,45 @@ proptest::proptest! {
         proptest::prop_assert_eq!(std::fs::read(house.path().join("secret")).unwrap(), b"secret");
         proptest::prop_assert_eq!(std::fs::read_dir(house.path()).unwrap().count(), 2);
     }
+}
+
+#[test]
+fn a_quota_bounds_what_is_written_and_gives_room_back() {
+    let (_house, shared) = house();
+    let quota = share(&shared, "0", false).quota(Some(1 << 20));
+    let mut guest = Guest::new(vec![quota, share(&shared, "1", false)], 100);
+    let allocate = |handle: u64, len: u64| {
+        let mut arguments = [handle, 0, len].map(u64::to_le_bytes).concat();
+        arguments.extend([0; 8]);
+        arguments
+    };
+    let free = |guest: &mut Guest, root: u64| {
+        let reply = guest.ask(wire::STATFS, root, &[]).unwrap();
+        let number = |at: usize| u64::from_le_bytes(reply[at..at + 8].try_into().unwrap());
+        let block = u64::from(u32::from_le_bytes(reply[40..44].try_into().unwrap()));
+        (number(0) * block, number(16) * block)
+    };
+    let root = guest.look_up(TOP, "0").unwrap();
+    let (file, handle) = guest.create(root, "file", 0o644).unwrap();
+    guest.ask(wire::FALLOCATE, file, &allocate(handle, 900 << 10)).unwrap();
+    assert_eq!(guest.ask(wire::FALLOCATE, file, &allocate(handle, 1 << 20)), Err(Errno::NOSPC));
+    let (size, left) = free(&mut guest, root);
+    assert!(size == 1 << 20 && left < 200 << 10, "{size} {left}");
+    // Over what is there it writes on, beyond it not.
+    assert!(guest.server.room_to_write(handle, 0, 900 << 10).unwrap().is_some());
+    assert_eq!(guest.server.room_to_write(handle, 900 << 10, 200 << 10), Err(Errno::NOSPC));
+    // A deleted file takes its room until nobody has it open.
+    guest.ask(wire::UNLINK, root, &text("file")).unwrap();
+    let (other, second) = guest.create(root, "other", 0o644).unwrap();
+    assert_eq!(guest.ask(wire::FALLOCATE, other, &allocate(second, 900 << 10)), Err(Errno::NOSPC));
+    guest.ask(wire::RELEASE, file, &handle.to_le_bytes()).unwrap();
+    guest.ask(wire::FALLOCATE, other, &allocate(second, 900 << 10)).unwrap();
+    // Without a quota there is none.
+    let plain = guest.look_up(TOP, "1").unwrap();
+    let (more, third) = guest.create(plain, "more", 0o644).unwrap();
+    guest.ask(wire::FALLOCATE, more, &allocate(third, 4 << 20)).unwrap();
+    assert!(free(&mut guest, plain).0 > 1 << 20);
+    // Others filled it meanwhile: that is seen when room is looked for.
+    assert_eq!(guest.create(root, "again", 0o644).map(drop), Ok(()));
+    assert_eq!(guest.ask(wire::FALLOCATE, other, &allocate(second, 950 << 10)), Err(Errno::NOSPC));
 }

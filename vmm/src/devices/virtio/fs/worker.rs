@@ -142,18 +142,20 @@ fn read(server: &Server, request: &mut Slices<'_>, reply: &Slices<'_>) -> Result
 }
 
 /// Writes the request's data to a file.
-fn write(server: &Server, request: &mut Slices<'_>) -> Result<Vec<u8>, Errno> {
+fn write(server: &mut Server, request: &mut Slices<'_>) -> Result<Vec<u8>, Errno> {
     let mut arguments = [0; WRITE_IN_BYTES];
     if !request.read_front(&mut arguments) {
         return Err(Errno::INVAL);
     }
     let mut reader = Reader(&arguments);
     let (handle, offset, size, flags) = (reader.u64()?, reader.u64()?, reader.u32()?, reader.u32()?);
-    let handle = server.handle(handle)?;
-    if server.is_read_only(handle.share) {
+    let (share, number) = (server.handle(handle)?.share, handle);
+    if server.is_read_only(share) {
         return Err(Errno::ROFS);
     }
     request.truncate(size.min(DATA_BYTES_MAX) as usize);
+    let before = server.room_to_write(number, offset, request.len() as u64)?;
+    let handle = server.handle(number)?;
     let mut done = 0;
     while !request.is_empty() {
         let at = offset.checked_add(done as u64).ok_or(Errno::INVAL)?;
@@ -169,6 +171,9 @@ fn write(server: &Server, request: &mut Slices<'_>) -> Result<Vec<u8>, Errno> {
     }
     if flags & WRITE_KILLS_SET_ID != 0 {
         attributes::strip_set_id(handle.file.as_fd(), &server.owner);
+    }
+    if let Some(before) = before {
+        server.wrote(number, before)?;
     }
     let mut out = Vec::with_capacity(8);
     out.put_u32(u32::try_from(done).unwrap_or(0));
