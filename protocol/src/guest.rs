@@ -539,8 +539,8 @@ pub struct Thaw {}
 #[derive(Clone, PartialEq, Message)]
 pub struct Renew {
     /// As at a boot. Of the configuration only host name, hosts and name servers are taken over.
-    #[prost(message, optional, tag = "1")]
-    pub welcome: Option<Welcome>,
+    #[prost(message, optional, boxed, tag = "1")]
+    pub welcome: Option<Box<Welcome>>,
 }
 
 /// The control stream: beats, shutdown. The newest one wins; an older one is closed.

@@ -123,7 +123,7 @@ impl Link {
         let open = Open {
             generation: GUEST_GENERATION,
             boot_id: welcome.boot_id.clone(),
-            kind: Some(OpenKind::Renew(Renew { welcome: Some(welcome) })),
+            kind: Some(OpenKind::Renew(Renew { welcome: Some(Box::new(welcome)) })),
         };
         self.send(HostBody::Open(open))
     }
