@@ -26,7 +26,7 @@ const LAST_WORDS_LEN: usize = 2000;
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
     /// Boot an image, warm it up, and keep it as it is then (engine kvm)
-    Create(TemplateCreateArgs),
+    Create(Box<TemplateCreateArgs>),
     /// List templates
     #[command(name = "ls", visible_alias = "list")]
     List,
@@ -60,7 +60,7 @@ pub struct TemplateCreateArgs {
 /// The command's own.
 pub async fn run(command: TemplateCommand, context: &Context) -> Result<ExitStatus, Failure> {
     match command {
-        TemplateCommand::Create(args) => create(args, context).await,
+        TemplateCommand::Create(args) => create(*args, context).await,
         TemplateCommand::List => snapshot::list(context, |snapshot| snapshot.labels.contains_key(LABEL)).await,
         TemplateCommand::Inspect(args) => snapshot::inspect(args, context).await,
         TemplateCommand::Remove(args) => snapshot::remove(args, context).await,

@@ -211,7 +211,7 @@ fn a_snapshot_of_memory_starts_sandboxes_and_is_refused_where_it_does_not_fit() 
     let mut machine: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let leaves = machine["vcpus"][0]["cpuid"].as_array_mut().expect("leaves");
     // Bytes, as the kernel's structure has them: function, index, flags, eax, ebx, ecx, edx.
-    let leaf = leaves.iter_mut().find(|leaf| (leaf[0] == 1 && leaf[1] == 0)).expect("leaf 1");
+    let leaf = leaves.iter_mut().find(|leaf| leaf[0] == 1 && leaf[1] == 0).expect("leaf 1");
     let has = (0..4).fold(0, |has, at| has | leaf[20 + at].as_u64().expect("a byte") << (8 * at));
     // Whatever this processor lacks.
     let flags = [(30, "rdrand"), (28, "avx"), (12, "fma"), (29, "f16c"), (22, "movbe"), (17, "pcid"), (7, "bit 7")];
