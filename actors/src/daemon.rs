@@ -27,7 +27,7 @@ use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
 
 use crate::identity::ProcessIdentity;
-use crate::images::MakeUpper;
+use crate::images::{MakeUpper, PreparedImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
@@ -127,11 +127,17 @@ impl Daemon {
     ///
     /// # Errors
     /// What the check, the image, the disk or the boot say.
-    pub async fn create(
+    pub async fn create(&self, request: CreateRequest, creator: Option<Creator>) -> Result<SandboxDetail, ApiError> {
+        let (sandbox, _lease) = self.begin(request, creator).await?;
+        Self::until_ready(sandbox, 0, 0).await
+    }
+
+    /// Makes a sandbox and begins its first start. The image it comes with is kept until the sandbox holds it itself.
+    async fn begin(
         &self,
         mut request: CreateRequest,
         creator: Option<Creator>,
-    ) -> Result<SandboxDetail, ApiError> {
+    ) -> Result<(SandboxRef, Option<PreparedImage>), ApiError> {
         Self::check(&request)?;
         let creator = if request.spec.detached {
             None
@@ -146,12 +152,12 @@ impl Daemon {
             self.replace(&name, grace_ms).await?;
         }
         // What was fetched for this sandbox is not pruned before the sandbox itself holds it.
-        let (snapshot, _lease) = match snapshot {
+        let (snapshot, lease) = match snapshot {
             Some((snapshot, image)) => (Some(snapshot), Some(image)),
             None => (None, self.fetch_for(&request).await?),
         };
         let sandbox = self.supervisor.send(Create { request, creator, snapshot }).await.map_err(mailbox)??;
-        Self::until_ready(sandbox, 0, 0).await
+        Ok((sandbox, lease))
     }
 
     async fn replace(&self, name: &SandboxName, grace_ms: u64) -> Result<(), ApiError> {

@@ -47,6 +47,7 @@ pub mod injected {
         "sandbox/inspect",
         "sandbox/hold_disk",
         "sandbox/pause",
+        "sandbox/hold_machine",
         "supervisor/started",
         "supervisor/bury",
         "supervisor/create",

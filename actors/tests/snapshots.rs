@@ -66,7 +66,13 @@ fn said(directory: &Path, sandbox: &str) -> String {
 }
 
 async fn take(daemon: &Daemon, text: &str, from: &str) -> Result<SnapshotDetail, ApiError> {
-    daemon.take_snapshot(CreateSnapshot { name: name(text), from: name(from), labels: Default::default() }).await
+    let (name, from) = (name(text), name(from));
+    daemon.take_snapshot(CreateSnapshot { name, from, labels: Default::default(), memory: false }).await
+}
+
+async fn take_memory(daemon: &Daemon, text: &str, from: &str) -> Result<SnapshotDetail, ApiError> {
+    let (name, from) = (name(text), name(from));
+    daemon.take_snapshot(CreateSnapshot { name, from, labels: Default::default(), memory: true }).await
 }
 
 fn of_snapshot(sandbox: &str, snapshot: &SnapshotDetail) -> SandboxSpec {
@@ -231,6 +237,12 @@ fn killed() {
     in_world(directory, |daemon| async move {
         rested(&daemon, directory, "box", "kept").await;
         take(&daemon, "before", "box").await.unwrap();
+        if let Some(number) = step.strip_prefix("memory-") {
+            daemon.start(&name("box"), false).await.unwrap();
+            fault::kill_at(Step::OF_MEMORY[number.parse::<usize>().unwrap()]);
+            let _ = take_memory(&daemon, "after", "box").await;
+            panic!("this process should be dead");
+        }
         let step = Step::ALL[step.parse::<usize>().unwrap()];
         fault::kill_at(step);
         if matches!(step, Step::Removing | Step::Removed) {
@@ -242,20 +254,66 @@ fn killed() {
     });
 }
 
+/// Runs [`killed`] in a process of its own, which must die at that step.
+fn kill_at(directory: &Path, step: &str) {
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "killed", "--test-threads", "1"])
+        .env("SNAPSHOT_HOME", directory)
+        .env("SNAPSHOT_STEP", step)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(9), "{step}");
+}
+
+#[test]
+fn a_kill_at_any_step_leaves_no_half_snapshot_of_memory() {
+    for (number, step) in Step::OF_MEMORY.into_iter().enumerate() {
+        let home = tempfile::tempdir().unwrap();
+        let directory = home.path();
+        kill_at(directory, &format!("memory-{number}"));
+        in_world(directory, |daemon| async move {
+            let seen: Vec<String> =
+                daemon.list_snapshots().await.unwrap().iter().map(|snapshot| snapshot.name.to_string()).collect();
+            assert_eq!(
+                (seen.as_slice(), entries(directory).as_slice()),
+                (&*owned(&["before"]), &*owned(&["before"])),
+                "{step:?}"
+            );
+            // These virtual machines end with their process, so the sandbox starts anew; the next try works.
+            let _ = daemon.stop(&name("box"), None, true).await;
+            daemon.start(&name("box"), false).await.unwrap();
+            let taken = take_memory(&daemon, "after", "box").await.unwrap();
+            assert!(daemon.verify_snapshot(&name("after")).await.unwrap().problems.is_empty(), "{step:?}");
+            daemon.create(request(of_snapshot("again", &taken)), None).await.unwrap();
+            // Bits that changed are found wherever they are.
+            for file in ["memory.img", "machine.json", "disk.img", "manifest.json"] {
+                flip(&directory.join("snapshots/after").join(file));
+                assert_eq!(daemon.verify_snapshot(&name("after")).await.unwrap().problems.len(), 1, "{file}");
+                flip(&directory.join("snapshots/after").join(file));
+                assert!(daemon.verify_snapshot(&name("after")).await.unwrap().problems.is_empty(), "{file}");
+            }
+        });
+    }
+}
+
+/// Turns one bit in the middle of a file, which nobody may write to.
+fn flip(path: &Path) {
+    use std::os::unix::fs::{FileExt, PermissionsExt};
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let (mut byte, place) = ([0u8], file.metadata().unwrap().len() / 2);
+    file.read_exact_at(&mut byte, place).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], place).unwrap();
+}
+
 #[test]
 fn a_kill_at_any_step_leaves_no_half_snapshot() {
     for (number, step) in Step::ALL.into_iter().enumerate() {
         let home = tempfile::tempdir().unwrap();
         let directory = home.path();
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "killed", "--test-threads", "1"])
-            .env("SNAPSHOT_HOME", directory)
-            .env("SNAPSHOT_STEP", number.to_string())
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .status()
-            .unwrap();
-        assert_eq!(status.signal(), Some(9), "{step:?}");
+        kill_at(directory, &number.to_string());
         in_world(directory, |daemon| async move {
             let removed = matches!(step, Step::Removing | Step::Removed);
             let seen: Vec<String> =

@@ -117,8 +117,8 @@ pub enum Command {
     Ssh(ssh::SshArgs),
     /// Show or change the labels of a sandbox
     Label(label::LabelArgs),
-    /// Copy a running sandbox, memory included (not built yet)
-    Fork(Unbuilt),
+    /// Copy a running sandbox, memory included
+    Fork(crate::commands::fork::ForkArgs),
     /// Halt running sandboxes where they are
     Pause(crate::commands::pause::PauseArgs),
     /// Let halted sandboxes go on
@@ -163,8 +163,12 @@ pub enum Command {
         #[command(subcommand)]
         command: crate::commands::snapshot::SnapshotCommand,
     },
-    /// Make sandboxes that start warm (not built yet)
-    Template(Unbuilt),
+    /// Boot and warm sandboxes once, and begin others with them
+    Template {
+        /// What to do with templates.
+        #[command(subcommand)]
+        command: crate::commands::template::TemplateCommand,
+    },
     /// Show what takes disk space, and what could go
     Df,
 
@@ -224,12 +228,4 @@ impl Command {
         matches!(self, Self::Run(_) | Self::Exec(_) | Self::Attach(_) | Self::Shell(_))
             || matches!(self, Self::Ssh(args) if args.command.is_none())
     }
-}
-
-/// Arguments of a command that is not built yet: whatever they are, the answer is `not_implemented`.
-#[derive(Debug, Args)]
-pub struct Unbuilt {
-    /// Anything.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    pub rest: Vec<std::ffi::OsString>,
 }

@@ -21,7 +21,7 @@ fuzz_target!(|packets: Vec<(Vec<u8>, u16, bool)>| {
     let listener = UnixListener::bind(dir.path().join("v")).expect("bind");
     let (link, device_end) = UnixStream::pair().expect("pair");
     let event_loop = LoopHandle::start("fuzz-vsock").expect("loop");
-    let options = VsockOptions { guest_cid: 3, listener, guest_ports: vec![GuestPort { port: 1025, stream: device_end }], on_stop: None };
+    let options = VsockOptions { guest_cid: 3, listener, guest_ports: vec![GuestPort { port: 1025, stream: device_end }], has_strangers: false, on_stop: None };
     let mut device = Vsock::new(options, event_loop.clone()).expect("device");
     let memory = guest_memory(8);
     let mut receive = DriverRing::new(Arc::clone(&memory), 0x1000, 64);

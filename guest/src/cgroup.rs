@@ -12,11 +12,17 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 /// Where the guest's hierarchy is mounted for the agent.
 pub const MOUNT: &str = "/sys/fs/cgroup";
 /// Most directories of ended sessions that are remembered for removal.
 const LEFT_MAX: usize = 65_536;
+
+/// How long a freeze may take: a process that waits for a disk is only frozen after that.
+const FREEZE_LIMIT: Duration = Duration::from_secs(2);
+/// Time between two looks at whether all of it is frozen.
+const FREEZE_LOOK: Duration = Duration::from_micros(500);
 
 /// The cgroup of all workloads.
 #[derive(Debug)]
@@ -104,6 +110,26 @@ impl WorkloadGroup {
     /// As write(2).
     pub fn kill(&self) -> io::Result<()> {
         write(&self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Freezes everything in it, or lets it go on. A freeze is over when nothing of it runs.
+    ///
+    /// # Errors
+    /// As write(2), or `TimedOut` for a process that the kernel does not stop; it is let go on then.
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
+        write(&self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+        if !frozen {
+            return Ok(());
+        }
+        let until = Instant::now() + FREEZE_LIMIT;
+        while !fs::read_to_string(self.path.join("cgroup.events")).is_ok_and(|text| event(&text, "frozen") != 0) {
+            if Instant::now() >= until {
+                let _ = write(&self.path.join("cgroup.freeze"), "0");
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(FREEZE_LOOK);
+        }
+        Ok(())
     }
 
     /// Whether anything runs.

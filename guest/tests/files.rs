@@ -51,6 +51,7 @@ impl Session {
     fn open_kind(root: &Path, kind: OpenKind) -> Self {
         let guest = Guest {
             config: GuestConfig::default(),
+            late_main: Default::default(),
             boot_id: BOOT_ID.to_vec(),
             root: RootDirectory::open(root).unwrap(),
             enter_root: rustix::process::geteuid().is_root(),

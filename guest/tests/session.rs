@@ -70,6 +70,7 @@ impl Host for Collector {
 fn agent_with(config: GuestConfig) -> (Arc<Agent>, Arc<Collector>) {
     let guest = Guest {
         config,
+        late_main: Default::default(),
         boot_id: BOOT_ID.to_vec(),
         root: RootDirectory::open(Path::new("/")).unwrap(),
         enter_root: false,

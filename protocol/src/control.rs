@@ -15,6 +15,7 @@
 //! | `POST /v1/sandboxes/{name}/stop` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/restart` | [`StopRequest`] | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/pause` | | [`SandboxDetail`] |
+//! | `POST /v1/sandboxes/{name}/fork` | [`ForkRequest`](crate::snapshot::ForkRequest) | [`SandboxDetail`]s |
 //! | `POST /v1/sandboxes/{name}/resume` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/detach` | | [`SandboxDetail`] |
 //! | `POST /v1/sandboxes/{name}/labels` | [`LabelRequest`] | [`SandboxDetail`] |

@@ -12,6 +12,7 @@
 //!   vmm   → ClockSync                       guest → Pong, MainExited              Signal, Resize
 //!   agent → MainExited, Goodbye                                           guest → Stdout, Stderr, StdinCredit
 //!   vmm   → GoodbyeAck                                                    guest → Exited (last)
+//!   vmm   → Quiesce, Thaw; agent → Quiesced
 //!
 //!  archive stream:  host → Open{archive},  guest → Opened | Refused,  then the bytes of a tar archive as Output (pack) or Stdin within
 //!  credit and StdinEof (unpack), warnings as lines of Output{stderr};  guest → Exited when it is whole, else Refused with the reason (last)
@@ -46,7 +47,7 @@ pub const BEAT_INTERVAL_MS: u64 = 1_000;
 #[derive(Clone, PartialEq, Message)]
 pub struct HostMessage {
     /// What it is.
-    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 20")]
+    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 20")]
     pub body: Option<HostBody>,
 }
 
@@ -80,6 +81,10 @@ pub enum HostBody {
     Ping(Ping),
     #[prost(message, tag = "11")]
     Part(Part),
+    #[prost(message, tag = "12")]
+    Quiesce(Quiesce),
+    #[prost(message, tag = "13")]
+    Thaw(Thaw),
     #[prost(message, tag = "20")]
     File(crate::files::FileRequest),
 }
@@ -88,7 +93,7 @@ pub enum HostBody {
 #[derive(Clone, PartialEq, Message)]
 pub struct GuestMessage {
     /// What it is.
-    #[prost(oneof = "GuestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 30")]
+    #[prost(oneof = "GuestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 30")]
     pub body: Option<GuestBody>,
 }
 
@@ -132,6 +137,8 @@ pub enum GuestBody {
     Part(Part),
     #[prost(message, tag = "18")]
     Log(Log),
+    #[prost(message, tag = "19")]
+    Quiesced(Quiesced),
     #[prost(message, tag = "30")]
     File(crate::files::FileReply),
 }
@@ -482,7 +489,7 @@ pub struct Open {
     #[prost(bytes = "vec", tag = "2")]
     pub boot_id: Vec<u8>,
     /// What the stream is for.
-    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10, 11, 20, 21")]
+    #[prost(oneof = "OpenKind", tags = "3, 4, 5, 6, 10, 11, 12, 20, 21")]
     pub kind: Option<OpenKind>,
 }
 
@@ -502,10 +509,38 @@ pub enum OpenKind {
     Files(crate::files::OpenFiles),
     #[prost(message, tag = "11")]
     Archive(crate::files::OpenArchive),
+    #[prost(message, tag = "12")]
+    Renew(Renew),
     #[prost(message, tag = "20")]
     Tcp(OpenTcp),
     #[prost(message, tag = "21")]
     Sftp(OpenSftp),
+}
+
+/// vmm → agent on the link: the machine is about to be saved. The workload is frozen until [`Thaw`], or until [`Renew`] in a machine
+/// made of what was saved; without the link too.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Quiesce {}
+
+/// agent → vmm, the answer: nothing of the workload runs, or why it still does.
+#[derive(Clone, PartialEq, Message)]
+pub struct Quiesced {
+    /// Empty, or why not.
+    #[prost(string, tag = "1")]
+    pub error: String,
+}
+
+/// vmm → agent on the link: the saving is over, the workload goes on.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Thaw {}
+
+/// vmm → agent, a stream in a machine that was made of a saved one: it becomes the agent link in place of the lost one. The agent
+/// renews what must not be there twice (boot id, clock, entropy, host name), answers `Opened` and `Ready`, and then lets the workload go on.
+#[derive(Clone, PartialEq, Message)]
+pub struct Renew {
+    /// As at a boot. Of the configuration only host name, hosts and name servers are taken over.
+    #[prost(message, optional, boxed, tag = "1")]
+    pub welcome: Option<Box<Welcome>>,
 }
 
 /// The control stream: beats, shutdown. The newest one wins; an older one is closed.

@@ -1,4 +1,4 @@
-//! Disk snapshots: what the artifact says about itself, and how the control API shows it.
+//! Snapshots: what the artifact says about itself, and how the control API shows it.
 //!
 //! A manifest is written once, as the bytes whose digest is the snapshot's identity. It may come out of an archive of somebody
 //! else's, so nothing in it can name a thing of the host: [`SandboxSpec::for_snapshot`] is all that travels of a spec.
@@ -15,6 +15,8 @@ use crate::spec::SandboxSpec;
 
 /// The format that this build writes; a later one is refused.
 pub const SNAPSHOT_FORMAT: u32 = 1;
+/// The format of one with memory.
+pub const SNAPSHOT_MEMORY_FORMAT: u32 = 2;
 /// Largest manifest in bytes: the largest environment twice over.
 pub const SNAPSHOT_MANIFEST_LEN_MAX: usize = 4 << 20;
 /// Most snapshots of one home.
@@ -37,6 +39,8 @@ pub fn snapshot_name(text: &str) -> Result<SandboxName, ApiError> {
 pub enum SnapshotKind {
     /// The writable disk of a sandbox at rest.
     Disk,
+    /// Disk and memory of a running one, at one moment.
+    Memory,
 }
 
 /// `manifest.json` of a snapshot.
@@ -67,6 +71,12 @@ pub struct SnapshotManifest {
     pub spec: SandboxSpec,
     /// The disk.
     pub disk: SnapshotDisk,
+    /// The memory, for [`SnapshotKind::Memory`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<SnapshotMemory>,
+    /// Only there while copies are made of it (a fork): neither digested nor durable, and gone with the service that took it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transient: bool,
 }
 
 impl SnapshotManifest {
@@ -88,8 +98,10 @@ impl SnapshotManifest {
             return Err(ApiError::new(ErrorCode::LimitExceeded, message).with_hint("no manifest of msb is that large"));
         }
         let Versioned { format } = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-        if format != SNAPSHOT_FORMAT {
-            let message = format!("the snapshot has format {format}, this msb knows {SNAPSHOT_FORMAT}");
+        if format != SNAPSHOT_FORMAT && format != SNAPSHOT_MEMORY_FORMAT {
+            let message = format!(
+                "the snapshot has format {format}, this msb knows {SNAPSHOT_FORMAT} and {SNAPSHOT_MEMORY_FORMAT}"
+            );
             return Err(ApiError::new(ErrorCode::UnsupportedOperation, message)
                 .with_hint("use the version of msb that took it, or a later one"));
         }
@@ -102,6 +114,7 @@ impl SnapshotManifest {
         for (what, digest) in [("image", &manifest.image.digest), ("disk", &manifest.disk.digest)]
             .into_iter()
             .chain(manifest.parent.as_ref().map(|parent| ("parent", &parent.id)))
+            .chain(manifest.memory.iter().flat_map(|memory| [("memory", &memory.digest), ("machine", &memory.machine)]))
         {
             if !is_digest(digest) {
                 return Err(invalid(format!("the digest of its {what} is none")));
@@ -111,6 +124,12 @@ impl SnapshotManifest {
             || manifest.disk.size_bytes > u64::from(manifest.spec.root_size_mib) << 20
             || manifest.created_by.len() > 256
             || manifest.image.reference != manifest.spec.image
+            || manifest.memory.is_some() != (format == SNAPSHOT_MEMORY_FORMAT)
+            || manifest.memory.is_some() != (manifest.kind == SnapshotKind::Memory)
+            || manifest.transient && manifest.memory.is_none()
+            || manifest.memory.as_ref().is_some_and(|memory| {
+                memory.size_bytes != u64::from(manifest.spec.memory_mib) << 20 || memory.data_bytes > memory.size_bytes
+            })
         {
             return Err(invalid("it contradicts itself".into()));
         }
@@ -157,6 +176,40 @@ pub struct SnapshotDisk {
     pub digest: String,
 }
 
+/// The memory of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotMemory {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes of it that are not zero, counted in pieces of 64 KiB.
+    pub data_bytes: u64,
+    /// Digest of its content, as a disk's.
+    pub digest: String,
+    /// Digest of the file of processors and devices.
+    pub machine: String,
+    /// Whether the sandbox had a network card: one made of it has one too, or none.
+    pub network: bool,
+    /// Whether it had a main workload, which goes on in whatever is made of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub main: bool,
+}
+
+/// Asks for copies of a running sandbox, memory included.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkRequest {
+    /// How many, 1 to [`FORKS_MAX`].
+    pub count: u32,
+    /// Their name; several get `-1`, `-2`… behind it. Without it, names are invented.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub name: Option<SandboxName>,
+}
+
+/// Most copies that one request makes.
+pub const FORKS_MAX: u32 = 100;
+
 /// Asks for a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -164,12 +217,15 @@ pub struct CreateSnapshot {
     /// Its name.
     #[schema(value_type = String)]
     pub name: SandboxName,
-    /// The sandbox, at rest.
+    /// The sandbox, at rest unless its memory is wanted.
     #[schema(value_type = String)]
     pub from: SandboxName,
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Its memory too: the sandbox is running then. Engine kvm.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub memory: bool,
 }
 
 /// Which name an imported snapshot gets.
@@ -220,6 +276,9 @@ pub struct SnapshotDetail {
     pub spec: SandboxSpec,
     /// Its disk.
     pub disk: SnapshotDisk,
+    /// Its memory, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<SnapshotMemory>,
     /// The version of msb that took it.
     pub created_by: String,
     /// Snapshots whose parent it is; it cannot be removed before them.
@@ -267,6 +326,8 @@ mod tests {
             labels: BTreeMap::new(),
             spec: SandboxSpec::new("busybox"),
             disk: SnapshotDisk { size_bytes: 8 << 30, data_bytes: 1 << 20, digest },
+            memory: None,
+            transient: false,
         }
     }
 
@@ -275,8 +336,10 @@ mod tests {
         let parse = |manifest: &SnapshotManifest| SnapshotManifest::parse(&serde_json::to_vec(manifest).unwrap());
         assert_eq!(parse(&manifest()).unwrap(), manifest());
         type Edit = fn(&mut SnapshotManifest);
-        let edits: [(Edit, ErrorCode, &str); 10] = [
-            (|m| m.format = 2, ErrorCode::UnsupportedOperation, "format 2"),
+        let edits: [(Edit, ErrorCode, &str); 12] = [
+            (|m| m.format = 3, ErrorCode::UnsupportedOperation, "format 3"),
+            (|m| m.format = 2, ErrorCode::InvalidArchive, "contradicts"),
+            (|m| m.kind = SnapshotKind::Memory, ErrorCode::InvalidArchive, "contradicts"),
             (|m| m.spec.kernel = Some("/boot/evil".into()), ErrorCode::InvalidArchive, "more than"),
             (|m| m.spec.mounts.push(Mount::parse_volume("/etc:/x").unwrap()), ErrorCode::InvalidArchive, "more than"),
             (|m| m.spec.network.enabled = false, ErrorCode::InvalidArchive, "more than"),

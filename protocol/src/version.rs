@@ -5,12 +5,13 @@
 use crate::error::{ApiError, ErrorCode};
 
 /// The guest border of this build.
-pub const GUEST_GENERATION: u32 = 2;
+/// 3: `Quiesce`, `Thaw` and `Renew`, for memory snapshots.
+pub const GUEST_GENERATION: u32 = 3;
 /// The oldest guest border this build still speaks.
 pub const GUEST_GENERATION_MIN: u32 = 1;
 /// The VMM border of this build.
-/// 2: `Pause` and `Resume`.
-pub const VMM_GENERATION: u32 = 2;
+/// 2: `Pause` and `Resume`. 3: `Save`, `Release` and `VmSpec::restore`.
+pub const VMM_GENERATION: u32 = 3;
 /// The control API of this build; it is the `v1` of the routes.
 pub const CONTROL_API_VERSION: u32 = 1;
 

@@ -72,6 +72,12 @@ pub enum Request {
     Pause,
     /// Let them go on. Since generation 2.
     Resume,
+    /// Write the machine down: its workload is frozen, its vCPUs and devices stand, its memory goes into the first of two descriptors that
+    /// come along, everything else into the second. Answered with everything standing still, so that its disks can be copied; it goes on with
+    /// `Release`, or when this connection ends. Engine kvm, once the agent is ready. Since generation 3.
+    Save,
+    /// Let the machine that was written down go on. Since generation 3.
+    Release,
     /// The daemon has begun a stop: record this cause when the guest says goodbye.
     ExpectEnd {
         /// What to record.
@@ -464,9 +470,22 @@ pub struct VmSpec {
     /// Directories and files of the host that the guest shares.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<ShareSpec>,
+    /// Go on with this machine in place of booting the kernel. Its disks, processors and memory are as they were; engine kvm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<RestoreSpec>,
     /// Disks of volumes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,
+}
+
+/// A machine that was written down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreSpec {
+    /// Its memory.
+    pub memory: PathBuf,
+    /// Everything else.
+    pub state: PathBuf,
 }
 
 /// A shared directory or file.

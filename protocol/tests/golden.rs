@@ -339,6 +339,26 @@ fn the_files_of_generation_2_are_frozen_and_read_back() {
 }
 
 #[test]
+fn the_renewals_of_generation_3_are_frozen_and_read_back() {
+    let renew = OpenKind::Renew(Renew { welcome: None });
+    let host = [
+        ("quiesce", HostBody::Quiesce(Quiesce {})),
+        ("thaw", HostBody::Thaw(Thaw {})),
+        ("open_renew", HostBody::Open(Open { generation: 3, boot_id: vec![7; 16], kind: Some(renew) })),
+    ];
+    let encoded = host.clone().map(|(name, body)| (name, hex(&HostMessage::from(body).encode_to_vec())));
+    hold("host-gen-3.txt", encoded.to_vec());
+    for (name, body) in host {
+        let bytes = HostMessage::from(body.clone()).encode_to_vec();
+        assert_eq!(HostMessage::decode(bytes.as_slice()).unwrap().body, Some(body), "{name}");
+    }
+    let quiesced = GuestBody::Quiesced(Quiesced { error: "x".into() });
+    let bytes = GuestMessage::from(quiesced.clone()).encode_to_vec();
+    hold("guest-gen-3.txt", vec![("quiesced", hex(&bytes))]);
+    assert_eq!(GuestMessage::decode(bytes.as_slice()).unwrap().body, Some(quiesced));
+}
+
+#[test]
 fn golden_bytes_still_mean_what_they_meant() {
     let golden = |file: &str| {
         std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file)).unwrap()
@@ -390,6 +410,7 @@ fn vm_spec() -> VmSpec {
         network: None,
         shares: Vec::new(),
         disks: Vec::new(),
+        restore: None,
     }
 }
 
@@ -455,6 +476,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
 #[test]
 fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
     let json = |request| serde_json::to_string(&RequestFrame { id: 1, request }).unwrap();
+    hold("vmm-gen-3.txt", vec![("save", json(Request::Save)), ("release", json(Request::Release))]);
     hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
 }
 

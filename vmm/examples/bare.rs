@@ -48,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         memory_mib,
         kernel: KernelFile { path: kernel.clone(), file, format },
         initramfs,
+        restore: None,
         command_line: format!("{COMMAND_LINE} {append}"),
         devices: Vec::new(),
         console: Box::new(std::io::stdout()),

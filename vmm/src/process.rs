@@ -119,6 +119,10 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
     let listeners = launcher.as_mut().map(|launcher| launcher.connection.take_descriptors()).unwrap_or_default();
     let ready = engine_choice::choose(spec.engine, qemu.as_deref()).and_then(|chosen| {
+        if spec.restore.is_some() && chosen.engine == EngineChoice::Qemu {
+            let message = "engine qemu cannot go on with a saved machine: this needs engine kvm";
+            return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
+        }
         // The control thread gives them to a daemon that adopts this process.
         let kept = duplicate(&listeners)?;
         let prepared = machine::prepare(spec, chosen.engine, run, listeners)?;
@@ -156,11 +160,15 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         boot_timeout_ms: spec.boot_timeout_ms,
     })
     .map_err(ApiError::internal)?;
-    let link = LinkOptions { stream: prepared.link, config: spec.guest.clone(), run: run.clone(), log };
+    let renews = spec.restore.is_some();
+    let link = LinkOptions { stream: prepared.link, renews, config: spec.guest.clone(), run: run.clone(), log };
     let link = link_thread::start(link).map_err(ApiError::internal);
     let end = match link.and_then(|link| engine.boot(prepared.machine).map_err(boot_error).map(|()| link)) {
         Ok(link) => {
             let child_pids = engine.child_pids();
+            if let Some(saver) = engine.saver() {
+                run.set_saver(saver);
+            }
             let end = match close_jail(spec, &prepared.loops, &prepared.shares, &child_pids) {
                 Ok(report) => {
                     control.set_jail(report);
@@ -239,6 +247,7 @@ fn boot_error(error: BootError) -> ApiError {
         BootError::Unavailable { .. } => ErrorCode::EngineUnavailable,
         BootError::Kernel { .. } => ErrorCode::InvalidKernel,
         BootError::TooManyDevices { .. } => ErrorCode::InvalidConfig,
+        BootError::Restore { .. } => ErrorCode::UnsupportedOperation,
         BootError::Memory { .. } | BootError::Device { .. } | BootError::System { .. } => ErrorCode::BootFailed,
     };
     let mut message = error.to_string();

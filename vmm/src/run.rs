@@ -4,7 +4,9 @@
 //! end); read by all of them. Every change that the daemon must hear of becomes an [`Event`] in a bounded queue, which the control
 //! thread empties. Nothing in here waits.
 
+use std::any::Any;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,8 +17,9 @@ use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::vmm::{Event, Phase as PhaseReport, VmState};
 
 use crate::devices::virtio::notifier::Notifier;
-use crate::engine::{HaltError, Halter, Stopper};
+use crate::engine::{HaltError, Halter, Saver, Stopper};
 use crate::launch::phases::Phases;
+use crate::link::handle::LinkHandle;
 use crate::logs::console::ConsoleLog;
 
 /// Events kept while no daemon listens; older ones are dropped, a re-adopting daemon asks for the status.
@@ -35,6 +38,24 @@ pub struct BootFailure {
     pub stage: String,
     /// The error as users see it.
     pub error: ApiError,
+}
+
+/// A machine that was written down and stands; it goes on when this is dropped.
+pub struct Saved {
+    since: Instant,
+    frozen: Option<Box<dyn Any + Send>>,
+    halter: Arc<dyn Halter>,
+    link: Arc<LinkHandle>,
+}
+
+impl Drop for Saved {
+    fn drop(&mut self) {
+        drop(self.frozen.take());
+        self.halter.go_on();
+        self.link.thaw();
+        let stood_us = u64::try_from(self.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::info!(stood_us, "a machine that was written down goes on");
+    }
 }
 
 /// What is known of the run.
@@ -77,6 +98,8 @@ struct Shared {
     console: ConsoleLog,
     stopper: OnceLock<Arc<dyn Stopper>>,
     halter: OnceLock<Arc<dyn Halter>>,
+    saver: OnceLock<Arc<dyn Saver>>,
+    link: OnceLock<Arc<LinkHandle>>,
 }
 
 /// The shared state of a run; clones are the same run.
@@ -116,6 +139,8 @@ impl Run {
             console,
             stopper: OnceLock::new(),
             halter: OnceLock::new(),
+            saver: OnceLock::new(),
+            link: OnceLock::new(),
         })))
     }
 
@@ -157,6 +182,51 @@ impl Run {
     /// Sets how the machine is halted, if its engine can; once.
     pub fn set_halter(&self, halter: Arc<dyn Halter>) {
         let _ = self.0.halter.set(halter);
+    }
+
+    /// Sets what writes the machine down, if its engine can; once.
+    pub fn set_saver(&self, saver: Arc<dyn Saver>) {
+        let _ = self.0.saver.set(saver);
+    }
+
+    /// Sets how the agent is told things; once.
+    pub fn set_link(&self, link: Arc<LinkHandle>) {
+        let _ = self.0.link.set(link);
+    }
+
+    /// Freezes the workload, halts the machine and writes it down. It goes on when the answer is dropped.
+    ///
+    /// # Errors
+    /// `unsupported_operation`, `sandbox_not_running`, `sandbox_paused`, `sandbox_busy`, `disk_full`; the machine goes on then.
+    pub fn save(&self, engine: EngineChoice, memory: &File, state: &File) -> Result<Saved, ApiError> {
+        let unsupported = || {
+            let message = format!("engine {} cannot write a machine down", engine.as_str());
+            ApiError::new(ErrorCode::UnsupportedOperation, message)
+        };
+        let saver = self.0.saver.get().ok_or_else(unsupported)?;
+        let halter = self.0.halter.get().ok_or_else(unsupported)?;
+        let link = self.0.link.get().ok_or_else(unsupported)?;
+        let facts = self.facts();
+        if facts.state != VmState::Ready {
+            return Err(ApiError::new(ErrorCode::SandboxNotRunning, "the guest is not up, or on its way down"));
+        }
+        if facts.paused {
+            return Err(ApiError::new(ErrorCode::SandboxPaused, "a halted guest cannot freeze its workload"));
+        }
+        let mut saved =
+            Saved { since: Instant::now(), frozen: None, halter: Arc::clone(halter), link: Arc::clone(link) };
+        link.quiesce(facts.agent_generation.unwrap_or(0))?;
+        halter.halt().map_err(|error| match error {
+            HaltError::Ended => ApiError::new(ErrorCode::SandboxNotRunning, error.to_string()),
+            HaltError::Stuck => ApiError::new(ErrorCode::SandboxBusy, error.to_string()),
+        })?;
+        let frozen = saver.save(memory, state).map_err(|error| {
+            let full = matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
+            let code = if full { ErrorCode::DiskFull } else { ErrorCode::Internal };
+            ApiError::new(code, format!("the machine cannot be written down: {error}"))
+        })?;
+        saved.frozen = Some(frozen);
+        Ok(saved)
     }
 
     /// Halts the machine or lets it go on, once its agent is ready.

@@ -1,18 +1,86 @@
 //! What a daemon can do with snapshots. Each function is one request of the API.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
 use msb_image::snapshot::Importing;
-use msb_protocol::control::CreateRequest;
+use msb_protocol::control::{CreateRequest, SandboxDetail};
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::id::SandboxName;
-use msb_protocol::images::DiskUsageRow;
-use msb_protocol::snapshot::{CreateSnapshot, SnapshotCheck, SnapshotDetail, SnapshotSummary};
+use msb_protocol::id::{SandboxId, SandboxName};
+use msb_protocol::images::{DiskUsageRow, PullPolicy};
+use msb_protocol::network::NetworkSpec;
+use msb_protocol::snapshot::{
+    CreateSnapshot, FORKS_MAX, ForkRequest, SnapshotCheck, SnapshotDetail, SnapshotManifest, SnapshotSummary,
+    snapshot_name,
+};
+use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
 use super::{Daemon, mailbox};
 use crate::images::{ImageUser, ImageUsers, Prepare, PreparedImage};
-use crate::sandbox::actor::HoldDisk;
+use crate::sandbox::actor::{HoldDisk, HoldMachine};
 use crate::snapshots::{ListSnapshots, Make, RemoveSnapshot, Snapshot, Snapshots};
+use crate::supervisor::SandboxRef;
+
+/// Copies of one fork that start at the same time.
+const STARTS_MAX: usize = 8;
+
+/// A machine goes on as it was: what would make it another one is refused, naming it.
+fn check_memory(name: &SandboxName, request: &mut CreateRequest, manifest: &SnapshotManifest) -> Result<(), ApiError> {
+    let Some(memory) = &manifest.memory else { return Ok(()) };
+    if memory.main {
+        request.spec.workload = Workload::Main;
+    }
+    let (spec, saved) = (&request.spec, &manifest.spec);
+    let refuse = |what: &str| {
+        let message = format!("snapshot {name} has memory, and its machine goes on as it was: {what}");
+        Err(ApiError::new(ErrorCode::InvalidConfig, message).with_hint("a snapshot of its disk alone leaves that open"))
+    };
+    if spec.engine == EngineChoice::Qemu {
+        let message = format!("snapshot {name} has memory, which engine qemu cannot go on with");
+        return Err(ApiError::new(ErrorCode::UnsupportedOperation, message).with_hint("this needs engine kvm"));
+    }
+    if (spec.cpus, spec.memory_mib) != (saved.cpus, saved.memory_mib) {
+        return refuse("processors and memory cannot change");
+    }
+    if spec.network.enabled != memory.network {
+        return refuse(if memory.network { "it has a network card" } else { "it has no network card" });
+    }
+    let usual = NetworkSpec::default().addresses();
+    if spec.network.enabled && spec.network.addresses() != usual {
+        return refuse("its addresses cannot change");
+    }
+    if !spec.mounts.is_empty() {
+        return refuse("nothing can be mounted into it");
+    }
+    if memory.main {
+        if (&spec.entrypoint, &spec.command) != (&saved.entrypoint, &saved.command) {
+            return refuse("its command runs and cannot change");
+        }
+        if request.hold_main {
+            return refuse("its command runs already: `msb run -d --snapshot`, then `msb attach`");
+        }
+    }
+    if (&spec.env, &spec.user, &spec.workdir, &spec.rlimits)
+        != (&saved.env, &saved.user, &saved.workdir, &saved.rlimits)
+    {
+        return refuse("environment, user, working directory and limits cannot change");
+    }
+    if spec.security != saved.security || spec.kernel.is_some() || spec.root_size_mib != saved.root_size_mib {
+        return refuse("kernel, security profile and the size of its disk cannot change");
+    }
+    Ok(())
+}
+
+/// One name for each copy; none where it is to be invented.
+fn fork_names(request: &ForkRequest) -> Result<Vec<Option<SandboxName>>, ApiError> {
+    match (&request.name, request.count) {
+        (Some(name), 1) => Ok(vec![Some(name.clone())]),
+        (Some(name), count) => {
+            (1..=count).map(|number| SandboxName::parse(&format!("{name}-{number}")).map(Some)).collect()
+        }
+        (None, count) => Ok((0..count).map(|_| None).collect()),
+    }
+}
 
 impl Daemon {
     pub(super) fn snapshots(&self) -> &Snapshots {
@@ -24,7 +92,8 @@ impl Daemon {
     /// # Errors
     /// The daemon ends.
     pub async fn list_snapshots(&self) -> Result<Vec<SnapshotSummary>, ApiError> {
-        let all = self.snapshots().actor.send(ListSnapshots).await.map_err(mailbox)?;
+        let mut all = self.snapshots().actor.send(ListSnapshots).await.map_err(mailbox)?;
+        all.retain(|snapshot| !snapshot.manifest.transient);
         let files = self.snapshots().files.clone();
         let shown = tokio::task::spawn_blocking(move || all.iter().map(|snapshot| snapshot.summary(&files)).collect());
         shown.await.map_err(ApiError::internal)
@@ -44,25 +113,111 @@ impl Daemon {
         tokio::task::spawn_blocking(move || snapshot.detail(&files)).await.map_err(ApiError::internal)
     }
 
-    /// Takes a snapshot of a sandbox at rest.
+    /// Takes a snapshot of a sandbox at rest, or of a running one with its memory.
     ///
     /// # Errors
     /// `sandbox_not_found`, `sandbox_still_running`, `snapshot_already_exists`, `disk_full`; nothing is left then.
     pub async fn take_snapshot(&self, request: CreateSnapshot) -> Result<SnapshotDetail, ApiError> {
         msb_protocol::labels::check_all(&request.labels)?;
+        self.take(request, false).await
+    }
+
+    async fn take(&self, request: CreateSnapshot, transient: bool) -> Result<SnapshotDetail, ApiError> {
         let sandbox = self.find(&request.from).await?;
         let busy = || {
             ApiError::new(ErrorCode::SandboxBusy, format!("the actor of sandbox {} is being made again", request.from))
         };
-        let mut source = sandbox.address.as_ref().ok_or_else(busy)?.send(HoldDisk).await.map_err(|_| busy())??;
+        let address = sandbox.address.as_ref().ok_or_else(busy)?;
+        let (mut source, commands) = if request.memory {
+            let (source, commands) = address.send(HoldMachine).await.map_err(|_| busy())??;
+            (source, Some(commands))
+        } else {
+            (address.send(HoldDisk).await.map_err(|_| busy())??, None)
+        };
         // A parent that is gone is no parent: nothing would ever keep it.
         source.parent = match source.parent {
             Some(parent) => self.snapshots().find(&parent.id).await.is_ok().then_some(parent),
             None => None,
         };
-        let make = Make::of_sandbox(request.name, request.labels, source, &self.surroundings.clock);
+        let clock = &self.surroundings.clock;
+        let make = match commands {
+            Some(commands) => Make::of_machine(request.name, request.labels, source, commands, clock, transient),
+            None => Make::of_sandbox(request.name, request.labels, source, clock),
+        };
         let made = self.snapshots().actor.send(make).await.map_err(mailbox)??;
         self.shown(made).await
+    }
+
+    /// Makes copies of a running sandbox, its memory included, and waits until they are up: all of them, or none.
+    ///
+    /// # Errors
+    /// As [`Daemon::take_snapshot`] with memory and [`Daemon::create`].
+    pub async fn fork(&self, from: &SandboxName, request: ForkRequest) -> Result<Vec<SandboxDetail>, ApiError> {
+        if !(1..=FORKS_MAX).contains(&request.count) {
+            let message = format!("1 to {FORKS_MAX} copies can be made at once, not {}", request.count);
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message));
+        }
+        let source = self.find(from).await?.view.borrow().detail.spec.clone();
+        let names = fork_names(&request)?;
+        // Of no interest once the copies are there: what they share with it stays theirs without its name.
+        let name = snapshot_name(&format!("fork-{}", SandboxId::generate()))?;
+        let taking = CreateSnapshot { name: name.clone(), from: from.clone(), labels: BTreeMap::new(), memory: true };
+        let snapshot = self.take(taking, true).await?;
+        let mut network = source.network.clone();
+        network.ports.clear();
+        let mut begun = Vec::with_capacity(names.len());
+        let mut made: Vec<SandboxDetail> = Vec::with_capacity(names.len());
+        let mut failure = None;
+        for own in names {
+            if let Some(oldest) = begun.len().checked_sub(STARTS_MAX)
+                && failure.is_none()
+            {
+                failure = Self::until_up(&begun[oldest], &mut made).await;
+            }
+            if failure.is_some() {
+                break;
+            }
+            let spec = SandboxSpec {
+                name: own,
+                snapshot: Some(name.clone()),
+                detached: true,
+                network: network.clone(),
+                labels: source.labels.clone(),
+                engine: source.engine,
+                ..snapshot.spec.clone()
+            };
+            let asked = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            match self.begin(asked, None).await {
+                Ok((sandbox, lease)) => begun.push((sandbox, lease)),
+                Err(error) => failure = Some(error),
+            }
+        }
+        for sandbox in begun.get(made.len()..).unwrap_or_default() {
+            if failure.is_none() {
+                failure = Self::until_up(sandbox, &mut made).await;
+            }
+        }
+        if let Err(error) = self.remove_snapshot(name).await {
+            tracing::warn!(error = %error.message, "the snapshot of a fork stays");
+        }
+        let Some(failure) = failure else { return Ok(made) };
+        for (sandbox, _lease) in begun {
+            if let Err(error) = self.remove(&sandbox.name, true).await {
+                tracing::warn!(error = %error.message, "a copy of a fork that failed stays");
+            }
+        }
+        Err(failure)
+    }
+
+    /// Waits for one copy of a fork; why it is not there, if it is not.
+    async fn until_up(begun: &(SandboxRef, Option<PreparedImage>), made: &mut Vec<SandboxDetail>) -> Option<ApiError> {
+        match Self::until_ready(begun.0.clone(), 0, 0).await {
+            Ok(detail) => {
+                made.push(detail);
+                None
+            }
+            Err(error) => Some(error),
+        }
     }
 
     /// Removes a snapshot.
@@ -143,9 +298,9 @@ impl Daemon {
         &self,
         request: &mut CreateRequest,
     ) -> Result<Option<(Snapshot, PreparedImage)>, ApiError> {
-        let Some(name) = &request.spec.snapshot else { return Ok(None) };
+        let Some(name) = request.spec.snapshot.clone() else { return Ok(None) };
         let snapshot = self.snapshots().find(name.as_str()).await?;
-        let image = self.image_of(name, &snapshot.manifest.image).await?;
+        let image = self.image_of(&name, &snapshot.manifest.image).await?;
         let size_mib = snapshot.manifest.disk.size_bytes.div_ceil(1 << 20);
         if u64::from(request.spec.root_size_mib) < size_mib {
             let message = format!(
@@ -157,6 +312,7 @@ impl Daemon {
             );
         }
         request.spec.image.clone_from(&snapshot.manifest.image.reference);
+        check_memory(&name, request, &snapshot.manifest)?;
         Ok(Some((snapshot, image)))
     }
 

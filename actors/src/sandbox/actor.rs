@@ -12,6 +12,7 @@
 
 mod care;
 mod pause;
+mod saving;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -25,7 +26,7 @@ use msb_protocol::id::BootId;
 use msb_protocol::labels;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
-use msb_protocol::vmm::{BootError, NetworkExplanation};
+use msb_protocol::vmm::{BootError, NetworkExplanation, RestoreSpec};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::activity::{Activity, ActivityKind};
@@ -51,6 +52,7 @@ use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, 
 
 pub use care::Relabel;
 pub use pause::Halt;
+pub use saving::HoldMachine;
 
 /// Messages that wait for one sandbox before their senders are told `sandbox_busy`.
 const MAILBOX_LEN: usize = 64;
@@ -160,7 +162,7 @@ impl Handler<LetGo> for SandboxActor {
 #[rtype(result = "()")]
 enum News {
     Leased(Result<PreparedImage, ApiError>),
-    Disks(Result<(), ApiError>),
+    Disks(Result<Option<RestoreSpec>, ApiError>),
     Spawned(Result<VmHandle, ApiError>),
     Adopted(Adoption),
     FilesRemoved(Result<(), ApiError>),
@@ -206,6 +208,8 @@ pub struct SandboxActor {
     /// What the VM process of this run speaks.
     vmm_generation: u32,
     image: Option<PreparedImage>,
+    /// The machine that this start goes on with. Only of the disk that was made in this start: one that ran since fits no memory.
+    restore: Option<RestoreSpec>,
     /// Published ports, bound from the boot until the sandbox rests.
     ports: BoundPorts,
     /// Waits for visitors while the sandbox sleeps.
@@ -277,6 +281,7 @@ impl SandboxActor {
             vm: None,
             vmm_generation: 0,
             image: None,
+            restore: None,
             ports: BoundPorts::default(),
             port_watch: None,
             visits: 0,
@@ -564,7 +569,12 @@ impl SandboxActor {
             ctx.cancel_future(timer);
         }
         let now = self.now_ms();
+        let stands = self.disk.is_held();
         let Some(watch) = self.beats.as_mut() else { return };
+        if stands {
+            // Its machine may be standing to be written down: nothing beats then.
+            watch.forgive(now);
+        }
         match watch.look(now) {
             Verdict::LookAgain(at) => {
                 let sleep = self.surroundings.clock.sleep_until(at);
@@ -693,6 +703,7 @@ impl SandboxActor {
             let prepared = {
                 tokio::task::spawn_blocking(move || {
                     directories.prepare()?;
+                    let mut restore = None;
                     let mut disks = mounts::missing_disks(&spec, &volumes)?;
                     if !directories.upper.exists() {
                         match snapshot {
@@ -702,15 +713,19 @@ impl SandboxActor {
                                 let (size_bytes, bytes) =
                                     (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
                                 snapshots.files.clone_disk(&snapshot.name, size_bytes, &directories.upper, bytes)?;
+                                if snapshot.manifest.memory.is_some() {
+                                    let (memory, state) = snapshots.files.memory_files(&snapshot.name);
+                                    restore = Some(RestoreSpec { memory, state });
+                                }
                             }
                         }
                     }
-                    Ok(disks)
+                    Ok((disks, restore))
                 })
                 .await
             };
             let made = match prepared {
-                Ok(Ok(disks)) => {
+                Ok(Ok((disks, restore))) => {
                     let mut made = Ok(());
                     for (path, size_mib) in disks {
                         if made.is_ok() {
@@ -720,7 +735,7 @@ impl SandboxActor {
                                 .unwrap_or_else(|error| Err(ApiError::internal(format!("the image actor: {error}"))));
                         }
                     }
-                    made
+                    made.map(|()| restore)
                 }
                 Ok(Err(error)) => Err(error),
                 Err(error) => Err(ApiError::internal(format!("making directories: {error}"))),
@@ -745,7 +760,8 @@ impl SandboxActor {
         );
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
-            Ok(spec) => {
+            Ok(mut spec) => {
+                spec.restore = self.restore.take();
                 let events = self.listen(run.boot_id);
                 let launching = self.surroundings.launcher.launch(Box::new(spec), self.ports.listeners(), events);
                 self.later(ctx, async move { News::Spawned(launching.await) });
@@ -819,7 +835,10 @@ impl SandboxActor {
                 self.image = Some(image);
                 (Event::PhaseDone(StartPhase::ImageLeased), None)
             }
-            News::Disks(Ok(())) => (Event::PhaseDone(StartPhase::DisksMade), None),
+            News::Disks(Ok(restore)) => {
+                self.restore = restore;
+                (Event::PhaseDone(StartPhase::DisksMade), None)
+            }
             News::Spawned(Ok(vm)) => {
                 self.record.vmm = Some(vm.identity.clone());
                 self.vm = Some(vm);

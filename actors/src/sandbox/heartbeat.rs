@@ -77,6 +77,11 @@ impl BeatWatch {
         true
     }
 
+    /// The silence until now is no fault of the agent: counting begins anew.
+    pub fn forgive(&mut self, now_ms: u64) {
+        self.due_ms = now_ms.saturating_add(self.limit_ms);
+    }
+
     /// Looks at the silence. Called when the watch said to; if that is late, the host stalled, and counting begins anew.
     pub fn look(&mut self, now_ms: u64) -> Verdict {
         if now_ms < self.due_ms {

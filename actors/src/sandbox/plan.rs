@@ -104,6 +104,7 @@ pub fn vm_spec(
         network: network::vm_network(&spec.network, ports),
         shares: mounts.shares,
         disks: mounts.disks,
+        restore: None,
     })
 }
 

@@ -64,7 +64,7 @@ async fn serve_one(stream: &mut Stream, boot_id: BootId, main_ended: impl FnOnce
         OpenKind::Main(_) | OpenKind::Attach(_) => vec!["echo".into(), "main".into()],
         OpenKind::Control(_) | OpenKind::Tcp(_) | OpenKind::Sftp(_) => Vec::new(),
         // It speaks generation 1, and answers what that did not know as an agent of that age does.
-        OpenKind::Files(_) | OpenKind::Archive(_) => {
+        OpenKind::Files(_) | OpenKind::Archive(_) | OpenKind::Renew(_) => {
             let message = "this agent (generation 1) does not know what the stream is for";
             let code = "unsupported_operation".into();
             return stream

@@ -19,12 +19,17 @@ pub enum Step {
     Removing,
     /// Its files are gone.
     Removed,
+    /// A machine is written down and stands.
+    Saved,
 }
 
 impl Step {
-    /// Every step, in order.
+    /// Every step of one of a disk, in order.
     pub const ALL: [Self; 7] =
         [Self::Recorded, Self::Drafted, Self::Copied, Self::Sealed, Self::Published, Self::Removing, Self::Removed];
+    /// Every step of taking one with memory, in order.
+    pub const OF_MEMORY: [Self; 6] =
+        [Self::Recorded, Self::Drafted, Self::Saved, Self::Copied, Self::Sealed, Self::Published];
 }
 
 /// A step is done.

@@ -20,21 +20,23 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use msb_image::Digest;
-use msb_image::snapshot::Sealed;
 pub use msb_image::snapshot::SnapshotFiles;
+use msb_image::snapshot::{DiskContent, Sealed};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::snapshot::{
-    SNAPSHOT_FORMAT, SNAPSHOTS_MAX, SnapshotDetail, SnapshotDisk, SnapshotImage, SnapshotKind, SnapshotManifest,
-    SnapshotParent, SnapshotSummary,
+    SNAPSHOT_FORMAT, SNAPSHOT_MEMORY_FORMAT, SNAPSHOTS_MAX, SnapshotDetail, SnapshotDisk, SnapshotImage, SnapshotKind,
+    SnapshotManifest, SnapshotMemory, SnapshotParent, SnapshotSummary,
 };
-use msb_protocol::spec::SandboxSpec;
+use msb_protocol::spec::{SandboxSpec, Workload};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Clock;
 use crate::faults;
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, Journal, SnapshotPhase, SnapshotRecord};
 use crate::kept::{Kept, Life};
+use crate::vm::VmCommand;
 use fault::Step;
 
 /// Messages that wait for the actor.
@@ -114,6 +116,7 @@ impl Snapshot {
             summary: self.summary(files),
             spec: self.manifest.spec.clone(),
             disk: self.manifest.disk.clone(),
+            memory: self.manifest.memory.clone(),
             created_by: self.manifest.created_by.clone(),
             children: self.children.clone(),
             path: files.path(&self.name).display().to_string(),
@@ -189,6 +192,8 @@ impl Make {
             let manifest = SnapshotManifest {
                 format: SNAPSHOT_FORMAT,
                 kind: SnapshotKind::Disk,
+                memory: None,
+                transient: false,
                 name: own,
                 created_at,
                 created_by: env!("CARGO_PKG_VERSION").into(),
@@ -208,6 +213,92 @@ impl Make {
         Self { name, parent: parent_id, fill: Box::new(fill), event: Some(event), guard: Box::new(hold) }
     }
 
+    /// Out of a running sandbox, its memory included; `commands` lead to its VM. A transient one is not digested.
+    #[must_use]
+    pub fn of_machine(
+        name: SandboxName,
+        labels: BTreeMap<String, String>,
+        source: Source,
+        commands: mpsc::Sender<VmCommand>,
+        clock: &Arc<dyn Clock>,
+        transient: bool,
+    ) -> Self {
+        let Source { sandbox, sandbox_id, state, spec, image_digest, parent, disk, hold } = source;
+        let event = EventDraft {
+            sandbox: sandbox.clone(),
+            sandbox_id,
+            boot_id: None,
+            event: "snapshot".into(),
+            state,
+            cause: None,
+            actor: "user".into(),
+            message: if transient {
+                "it was copied with its memory, for a fork".into()
+            } else {
+                format!("snapshot {name} was taken, with memory")
+            },
+        };
+        let parent_id = parent.as_ref().map(|parent| parent.id.clone());
+        let (own, created_at) = (name.clone(), clock.wall());
+        let fill = move |files: &SnapshotFiles| {
+            let draft = files.draft()?;
+            fault::reached(Step::Drafted);
+            let (memory, machine) = draft.create_memory()?;
+            let (reply, answer) = oneshot::channel();
+            let gone = || ApiError::new(ErrorCode::SandboxNotRunning, "the virtual machine ended meanwhile");
+            // Let go on in any case: of a machine that does not stand this asks nothing.
+            let stands = Release(commands.clone());
+            commands
+                .blocking_send(VmCommand::Save { memory: memory.into(), state: machine.into(), reply })
+                .map_err(|_| gone())?;
+            answer.blocking_recv().map_err(|_| gone())??;
+            fault::reached(Step::Saved);
+            // As the memory knows it: nothing is on its way to it while the machine stands.
+            draft.copy_disk(&disk)?;
+            fault::reached(Step::Copied);
+            drop(stands);
+            let (content, memory, machine) = if transient {
+                let (disk_bytes, memory_bytes) = draft.sizes()?;
+                let of = |size_bytes| DiskContent { size_bytes, data_bytes: 0, digest: Digest::of(&[]) };
+                (of(disk_bytes), of(memory_bytes), Digest::of(&[]))
+            } else {
+                let (memory, machine) = draft.measure_memory()?;
+                (draft.measure()?, memory, machine)
+            };
+            let network = spec.network.enabled;
+            let main = spec.workload == Workload::Main;
+            let spec = spec.for_snapshot();
+            let manifest = SnapshotManifest {
+                format: SNAPSHOT_MEMORY_FORMAT,
+                kind: SnapshotKind::Memory,
+                name: own,
+                created_at,
+                created_by: env!("CARGO_PKG_VERSION").into(),
+                source: sandbox,
+                image: SnapshotImage { reference: spec.image.clone(), digest: image_digest },
+                parent,
+                labels,
+                spec,
+                disk: SnapshotDisk {
+                    size_bytes: content.size_bytes,
+                    data_bytes: content.data_bytes,
+                    digest: content.digest.to_string(),
+                },
+                memory: Some(SnapshotMemory {
+                    size_bytes: memory.size_bytes,
+                    data_bytes: memory.data_bytes,
+                    digest: memory.digest.to_string(),
+                    machine: machine.to_string(),
+                    network,
+                    main,
+                }),
+                transient,
+            };
+            Ok(draft.seal(&manifest)?)
+        };
+        Self { name, parent: parent_id, fill: Box::new(fill), event: Some(event), guard: Box::new(hold) }
+    }
+
     /// Out of an archive whose manifest was read; `lease` keeps its image.
     #[must_use]
     pub fn of_archive(
@@ -218,6 +309,16 @@ impl Make {
         let parent = importing.manifest().parent.as_ref().map(|parent| parent.id.clone());
         let fill = move |files: &SnapshotFiles| Ok(importing.finish(files)?);
         Self { name, parent, fill: Box::new(fill), event: None, guard: Box::new(lease) }
+    }
+}
+
+/// Lets a machine that was written down go on. On the blocking pool only.
+struct Release(mpsc::Sender<VmCommand>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        // A VM that is gone does not stand.
+        let _ = self.0.blocking_send(VmCommand::Release);
     }
 }
 

@@ -22,8 +22,9 @@ pub(super) async fn recover(
     for record in found {
         known.insert(record.name.clone());
         match record.phase {
-            SnapshotPhase::Ready { id, manifest } => index.push((record.name, id, *manifest)),
-            SnapshotPhase::Making | SnapshotPhase::Removing => {
+            SnapshotPhase::Ready { id, manifest } if !manifest.transient => index.push((record.name, id, *manifest)),
+            // A transient one is of no use to anybody any more.
+            SnapshotPhase::Making | SnapshotPhase::Removing | SnapshotPhase::Ready { .. } => {
                 let (on_disk, name) = (files.clone(), record.name.clone());
                 if blocking(move || on_disk.remove(&name)).await.is_some() {
                     tracing::warn!(snapshot = %record.name, "an unfinished snapshot was removed");
@@ -36,6 +37,11 @@ pub(super) async fn recover(
     for name in swept.unwrap_or_default().into_iter().filter(|name| !known.contains(name)) {
         let (on_disk, own) = (files.clone(), name.clone());
         let Some((id, manifest)) = blocking(move || on_disk.read(&own)).await else { continue };
+        if manifest.transient {
+            let (on_disk, own) = (files.clone(), name.clone());
+            let _ = blocking(move || on_disk.remove(&own)).await;
+            continue;
+        }
         tracing::warn!(snapshot = %name, "a snapshot that the journal did not know is taken in again");
         let phase = SnapshotPhase::Ready { id: id.to_string(), manifest: Box::new(manifest.clone()) };
         let record = SnapshotRecord { name: name.clone(), phase };

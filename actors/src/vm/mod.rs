@@ -60,6 +60,17 @@ pub enum VmCommand {
     Pause(oneshot::Sender<Result<(), ApiError>>),
     /// Let them go on.
     Resume(oneshot::Sender<Result<(), ApiError>>),
+    /// Write the machine down into two empty files, its memory into the first; it stands until `Release`.
+    Save {
+        /// For its memory.
+        memory: OwnedFd,
+        /// For everything else.
+        state: OwnedFd,
+        /// Whether it stands.
+        reply: oneshot::Sender<Result<(), ApiError>>,
+    },
+    /// Let the machine that was written down go on.
+    Release,
     /// Which network rule would decide about a target.
     ExplainNetwork(String, oneshot::Sender<Result<NetworkExplanation, ApiError>>),
     /// The end of the console's output.

@@ -344,6 +344,33 @@ impl Driver {
         Ok(())
     }
 
+    /// Asks for the machine to be written down; the files go with the request's first byte.
+    async fn save(
+        &mut self,
+        memory: OwnedFd,
+        state: OwnedFd,
+        reply: oneshot::Sender<Result<(), ApiError>>,
+    ) -> io::Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut wire = Vec::new();
+        encode_json(&RequestFrame { id, request: Request::Save }, &mut wire).map_err(io::Error::other)?;
+        let files = [Arc::new(memory), Arc::new(state)];
+        let sending = async {
+            let (first, rest) = wire.split_at(1);
+            descriptors::send(&self.control, first, &files).await?;
+            self.control.write_all(rest).await
+        };
+        match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
+            Ok(sent) => sent?,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        if self.pending.len() < PENDING_MAX {
+            self.pending.push((id, Pending::Done(reply)));
+        }
+        Ok(())
+    }
+
     async fn request(&mut self, request: Request, pending: Option<Pending>) -> io::Result<()> {
         let id = self.next_id;
         self.next_id += 1;
@@ -538,6 +565,8 @@ impl Driver {
             }
             VmCommand::Pause(reply) => self.request(Request::Pause, Some(Pending::Done(reply))).await,
             VmCommand::Resume(reply) => self.request(Request::Resume, Some(Pending::Done(reply))).await,
+            VmCommand::Save { memory, state, reply } => self.save(memory, state, reply).await,
+            VmCommand::Release => self.request(Request::Release, None).await,
             VmCommand::ExplainNetwork(target, reply) => {
                 self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await
             }

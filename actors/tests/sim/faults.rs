@@ -73,18 +73,19 @@ async fn drive(world: &World) {
     insist(world, "history", || daemon.metrics_history(&old, u64::MAX, 100)).await;
     insist(world, "pause", || daemon.pause(&new)).await;
     insist(world, "resume", || daemon.resume(&new)).await;
+    snapshot(world, true).await;
     insist(world, "stop", || daemon.stop(&new, None, false)).await;
-    snapshot(world).await;
+    snapshot(world, false).await;
     insist(world, "start", || daemon.start(&new, false)).await;
     gone(world, "new").await;
     gone(world, "idle").await;
 }
 
-/// Of `new`, which is at rest.
-async fn snapshot(world: &World) {
+/// Of `new`, which is at rest, or runs if its memory is wanted.
+async fn snapshot(world: &World, memory: bool) {
     let daemon = &world.daemon;
     insist(world, "snapshot", || async {
-        let request = CreateSnapshot { name: name("kept"), from: name("new"), labels: BTreeMap::new() };
+        let request = CreateSnapshot { name: name("kept"), from: name("new"), labels: BTreeMap::new(), memory };
         match daemon.take_snapshot(request).await {
             Err(error) if error.code == ErrorCode::SnapshotAlreadyExists => daemon.inspect_snapshot("kept").await,
             outcome => outcome,

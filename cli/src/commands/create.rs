@@ -7,6 +7,7 @@ use msb_protocol::images::{PullPolicy, PullRequest};
 use msb_protocol::snapshot::snapshot_name;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
+use super::template;
 use crate::context::{Context, host_variable};
 use crate::creation::{CreationArgs, Pull};
 use crate::failure::{self, ExitStatus, Failure};
@@ -66,8 +67,15 @@ pub async fn spec(
     let config = context.config()?;
     let Some(name) = &options.snapshot else {
         let (image, command) = split(words);
+        let local = root::local(&image)?;
+        if local.is_none()
+            && options.pull == Pull::IfMissing
+            && let Some(template) = template::find(&image, &context.client().await?).await?
+        {
+            return Ok((options.spec(("", Some(&template)), &config, &host_variable)?, command));
+        }
         let mut spec = options.spec((&image, None), &config, &host_variable)?;
-        if let Some((kind, path)) = root::local(&image)? {
+        if let Some((kind, path)) = local {
             if options.pull == Pull::Always {
                 return Err(failure::invalid(format!("{image} is a path: there is nothing to pull")));
             }

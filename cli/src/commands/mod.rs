@@ -12,6 +12,7 @@ pub mod df;
 pub mod doctor;
 pub mod events;
 pub mod exec;
+pub mod fork;
 pub mod image;
 pub mod inspect;
 pub mod install;
@@ -36,13 +37,12 @@ pub mod ssh;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod template;
 pub mod top;
 pub mod uninstall;
 pub mod version;
 pub mod volume;
 pub mod wait;
-
-use msb_protocol::error::ApiError;
 
 use crate::arguments::Command;
 use crate::context::Context;
@@ -86,14 +86,14 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Debug { command } => debug::run(command, context).await,
         Command::Version => version::run(context).await,
         Command::Copy(args) => copy::run(args, context).await,
-        Command::Fork(_) => unbuilt("msb fork"),
+        Command::Fork(args) => fork::run(args, context).await,
         Command::Pause(args) => pause::pause(args, context).await,
         Command::Resume(args) => pause::resume(args, context).await,
         Command::Pull(args) => pull::run(args, context).await,
         Command::Save(args) => save::run(args, context).await,
         Command::Registry { command } => registry::run(command, context).await,
         Command::Snapshot { command } => snapshot::run(command, context).await,
-        Command::Template(_) => unbuilt("msb template"),
+        Command::Template { command } => template::run(command, context).await,
         Command::Df => df::run(context).await,
         Command::Install(args) => install::run(args, context).await,
         Command::Uninstall(args) => uninstall::run(args, context).await,
@@ -101,12 +101,4 @@ pub async fn run(command: Command, context: &Context) -> Result<ExitStatus, Fail
         Command::Top(args) => top::run(args, context).await,
         Command::Mcp(args) => mcp::run(args, context).await,
     }
-}
-
-/// The answer of a command that is not built.
-///
-/// # Errors
-/// Always: `not_implemented`, naming it.
-pub fn unbuilt(part: &str) -> Result<ExitStatus, Failure> {
-    Err(ApiError::not_implemented(part).into())
 }

@@ -10,7 +10,9 @@ use futures_util::{Stream, StreamExt};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity::show_bytes;
-use msb_protocol::snapshot::{CreateSnapshot, ImportSnapshot, SnapshotDetail, snapshot_name};
+use msb_protocol::snapshot::{
+    CreateSnapshot, ImportSnapshot, SnapshotDetail, SnapshotKind, SnapshotSummary, snapshot_name,
+};
 use tokio_util::io::ReaderStream;
 
 use super::save;
@@ -29,7 +31,7 @@ const CHUNK_LEN: usize = 256 << 10;
 /// What to do with snapshots.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
-    /// Keep the disk of a stopped sandbox, as it is
+    /// Keep the disk of a stopped sandbox, or disk and memory of a running one
     Create(SnapshotCreateArgs),
     /// List snapshots
     #[command(name = "ls", visible_alias = "list")]
@@ -53,13 +55,13 @@ pub struct SnapshotCreateArgs {
     /// Its name
     #[arg(value_name = "NAME")]
     pub name: String,
-    /// The sandbox, stopped
+    /// The sandbox: stopped, or running with --memory
     #[arg(long, value_name = "SANDBOX")]
     pub from: String,
     /// Set a label
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub label: Vec<String>,
-    /// Its memory too, while it runs (not built yet)
+    /// Its memory too, while it runs (engine kvm)
     #[arg(long)]
     pub memory: bool,
 }
@@ -113,7 +115,7 @@ fn named(text: &str) -> Result<SandboxName, Failure> {
 pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStatus, Failure> {
     match command {
         SnapshotCommand::Create(args) => create(args, context).await,
-        SnapshotCommand::List => list(context).await,
+        SnapshotCommand::List => list(context, |_| true).await,
         SnapshotCommand::Inspect(args) => inspect(args, context).await,
         SnapshotCommand::Remove(args) => remove(args, context).await,
         SnapshotCommand::Verify(args) => verify(args, context).await,
@@ -123,23 +125,22 @@ pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStat
 }
 
 async fn create(args: SnapshotCreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
-    if args.memory {
-        return Err(ApiError::not_implemented("msb snapshot create --memory").into());
-    }
     let request = CreateSnapshot {
         name: named(&args.name)?,
         from: parse::name(&args.from)?,
         labels: parse::labels(&args.label).into_iter().collect(),
+        memory: args.memory,
     };
     let client = context.client().await?;
-    let progress = context.printer.spinner(&format!("copying the disk of {}", request.from));
+    let what = if request.memory { "memory and disk" } else { "disk" };
+    let progress = context.printer.spinner(&format!("copying the {what} of {}", request.from));
     let detail = client.create_snapshot(&request).await?;
     drop(progress);
     said(&detail, context)
 }
 
 /// The name of a snapshot that is there now.
-fn said(detail: &SnapshotDetail, context: &Context) -> Result<ExitStatus, Failure> {
+pub(super) fn said(detail: &SnapshotDetail, context: &Context) -> Result<ExitStatus, Failure> {
     if context.printer.is_json() {
         context.printer.json(detail)?;
     } else {
@@ -148,18 +149,24 @@ fn said(detail: &SnapshotDetail, context: &Context) -> Result<ExitStatus, Failur
     Ok(ExitStatus::SUCCESS)
 }
 
-async fn list(context: &Context) -> Result<ExitStatus, Failure> {
-    let snapshots = context.client().await?.snapshots().await?.snapshots;
+/// Prints those that are wanted.
+pub(super) async fn list(context: &Context, wanted: impl Fn(&SnapshotSummary) -> bool) -> Result<ExitStatus, Failure> {
+    let mut snapshots = context.client().await?.snapshots().await?.snapshots;
+    snapshots.retain(wanted);
     if context.printer.is_json() {
         context.printer.json(&snapshots)?;
     } else if context.printer.is_quiet() {
         context.printer.text(&snapshots.iter().map(|snapshot| format!("{}\n", snapshot.name)).collect::<String>())?;
     } else {
         let zone = context.zone();
-        let mut table = Table::new(&["SNAPSHOT", "OF", "IMAGE", "PARENT", "SIZE", "ON DISK", "CREATED"]);
+        let mut table = Table::new(&["SNAPSHOT", "KIND", "OF", "IMAGE", "PARENT", "SIZE", "ON DISK", "CREATED"]);
         for snapshot in &snapshots {
             table.row(vec![
                 snapshot.name.to_string(),
+                match snapshot.kind {
+                    SnapshotKind::Disk => "disk".into(),
+                    SnapshotKind::Memory => "memory".into(),
+                },
                 snapshot.source.to_string(),
                 snapshot.image.reference.clone(),
                 snapshot.parent.as_ref().map(|parent| parent.name.to_string()).unwrap_or_default(),
@@ -173,7 +180,7 @@ async fn list(context: &Context) -> Result<ExitStatus, Failure> {
     Ok(ExitStatus::SUCCESS)
 }
 
-async fn inspect(args: SnapshotArgs, context: &Context) -> Result<ExitStatus, Failure> {
+pub(super) async fn inspect(args: SnapshotArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let detail = context.client().await?.snapshot(&named(&args.name)?).await?;
     if context.printer.is_json() {
         context.printer.json(&detail)?;
@@ -209,6 +216,15 @@ fn render(detail: &SnapshotDetail, zone: &jiff::tz::TimeZone) -> String {
             ),
         ),
         ("Disk digest", detail.disk.digest.clone()),
+        (
+            "Memory image",
+            detail
+                .memory
+                .as_ref()
+                .map(|memory| format!("{} of data", show_bytes(memory.data_bytes)))
+                .unwrap_or_default(),
+        ),
+        ("Memory digest", detail.memory.as_ref().map(|memory| memory.digest.clone()).unwrap_or_default()),
         ("CPUs", spec.cpus.to_string()),
         ("Memory", show_bytes(u64::from(spec.memory_mib) << 20)),
         ("User", spec.user.clone().unwrap_or_default()),
@@ -225,7 +241,7 @@ fn render(detail: &SnapshotDetail, zone: &jiff::tz::TimeZone) -> String {
 }
 
 /// One failure does not keep the others from being removed. Children go before their parents, however they are named.
-async fn remove(args: SnapshotsArgs, context: &Context) -> Result<ExitStatus, Failure> {
+pub(super) async fn remove(args: SnapshotsArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let names = args.names.iter().map(|name| named(name)).collect::<Result<Vec<_>, _>>()?;
     let client = context.client().await?;
     let (mut removed, mut left) = (Vec::new(), names);
@@ -348,6 +364,7 @@ pub(crate) fn example(spec: msb_protocol::spec::SandboxSpec) -> SnapshotDetail {
         },
         spec,
         disk: SnapshotDisk { size_bytes: 0, data_bytes: 0, digest: "sha256:02".into() },
+        memory: None,
         created_by: "0.1.0".into(),
         children: Vec::new(),
         path: "/snapshots/warm".into(),

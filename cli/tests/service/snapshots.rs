@@ -38,6 +38,7 @@ fn detail(text: &str) -> SnapshotDetail {
         },
         spec,
         disk: SnapshotDisk { size_bytes: 8 << 30, data_bytes: 2 << 20, digest: DIGEST.into() },
+        memory: None,
         created_by: "0.1.0".into(),
         children: if child { vec![] } else { vec![name("warmer")] },
         path: format!("/home/u/.msb/snapshots/{text}"),

@@ -97,17 +97,17 @@ pub fn run() -> Result<Infallible, BootError> {
 }
 
 /// The steps and their durations.
-struct Steps {
-    steps: Vec<Step>,
+pub(super) struct Steps {
+    pub(super) steps: Vec<Step>,
     last_us: u64,
 }
 
 impl Steps {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { steps: Vec::new(), last_us: uptime_us() }
     }
 
-    fn done(&mut self, name: &str) {
+    pub(super) fn done(&mut self, name: &str) {
         let now_us = uptime_us();
         self.steps.push(Step { name: name.into(), duration_us: now_us.saturating_sub(self.last_us) });
         self.last_us = now_us;
@@ -177,6 +177,7 @@ fn prepare(welcome: Welcome, steps: &mut Steps) -> Result<Prepared, Failure> {
     let security = Security::new(profile).map_err(|error| boot_failed(SETUP, error.to_string()))?;
     let guest = Guest {
         config,
+        late_main: Default::default(),
         boot_id: welcome.boot_id,
         root: root.directory,
         enter_root: true,
@@ -210,6 +211,14 @@ fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<In
         Agent::new(prepared.guest, Arc::clone(&link) as Arc<dyn Host>).map_err(|errno| failed("agent", errno))?;
     let agent = Arc::new(agent);
     link.set_door(agent.main.door());
+    agent.renewal.set_link(&link);
+    {
+        let agent = Arc::clone(&agent);
+        link.set_freezer(Box::new(move |frozen| match &agent.guest.workload {
+            Some(workload) => workload.freeze(frozen).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }));
+    }
     steps.done("agent");
     link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     {

@@ -11,7 +11,7 @@ use msb_protocol::guest::{GuestBody, HostBody, Open, OpenKind, Opened};
 use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Agent, STACK_LEN, VERSION, control};
+use super::{Agent, STACK_LEN, VERSION, control, renewal};
 use crate::failure::GuestError;
 use crate::session::stream::{FrameStream, READ_LEN, StreamError};
 use crate::session::workload::Caller;
@@ -63,7 +63,8 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
     if let Err(error) = negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, open.generation) {
         return Err((stream, GuestError::new(ErrorCode::UnsupportedOperation, error.to_string())));
     }
-    if open.boot_id != agent.guest.boot_id {
+    let renews = matches!(open.kind, Some(OpenKind::Renew(_)));
+    if !renews && open.boot_id != agent.boot_id() {
         return Err((
             stream,
             GuestError::new(ErrorCode::SandboxNotRunning, "this stream was meant for another run of the sandbox"),
@@ -93,6 +94,7 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
         Some(OpenKind::Files(open)) => crate::files::run(&agent.guest, &agent.files, stream, &open, opened),
         Some(OpenKind::Archive(open)) => crate::files::run_archive(&agent.guest, &agent.files, stream, &open, opened),
         Some(OpenKind::Attach(attach)) => agent.main.attach(stream, &attach, opened),
+        Some(OpenKind::Renew(renew)) => renewal::renew(agent, stream, renew, open.boot_id),
         Some(OpenKind::Tcp(tcp)) => session::tcp::run(&agent.guest, stream, &tcp, opened),
         Some(OpenKind::Sftp(sftp)) => session::sftp::run(&agent.guest, stream, &sftp, opened),
         None => {

@@ -101,7 +101,7 @@ pub(crate) fn stop_gently(agent: &Agent, order: &Shutdown) {
     if !order.pre_stop.is_empty() {
         run_hook(agent, order);
     }
-    let configured = agent.guest.config.main.as_ref().map_or(0, |main| main.stop_signal);
+    let configured = agent.guest.main().map_or(0, |main| main.stop_signal);
     let signal =
         [order.signal, configured].into_iter().find(|number| (1..=64).contains(number)).unwrap_or(libc::SIGTERM);
     let had_main = agent.main.is_alive();

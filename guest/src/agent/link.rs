@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use msb_protocol::guest::{Exited, Goodbye, GuestBody, HostBody, Log, OutputStream, Started};
+use msb_protocol::guest::{Exited, Goodbye, GuestBody, HostBody, Log, OutputStream, Quiesced, Started};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use std::os::fd::AsFd;
@@ -20,16 +20,25 @@ const LOG_BACKLOG_MAX: usize = 64 << 10;
 /// Log lines that may come at once, and how many more each second.
 const LOG_BURST: u32 = 200;
 const LOG_PER_SECOND: u32 = 20;
+/// How long a lost stream may take to be noticed.
+const REPLACE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a copy of a saved machine waits to be renewed.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(120);
 /// Longest log line in bytes.
 const LOG_LINE_MAX: usize = 1024;
 
+/// Freezes (true) or thaws the workload.
+pub type Freezer = Box<dyn Fn(bool) -> Result<(), String> + Send + Sync>;
+
 /// The link.
-#[derive(Debug)]
 pub struct Link {
     state: Mutex<State>,
     changed: Condvar,
     wake: OwnedFd,
-    socket: OwnedFd,
+    /// The stream's socket, for the thread that waits on it without the lock.
+    socket: Mutex<Arc<OwnedFd>>,
+    /// Freezes the workload, or lets it go on.
+    freezer: OnceLock<Freezer>,
     door: OnceLock<Arc<Door>>,
 }
 
@@ -40,6 +49,8 @@ struct State {
     starved: bool,
     acknowledged: bool,
     lost: bool,
+    /// The workload is frozen because the machine is being saved. What is lost now was lost in a copy of the machine, and is renewed.
+    quiesced: bool,
     log_tokens: u32,
     log_refill: Instant,
 }
@@ -53,14 +64,68 @@ impl Link {
         let socket = rustix::io::fcntl_dupfd_cloexec(stream.socket(), 3)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let log_refill = Instant::now();
-        let state =
-            State { stream, starved: false, acknowledged: false, lost: false, log_tokens: LOG_BURST, log_refill };
-        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), wake, socket, door: OnceLock::new() })
+        let state = State {
+            stream,
+            starved: false,
+            acknowledged: false,
+            lost: false,
+            quiesced: false,
+            log_tokens: LOG_BURST,
+            log_refill,
+        };
+        Ok(Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            wake,
+            socket: Mutex::new(Arc::new(socket)),
+            freezer: OnceLock::new(),
+            door: OnceLock::new(),
+        })
     }
 
     /// Whom to wake when there is room again.
     pub fn set_door(&self, door: Arc<Door>) {
         let _ = self.door.set(door);
+    }
+
+    /// What freezes the workload.
+    pub fn set_freezer(&self, freezer: Freezer) {
+        let _ = self.freezer.set(freezer);
+    }
+
+    fn socket(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.socket.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the machine is being saved, or was made of a saved one and is not renewed yet.
+    pub fn is_quiesced(&self) -> bool {
+        self.lock().quiesced
+    }
+
+    /// Puts a new stream in the place of the lost one. False if the link was not waiting for that.
+    pub fn replace(&self, stream: FrameStream) -> bool {
+        let Ok(socket) = rustix::io::fcntl_dupfd_cloexec(stream.socket(), 3) else { return false };
+        let _ = rustix::net::shutdown(&*self.socket(), rustix::net::Shutdown::Both);
+        if !self.wait(REPLACE_LIMIT, |state| state.lost) {
+            return false;
+        }
+        let mut state = self.lock();
+        if !state.quiesced {
+            return false;
+        }
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(socket);
+        state.stream = stream;
+        (state.lost, state.acknowledged) = (false, false);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Lets the workload go on.
+    pub fn thaw(&self) {
+        self.lock().quiesced = false;
+        if let Some(Err(error)) = self.freezer.get().map(|freezer| freezer(false)) {
+            self.log(&format!("the workload cannot be thawed: {error}"));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -114,8 +179,9 @@ impl Link {
         let mut scratch = vec![0; READ_LEN];
         loop {
             let write = if self.lock().stream.backlog() > 0 { PollFlags::OUT } else { PollFlags::empty() };
+            let socket = self.socket();
             let mut fds = [
-                PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN | write),
+                PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN | write),
                 PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN),
             ];
             if poll(&mut fds, None).is_err() {
@@ -130,7 +196,14 @@ impl Link {
                 state.stream.discard();
                 self.changed.notify_all();
                 self.wake_starved(&mut state);
-                return error;
+                if !state.quiesced {
+                    return error;
+                }
+                // A copy of the saved machine: its host says what is new, or it is of no use to anybody.
+                drop(state);
+                if !self.wait(RENEWAL_LIMIT, |state| !state.lost) {
+                    return error;
+                }
             }
         }
     }
@@ -155,6 +228,20 @@ impl Link {
                         Err(error) => error,
                     };
                     self.push_log(&mut state, &line);
+                }
+                HostBody::Quiesce(_) => {
+                    // Set before the answer: between the two the machine may become two.
+                    state.quiesced = true;
+                    let outcome = self.freezer.get().map_or(Ok(()), |freezer| freezer(true));
+                    state.quiesced = outcome.is_ok();
+                    state.stream.send(GuestBody::Quiesced(Quiesced { error: outcome.err().unwrap_or_default() }));
+                    self.flush(&mut state);
+                }
+                HostBody::Thaw(_) => {
+                    state.quiesced = false;
+                    if let Some(Err(error)) = self.freezer.get().map(|freezer| freezer(false)) {
+                        self.push_log(&mut state, &format!("the workload cannot be thawed: {error}"));
+                    }
                 }
                 HostBody::GoodbyeAck(_) => {
                     state.acknowledged = true;
@@ -191,6 +278,12 @@ impl Link {
         line.truncate(line.floor_char_boundary(LOG_LINE_MAX));
         state.stream.send(GuestBody::Log(Log { line }));
         self.flush(state);
+    }
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").finish_non_exhaustive()
     }
 }
 

@@ -14,6 +14,7 @@ pub mod connection;
 pub mod control;
 pub mod ending;
 pub mod link;
+pub mod renewal;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -47,6 +48,8 @@ pub struct Agent {
     pub(crate) controls: control::Controls,
     /// Whether and why the end is due.
     pub(crate) end: ending::EndSwitch,
+    /// What a machine that was made of a saved one became.
+    pub(crate) renewal: renewal::Renewals,
 }
 
 impl std::fmt::Debug for Agent {
@@ -66,7 +69,16 @@ impl Agent {
     pub fn new(guest: Guest, host: Arc<dyn Host>) -> Result<Self, Errno> {
         let main = MainWorkload::new(guest.config.main.is_some())?;
         let (controls, end) = (control::Controls::new()?, ending::EndSwitch::default());
-        Ok(Self { guest, main, host, connections: AtomicUsize::new(0), files: Default::default(), controls, end })
+        Ok(Self {
+            guest,
+            main,
+            host,
+            connections: AtomicUsize::new(0),
+            files: Default::default(),
+            controls,
+            end,
+            renewal: Default::default(),
+        })
     }
 
     /// Runs the main workload in the calling thread; its end is the sandbox's.

@@ -6,7 +6,8 @@ use std::io;
 use std::path::Path;
 
 use msb_protocol::guest::GuestConfig;
-use rustix::mount::{MountFlags, mount};
+use rustix::fs::OFlags;
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
 use super::directory::{RootDirectory, path_of};
 use super::{RootError, Trying, hardening};
@@ -91,18 +92,49 @@ pub fn mount_cgroup(root: &RootDirectory) -> io::Result<()> {
     mount_inside(root, &file_system)
 }
 
+/// Writes hostname, hosts and resolv.conf.
+///
+/// # Errors
+/// As open(2) and write(2).
+pub fn write_names(root: &RootDirectory, config: &GuestConfig) -> Result<(), RootError> {
+    let hostname = format!("{}\n", config.hostname);
+    for (path, text) in
+        [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)]
+    {
+        root.write(Path::new(path), text.as_bytes(), 0o644).trying("identity", &format!("cannot write {path}"))?;
+    }
+    Ok(())
+}
+
+/// Lays a new boot id over the kernel's, which drew it once and was copied since.
+///
+/// # Errors
+/// As mount(2).
+pub fn renew_boot_id(root: &RootDirectory) -> io::Result<()> {
+    /// In the agent's own root, which the workload does not see.
+    const PLACE: &str = "/boot_id";
+    let target = Path::new("/proc/sys/kernel/random/boot_id");
+    let is_laid = Path::new(PLACE).exists();
+    // The one source of UUIDs in the kernel; it has been seeded anew.
+    std::fs::write(PLACE, std::fs::read("/proc/sys/kernel/random/uuid")?)?;
+    if is_laid {
+        // A copy of a copy: what lies over the kernel's is this file.
+        return Ok(());
+    }
+    let over = root.open_path(target, OFlags::PATH, 0)?;
+    mount_bind(PLACE, path_of(&over))?;
+    let laid = root.open_path(target, OFlags::PATH, 0)?;
+    mount_remount(path_of(&laid), MountFlags::BIND | MountFlags::RDONLY | NO_EXEC, c"")?;
+    Ok(())
+}
+
 /// Writes hostname, hosts and resolv.conf, makes /etc/mtab if the image has none, and makes the working directory.
 ///
 /// # Errors
 /// As open(2) and write(2).
 pub fn write_files(root: &RootDirectory, config: &GuestConfig) -> Result<(), RootError> {
     const STAGE: &str = "identity";
-    let hostname = format!("{}\n", config.hostname);
-    for (path, text) in
-        [("/etc/hostname", &hostname), ("/etc/hosts", &config.hosts), ("/etc/resolv.conf", &config.resolv_conf)]
-    {
-        root.write(Path::new(path), text.as_bytes(), 0o644).trying(STAGE, &format!("cannot write {path}"))?;
-    }
+    write_names(root, config)?;
     let etc = root.create_directories(Path::new("/etc"), 0o755).trying(STAGE, "cannot open /etc")?;
     // One that exists stays as the image has it.
     let _ = rustix::fs::symlinkat("/proc/mounts", &etc, "mtab");

@@ -22,10 +22,10 @@ pub mod workload;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use msb_protocol::guest::GuestConfig;
+use msb_protocol::guest::{GuestConfig, MainConfig};
 
 use crate::cgroup::WorkloadGroup;
 use crate::failure::GuestError;
@@ -38,6 +38,8 @@ use crate::sys;
 pub struct Guest {
     /// How the guest is set up.
     pub config: GuestConfig,
+    /// The main workload of a guest that was made of a saved one without any.
+    pub late_main: OnceLock<MainConfig>,
     /// This run's identity.
     pub boot_id: Vec<u8>,
     /// The workload's root.
@@ -57,6 +59,11 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// The main workload, if there is one.
+    pub fn main(&self) -> Option<&MainConfig> {
+        self.config.main.as_ref().or_else(|| self.late_main.get())
+    }
+
     /// A new descriptor of the null device.
     ///
     /// # Errors

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!  absent                        no main workload in the configuration
+//!     │ a machine made of a saved one gets one
+//!     ▼
 //!  waiting ── start ──► running ── process ended, output delivered to the log ──► ended ── clients told ──► finished
 //!     └────── start failed (127, 126, 125) ──────────────────────────────────────────────────────────────────▲
 //! ```
@@ -74,6 +76,15 @@ impl MainWorkload {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is one now, if there was none. Whether it waits to be started.
+    pub fn appear(&self) -> bool {
+        let mut state = self.lock();
+        if matches!(*state, State::Absent) {
+            *state = State::Waiting;
+        }
+        matches!(*state, State::Waiting)
     }
 
     fn set(&self, state: State) {
@@ -163,7 +174,7 @@ impl MainWorkload {
         if let Err(error) = self.claim() {
             return Err(Refusal { error, stream, is_end: false });
         }
-        let mut exec: ExecConfig = guest.config.main.as_ref().and_then(|main| main.exec.clone()).unwrap_or_default();
+        let mut exec: ExecConfig = guest.main().and_then(|main| main.exec.clone()).unwrap_or_default();
         if exec.terminal.is_some() && size.is_some() {
             exec.terminal = size;
         }

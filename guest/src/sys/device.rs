@@ -16,6 +16,7 @@ struct PoolInfo {
 }
 
 nix::ioctl_write_ptr_bad!(rnd_add_entropy, nix::request_code_write!(b'R', 0x03, size_of::<[i32; 2]>()), PoolInfo);
+nix::ioctl_none!(rnd_reseed, b'R', 0x07);
 nix::ioctl_write_ptr!(ext4_resize, b'f', 16, u64);
 nix::ioctl_readwrite!(file_system_trim, b'X', 121, TrimRange);
 
@@ -50,6 +51,15 @@ pub fn add_entropy(random: impl AsFd, seed: &[u8]) -> Result<(), Errno> {
         unsafe { rnd_add_entropy(random.as_fd().as_raw_fd(), &raw const info) }?;
     }
     Ok(())
+}
+
+/// Makes the kernel's generator take a new key from its pool now: what it gives from here on has the seeds of before in it.
+///
+/// # Errors
+/// As ioctl(2).
+pub fn reseed_entropy(random: impl AsFd) -> Result<(), Errno> {
+    // SAFETY: this request has no argument.
+    unsafe { rnd_reseed(random.as_fd().as_raw_fd()) }.map(drop)
 }
 
 /// Grows a mounted ext4 to a number of blocks.

@@ -8,5 +8,7 @@
 mod device;
 mod spawn;
 
-pub use device::{add_entropy, bring_loopback_up, grow_ext4, kill_group, signal_pidfd, slew_clock, trim};
+pub use device::{
+    add_entropy, bring_loopback_up, grow_ext4, kill_group, reseed_entropy, signal_pidfd, slew_clock, trim,
+};
 pub use spawn::{Child, Confinement, Spawn, SpawnError, Step, spawn};

@@ -19,6 +19,11 @@ pub enum SnapshotError {
         /// What is wrong.
         reason: String,
     },
+    /// Memory does not leave its host.
+    #[error(
+        "snapshot {0} has memory, which fits the processor and the kernel of this host and may hold any secret of its sandbox: it is not exported"
+    )]
+    HasMemory(String),
     /// The archive ended too early.
     #[error("the archive is truncated: {0}")]
     Truncated(String),
@@ -78,6 +83,7 @@ impl SnapshotError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Missing(_) | Self::Damaged { .. } => ErrorCode::SnapshotDamaged,
+            Self::HasMemory(_) => ErrorCode::UnsupportedOperation,
             Self::Truncated(_) | Self::Archive(_) => ErrorCode::InvalidArchive,
             Self::Digest { .. } => ErrorCode::DigestMismatch,
             Self::NoRoom { .. } | Self::DiskFull(_) => ErrorCode::DiskFull,
@@ -99,6 +105,9 @@ impl From<SnapshotError> for ApiError {
             | SnapshotError::Digest { .. }
             | SnapshotError::Stream(_) => {
                 api.with_hint("export it again with `msb snapshot export`, and compare checksums")
+            }
+            SnapshotError::HasMemory(_) => {
+                api.with_hint("stop the sandbox and take one of its disk: that can be exported")
             }
             SnapshotError::NoRoom { .. } | SnapshotError::DiskFull(_) => {
                 api.with_hint("free space on that file system; `msb df` shows what takes it")

@@ -5,6 +5,7 @@
 //!    .work-XXXXXX/              being made or removed; emptied when the daemon starts
 //!    <name>/                    0700, files 0400
 //!      manifest.json            its digest is the snapshot's identity
+//!      memory.img, machine.json of one with memory: pages, sparse; processors and devices, as `msb-vmm` wrote them
 //!      disk.img                 sparse; shares extents with its source and its copies where the file system can
 //! ```
 //! Called by the snapshot actor, which keeps the index in the journal and decides about names; here is no decision about which snapshots
@@ -24,11 +25,15 @@ use msb_protocol::snapshot::{SNAPSHOT_MANIFEST_LEN_MAX, SnapshotManifest};
 
 use crate::digest::Digest;
 pub use archive::Importing;
-use disk::DiskContent;
+pub use disk::DiskContent;
 pub use error::SnapshotError;
 
 const MANIFEST: &str = "manifest.json";
 const DISK: &str = "disk.img";
+const MEMORY: &str = "memory.img";
+const MACHINE: &str = "machine.json";
+/// Largest file of processors and devices, in bytes.
+const MACHINE_LEN_MAX: u64 = 8 << 20;
 const WORK: &str = ".work-";
 
 /// The directory of all snapshots.
@@ -170,7 +175,10 @@ impl SnapshotFiles {
     #[must_use]
     pub fn allocated_bytes(&self, name: &SandboxName) -> u64 {
         let place = self.path(name);
-        [MANIFEST, DISK].iter().map(|file| fs::metadata(place.join(file)).map_or(0, |data| data.blocks() * 512)).sum()
+        [MANIFEST, DISK, MEMORY, MACHINE]
+            .iter()
+            .map(|file| fs::metadata(place.join(file)).map_or(0, |data| data.blocks() * 512))
+            .sum()
     }
 
     /// Makes a writable disk of `bytes` at `target` out of a snapshot's. The path appears when the disk is whole.
@@ -227,7 +235,32 @@ impl SnapshotFiles {
         } else if found.digest.to_string() != manifest.disk.digest {
             problems.push(format!("its disk has digest {} and should have {}", found.digest, manifest.disk.digest));
         }
-        Ok((found.data_bytes, problems))
+        let mut bytes = found.data_bytes;
+        if let Some(memory) = &manifest.memory {
+            let place = self.path(name);
+            match measure_memory(&place) {
+                Ok((content, machine)) => {
+                    bytes += content.data_bytes;
+                    if content.size_bytes != memory.size_bytes || content.digest.to_string() != memory.digest {
+                        problems.push(format!(
+                            "its memory has digest {} and should have {}",
+                            content.digest, memory.digest
+                        ));
+                    }
+                    if machine.to_string() != memory.machine {
+                        problems.push(format!("its machine has digest {machine} and should have {}", memory.machine));
+                    }
+                }
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
+        Ok((bytes, problems))
+    }
+
+    /// The files of a snapshot's memory and machine.
+    #[must_use]
+    pub fn memory_files(&self, name: &SandboxName) -> (PathBuf, PathBuf) {
+        (self.path(name).join(MEMORY), self.path(name).join(MACHINE))
     }
 
     /// Writes a snapshot as one `.tar.zst`, its disk as a sparse entry. What is damaged is not written to its end.
@@ -241,6 +274,9 @@ impl SnapshotFiles {
         manifest: &SnapshotManifest,
         out: &mut dyn Write,
     ) -> Result<(), SnapshotError> {
+        if manifest.memory.is_some() {
+            return Err(SnapshotError::HasMemory(name.to_string()));
+        }
         let bytes = self.manifest_bytes(name)?;
         if Digest::of(&bytes).to_string() != id {
             let reason = "its manifest is not what was written".to_owned();
@@ -280,6 +316,34 @@ impl Draft {
         disk::copy(&source, &file).map_err(|error| SnapshotError::io("write", &path, error))
     }
 
+    /// The files for memory and machine, empty.
+    ///
+    /// # Errors
+    /// `DiskFull`, `Io`.
+    pub fn create_memory(&self) -> Result<(File, File), SnapshotError> {
+        Ok((self.create(MEMORY)?.1, self.create(MACHINE)?.1))
+    }
+
+    /// Digests its memory and its machine.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn measure_memory(&self) -> Result<(DiskContent, Digest), SnapshotError> {
+        measure_memory(self.directory.path())
+    }
+
+    /// Lengths of its disk and its memory in bytes, for one that nobody will compare with anything.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sizes(&self) -> Result<(u64, u64), SnapshotError> {
+        let length = |name| {
+            let path = self.directory.path().join(name);
+            fs::metadata(&path).map(|data| data.len()).map_err(|error| SnapshotError::io("read", &path, error))
+        };
+        Ok((length(DISK)?, length(MEMORY)?))
+    }
+
     /// Digests its disk.
     ///
     /// # Errors
@@ -290,7 +354,7 @@ impl Draft {
         measured.map_err(|error| SnapshotError::io("read", &path, error))
     }
 
-    /// Writes its manifest and makes everything durable.
+    /// Writes its manifest and makes everything durable, unless it is transient.
     ///
     /// # Errors
     /// `DiskFull`, `Io`, `Manifest` for one that would not be read again.
@@ -303,12 +367,15 @@ impl Draft {
         let manifest = SnapshotManifest::parse(&bytes).map_err(SnapshotError::Manifest)?;
         let (path, mut file) = self.create(MANIFEST)?;
         file.write_all(&bytes).map_err(|error| SnapshotError::io("write", &path, error))?;
-        for name in [MANIFEST, DISK] {
+        let memory = if manifest.memory.is_some() { &[MEMORY, MACHINE][..] } else { &[] };
+        for name in [MANIFEST, DISK].iter().chain(memory) {
             let path = self.directory.path().join(name);
             let failed = |error| SnapshotError::io("write", &path, error);
             let file = File::open(&path).map_err(failed)?;
             file.set_permissions(Permissions::from_mode(0o400)).map_err(failed)?;
-            file.sync_all().map_err(failed)?;
+            if !manifest.transient {
+                file.sync_all().map_err(failed)?;
+            }
         }
         sync_directory(self.directory.path())?;
         Ok(Sealed { directory: self.directory, id: Digest::of(&bytes), manifest })
@@ -335,6 +402,18 @@ impl Sealed {
     pub fn manifest(&self) -> &SnapshotManifest {
         &self.manifest
     }
+}
+
+fn measure_memory(place: &Path) -> Result<(DiskContent, Digest), SnapshotError> {
+    let path = place.join(MEMORY);
+    let content = File::open(&path).and_then(|file| disk::measure(&file));
+    let content = content.map_err(|error| SnapshotError::io("read", &path, error))?;
+    let path = place.join(MACHINE);
+    let mut bytes = Vec::new();
+    File::open(&path)
+        .and_then(|file| file.take(MACHINE_LEN_MAX).read_to_end(&mut bytes))
+        .map_err(|error| SnapshotError::io("read", &path, error))?;
+    Ok((content, Digest::of(&bytes)))
 }
 
 fn sync_directory(path: &Path) -> Result<(), SnapshotError> {

@@ -28,7 +28,9 @@ use msb_protocol::images::{
     DiskUsage, ImageRemoval, LoginReport, LoginRequest, PinRequest, PruneReport, PruneRequest, PullEvent, PullRequest,
     RegistryList, SaveRequest, TagRequest,
 };
-use msb_protocol::snapshot::{CreateSnapshot, ImportSnapshot, SnapshotCheck, SnapshotDetail, SnapshotList};
+use msb_protocol::snapshot::{
+    CreateSnapshot, ForkRequest, ImportSnapshot, SnapshotCheck, SnapshotDetail, SnapshotList,
+};
 use msb_protocol::version::CONTROL_API_VERSION;
 use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeList};
@@ -630,7 +632,15 @@ impl Client {
         self.get(&format!("/v1/snapshots/{name}")).await
     }
 
-    /// Takes a snapshot of a stopped sandbox; answers once it is durable.
+    /// Makes copies of a running sandbox, its memory included; answers once all of them are up.
+    ///
+    /// # Errors
+    /// `sandbox_not_found`, `sandbox_not_running`, `unsupported_operation`, and those of [`Client::create`].
+    pub async fn fork(&self, name: &SandboxName, request: &ForkRequest) -> Result<Vec<SandboxDetail>, Error> {
+        self.post(&sandbox(name, "/fork"), request).await
+    }
+
+    /// Takes a snapshot of a stopped sandbox, or of a running one with its memory; answers once it is durable.
     ///
     /// # Errors
     /// `sandbox_not_found`, `sandbox_still_running`, `snapshot_already_exists`, `disk_full`.

@@ -28,7 +28,7 @@ impl Snapshot {
     pub async fn create(name: &str, from: &str) -> Result<Self, Error> {
         let name = parse(name)?;
         let from = SandboxName::parse(from).map_err(Error::InvalidConfig)?;
-        let request = CreateSnapshot { name, from, labels: Default::default() };
+        let request = CreateSnapshot { name, from, labels: Default::default(), memory: false };
         Self::create_on(&Client::connect().await?, &request).await
     }
 

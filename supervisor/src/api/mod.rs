@@ -112,6 +112,7 @@ fn routes() -> (Router<ApiState>, utoipa::openapi::OpenApi) {
         .routes(routes!(sandboxes::stop))
         .routes(routes!(sandboxes::restart))
         .routes(routes!(sandboxes::pause))
+        .routes(routes!(snapshots::fork))
         .routes(routes!(sandboxes::resume))
         .routes(routes!(sandboxes::detach))
         .routes(routes!(sandboxes::label))

@@ -5,10 +5,11 @@ use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, Request, State};
 use axum::response::Response;
+use msb_protocol::control::SandboxDetail;
 use msb_protocol::error::ApiError;
 use msb_protocol::id::SandboxName;
 use msb_protocol::snapshot::{
-    CreateSnapshot, ImportSnapshot, SnapshotCheck, SnapshotDetail, SnapshotList, snapshot_name,
+    CreateSnapshot, ForkRequest, ImportSnapshot, SnapshotCheck, SnapshotDetail, SnapshotList, snapshot_name,
 };
 
 use super::failure::{Failure, body, query};
@@ -26,6 +27,16 @@ pub(crate) async fn list(State(state): State<ApiState>) -> Result<Json<SnapshotL
 #[utoipa::path(post, path = "/v1/snapshots", request_body = CreateSnapshot, responses((status = 200, body = SnapshotDetail), (status = "4XX", body = ApiError)))]
 pub(crate) async fn create(State(state): State<ApiState>, request: Bytes) -> Result<Json<SnapshotDetail>, Failure> {
     Ok(Json(state.daemon.take_snapshot(body(&request, None)?).await?))
+}
+
+#[utoipa::path(post, path = "/v1/sandboxes/{name}/fork", params(("name" = String, Path)), request_body = ForkRequest, responses((status = 200, body = Vec<SandboxDetail>, description = "once all of them are up"), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError)))]
+pub(crate) async fn fork(
+    State(state): State<ApiState>,
+    Path(name): Path<String>,
+    request: Bytes,
+) -> Result<Json<Vec<SandboxDetail>>, Failure> {
+    let name = SandboxName::parse(&name).map_err(Failure)?;
+    Ok(Json(state.daemon.fork(&name, body(&request, None)?).await?))
 }
 
 #[utoipa::path(get, path = "/v1/snapshots/{name}", params(("name" = String, Path)), responses((status = 200, body = SnapshotDetail), (status = "4XX", body = ApiError)))]

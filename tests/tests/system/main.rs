@@ -18,6 +18,7 @@ mod image;
 mod inside;
 mod logs;
 mod machine;
+mod memory;
 mod metrics;
 mod network;
 mod output;

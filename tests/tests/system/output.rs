@@ -95,7 +95,6 @@ fn help_groups_every_command() {
 #[test]
 fn what_is_not_built_says_so_and_no_flag_is_ignored() {
     let home = Home::with_busybox("not_built");
-    home.fails(&["template", "ls"], 1, "not_implemented");
     home.fails(&["run", "--tls-intercept", "busybox", "true"], 125, "not_implemented");
     assert!(home.sandboxes().is_empty());
     home.succeeds(&["create", "--name", "box", "busybox"]);

@@ -1,6 +1,6 @@
 //! One connection of a daemon: frames in, frames out, both bounded.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,6 +16,8 @@ use rustix::net::{
 
 /// Bytes that may wait for a daemon that does not read; more than any sequence of answers needs.
 const OUTGOING_BYTES_MAX: usize = 4 << 20;
+/// Most descriptors that wait for the request they came with, beyond a launch.
+const DESCRIPTORS_MAX: usize = 4;
 /// Bytes per read.
 const READ_BYTES: usize = 16 * 1024;
 /// Reads in a row from one connection before others get their turn.
@@ -32,6 +34,8 @@ pub struct Connection {
     descriptors: Vec<OwnedFd>,
     /// Whether events go here too; newer ones take over.
     pub(super) wants_events: bool,
+    /// Whether the machine stands because it was asked to be written down here.
+    pub(super) has_saved: bool,
     /// Time between two samples and when the next is due, if this connection asked for them.
     samples: Option<(Duration, Instant)>,
 }
@@ -47,11 +51,12 @@ impl Connection {
             outgoing_descriptors: Vec::new(),
             descriptors: Vec::new(),
             wants_events: false,
+            has_saved: false,
             samples: None,
         })
     }
 
-    /// The descriptors that came with the launch.
+    /// The descriptors that came with the launch, or with the request that was just taken.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.descriptors)
     }
@@ -67,7 +72,7 @@ impl Connection {
     }
 
     /// Reads bytes and the descriptors that come with them.
-    fn receive_launch_bytes(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive_bytes(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PORTS_COUNT_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
@@ -102,8 +107,10 @@ impl Connection {
     pub(super) fn receive(&mut self) -> bool {
         let mut buffer = [0u8; READ_BYTES];
         for _ in 0..READS_MAX {
-            match self.stream.read(&mut buffer) {
+            match self.receive_bytes(&mut buffer) {
                 Ok(0) => return false,
+                // No request takes so many: a peer that sends more means nothing by them.
+                Ok(_) if self.descriptors.len() > DESCRIPTORS_MAX => return false,
                 Ok(count) => self.decoder.push(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -202,7 +209,7 @@ pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Res
         connection.stream.set_nonblocking(false)?;
         connection.stream.set_read_timeout(Some(left))?;
         let mut buffer = [0u8; READ_BYTES];
-        let read = connection.receive_launch_bytes(&mut buffer);
+        let read = connection.receive_bytes(&mut buffer);
         connection.stream.set_nonblocking(true)?;
         match read {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

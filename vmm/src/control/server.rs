@@ -1,5 +1,6 @@
 //! The control thread: requests, events, deadlines.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -22,7 +23,7 @@ use crate::end::silent_agent;
 use crate::jail::{self, ThreadClass};
 use crate::launch::machine::Meters;
 use crate::logs::decisions::DecisionLog;
-use crate::run::{AGENT_LOST_GRACE, GOODBYE_GRACE, Run};
+use crate::run::{AGENT_LOST_GRACE, GOODBYE_GRACE, Run, Saved};
 
 /// Daemons connected at once; the oldest gives way.
 const CONNECTIONS_MAX: usize = 8;
@@ -96,6 +97,7 @@ impl Control {
             late: Arc::clone(&late),
             ending: Arc::clone(&ending),
             goodbye_sampled: false,
+            saved: None,
         };
         let thread =
             std::thread::Builder::new().name("control".into()).stack_size(STACK_BYTES).spawn(move || server.serve())?;
@@ -141,6 +143,8 @@ struct Server {
     late: Arc<Mutex<Late>>,
     ending: Arc<AtomicBool>,
     goodbye_sampled: bool,
+    /// The machine, while it stands because it was written down.
+    saved: Option<Saved>,
 }
 
 impl Server {
@@ -267,7 +271,10 @@ impl Server {
                             let interval = Duration::from_millis(sample_interval_ms).max(SAMPLE_INTERVAL_MIN);
                             connection.subscribe((sample_interval_ms > 0).then_some(interval), Instant::now());
                         }
-                        let result = self.answer(frame.request);
+                        let result = match frame.request {
+                            Request::Save => self.save(&mut connection),
+                            request => self.answer(request),
+                        };
                         if adopts && result.is_ok() {
                             connection.attach(&self.ports);
                             connection.wants_events = true;
@@ -296,9 +303,27 @@ impl Server {
             }
         }
         self.connections = kept;
+        // Whoever asked for it is gone: nobody else lets it go on.
+        if self.saved.is_some() && !self.connections.iter().any(|connection| connection.has_saved) {
+            self.saved = None;
+        }
     }
 
-    fn answer(&self, request: Request) -> Result<Reply, ApiError> {
+    /// Writes the machine down into the two files that came along; it stands until `Release`, or until the connection ends.
+    fn save(&mut self, connection: &mut Connection) -> Result<Reply, ApiError> {
+        let mut files = connection.take_descriptors().into_iter().map(File::from);
+        let (Some(memory), Some(state), None) = (files.next(), files.next(), files.next()) else {
+            return Err(ApiError::new(ErrorCode::InvalidRequest, "a machine is written into two files"));
+        };
+        if self.saved.is_some() {
+            return Err(ApiError::new(ErrorCode::SandboxBusy, "the machine is being written down already"));
+        }
+        self.saved = Some(self.run.save(self.engine, &memory, &state)?);
+        connection.has_saved = true;
+        Ok(Reply::Done)
+    }
+
+    fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
             Request::Launch { .. } => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
             Request::Adopt { generation: 0 } => {
@@ -309,6 +334,14 @@ impl Server {
                 lock(&self.late).sampler.take();
                 self.run.kill(cause);
                 Ok(Reply::Done)
+            }
+            Request::Save => Err(ApiError::internal("answered where its files are")),
+            Request::Release => {
+                self.saved = None;
+                Ok(Reply::Done)
+            }
+            Request::Pause | Request::Resume if self.saved.is_some() => {
+                Err(ApiError::new(ErrorCode::SandboxBusy, "the machine is being written down"))
             }
             Request::Pause => self.run.set_paused(true, self.engine).map(|()| Reply::Done),
             Request::Resume => self.run.set_paused(false, self.engine).map(|()| Reply::Done),

@@ -15,6 +15,7 @@
 pub mod kvm;
 pub mod qemu;
 
+use std::any::Any;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -64,6 +65,8 @@ pub struct Machine {
     pub console: ConsoleSink,
     /// A private directory for sockets an engine needs (0700, removed by the caller).
     pub work_directory: PathBuf,
+    /// A saved machine to go on with, in place of booting the kernel.
+    pub restore: Option<Restore>,
     /// Where phases of the boot are marked.
     pub phases: Phases,
 }
@@ -101,6 +104,12 @@ pub enum BootError {
     #[error("kernel could not be loaded: {reason}")]
     Kernel {
         /// What is wrong with the file.
+        reason: String,
+    },
+    /// a saved machine that cannot go on here
+    #[error("the saved machine cannot go on here: {reason}")]
+    Restore {
+        /// What is missing or wrong.
         reason: String,
     },
     /// guest memory could not be had
@@ -164,6 +173,24 @@ pub trait Halter: Send + Sync {
     fn go_on(&self);
 }
 
+/// Writes a halted machine down, from any thread.
+pub trait Saver: Send + Sync {
+    /// Writes its memory into the empty file `memory` and everything else into the empty file `state`. Its devices stand from then on
+    /// until the answer is dropped, so that its disks can be copied as the memory knows them.
+    ///
+    /// # Errors
+    /// In words, or what the files say. Nothing stands then.
+    fn save(&self, memory: &File, state: &File) -> std::io::Result<Box<dyn Any + Send>>;
+}
+
+/// What a machine is made of in place of a kernel.
+pub struct Restore {
+    /// Its memory.
+    pub memory: File,
+    /// Everything else.
+    pub state: kvm::saved::SavedMachine,
+}
+
 /// One engine with one machine in it.
 pub trait Engine: Send {
     /// `kvm` or `qemu`, as in specs and messages.
@@ -174,6 +201,11 @@ pub trait Engine: Send {
 
     /// What halts the machine, if this engine can.
     fn halter(&self) -> Option<Arc<dyn Halter>> {
+        None
+    }
+
+    /// What writes the machine down, once it is booted and if this engine can.
+    fn saver(&self) -> Option<Arc<dyn Saver>> {
         None
     }
 

@@ -3,6 +3,7 @@
 //! Fails with the error a user sees and with nothing left behind but the two sockets, which the next launch replaces.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,11 +12,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::guest::{GUEST_CID, LINK_PORT};
+use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
-    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
+    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -29,7 +30,8 @@ use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
-use crate::engine::Machine;
+use crate::engine::kvm::saved::{SavedError, SavedMachine};
+use crate::engine::{Machine, Restore};
 use crate::jail::ThreadClass;
 use crate::logs::decisions::DecisionLog;
 use crate::run::Run;
@@ -193,6 +195,29 @@ pub(super) fn open_upper(path: &Path) -> Result<File, ApiError> {
     Ok(file)
 }
 
+/// A stream to the agent, which is there once the guest runs.
+fn call_agent(socket: &Path) -> std::io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
+    Ok(stream)
+}
+
+/// Opens the files of a saved machine and reads the smaller one.
+fn open_saved(spec: &RestoreSpec) -> Result<Restore, ApiError> {
+    let open = |path: &Path| {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+        file.map_err(|error| failed("saved machine", path, &error))
+    };
+    let state = SavedMachine::read(open(&spec.state)?).map_err(|error| {
+        let code = match error {
+            SavedError::Format(_) => ErrorCode::UnsupportedOperation,
+            SavedError::Damaged(_) => ErrorCode::SnapshotDamaged,
+        };
+        ApiError::new(code, format!("the saved machine {} cannot go on here: {error}", spec.state.display()))
+    })?;
+    Ok(Restore { memory: open(&spec.memory)?, state })
+}
+
 /// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports.
 ///
 /// # Errors
@@ -205,7 +230,14 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
     let upper = SparseFile::new(upper).map_err(|error| failed("writable disk", &spec.upper, &error))?;
     let listener = bind(&spec.run_dir.join(VSOCK_SOCKET))?;
     let internal = |error: &dyn std::fmt::Display| ApiError::internal(error);
-    let (link, guest_end) = UnixStream::pair().map_err(|error| internal(&error))?;
+    // A guest that was made of a saved one is called by its host: it has had its one call.
+    let (link, guest_ports) = match &spec.restore {
+        None => {
+            let (link, guest_end) = UnixStream::pair().map_err(|error| internal(&error))?;
+            (link, vec![GuestPort { port: LINK_PORT, stream: guest_end }])
+        }
+        Some(_) => (call_agent(&spec.run_dir.join(VSOCK_SOCKET)).map_err(|error| internal(&error))?, Vec::new()),
+    };
 
     let start_loop = |name: &str| LoopHandle::start(name).map_err(|error| ApiError::internal(&error));
     // A thread per disk: its system calls wait for the host's disk. vsock, rng and balloon never wait and share one.
@@ -236,7 +268,8 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
     let vsock_options = VsockOptions {
         guest_cid: u64::from(GUEST_CID),
         listener,
-        guest_ports: vec![GuestPort { port: LINK_PORT, stream: guest_end }],
+        guest_ports,
+        has_strangers: spec.restore.is_some(),
         on_stop: Some(Arc::new(move || stopper.streams_stopped())),
     };
     let vsock = Vsock::new(vsock_options, streams.clone()).map_err(|error| internal(&error))?;
@@ -297,6 +330,7 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         devices,
         console: Box::new(run.console().clone()),
         work_directory: PathBuf::from(&spec.run_dir),
+        restore: spec.restore.as_ref().map(open_saved).transpose()?,
         phases: run.phases().clone(),
     };
     Ok(Prepared { machine, link, meters, loops, shares })

@@ -11,5 +11,6 @@
 //! `session` is the order of messages, pure; `thread` moves the bytes. Everything that arrives is hostile: frames are bounded by the
 //! codec, texts are cut, times are only believed within what the host saw. It never waits for the daemon.
 
+pub mod handle;
 pub mod session;
 pub mod thread;

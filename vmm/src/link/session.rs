@@ -16,6 +16,8 @@ const STAGES: [&str; 4] = ["agent", "mount", "setup", "kernel"];
 pub enum LinkState {
     /// Nothing was said.
     Waiting,
+    /// A guest that was made of a saved one was told what it is now.
+    Renewing,
     /// The agent said hello and was welcomed.
     Greeted,
     /// The guest is set up.
@@ -53,6 +55,15 @@ pub enum Action {
     MainExited(Exited),
     /// A line of the agent's log, cleaned.
     Log(String),
+    /// The workload is frozen, or why it is not.
+    Quiesced(Result<(), String>),
+    /// A guest that was made of a saved one heard what it is now.
+    Renewed {
+        /// The agent's generation.
+        generation: u32,
+        /// The process of its main workload, which goes on; 0: none.
+        main_pid: u32,
+    },
     /// Acknowledge the goodbye.
     Goodbye,
     /// Close the link: the peer broke the order.
@@ -73,6 +84,11 @@ impl LinkSession {
         Self { state: LinkState::Waiting, main_started: false, main_exited: false }
     }
 
+    /// Of a guest that was made of a saved one.
+    pub fn renewing() -> Self {
+        Self { state: LinkState::Renewing, ..Self::new() }
+    }
+
     /// Where it is.
     pub fn state(&self) -> LinkState {
         self.state
@@ -91,6 +107,23 @@ impl LinkSession {
                     init_uptime_us: hello.init_uptime_us.min(hello.hello_uptime_us),
                     hello_uptime_us: hello.hello_uptime_us,
                 }
+            }
+            (LinkState::Renewing, GuestBody::Opened(opened)) => {
+                if let Err(error) = negotiate(GUEST_GENERATION, GUEST_GENERATION_MIN, opened.generation) {
+                    let stage = STAGES[0].to_owned();
+                    return Action::BootFailed { stage, error: error.into() };
+                }
+                self.state = LinkState::Greeted;
+                (self.main_started, self.main_exited) = (opened.main_pid != 0, opened.main_exited.is_some());
+                Action::Renewed { generation: opened.generation, main_pid: opened.main_pid }
+            }
+            (LinkState::Renewing, GuestBody::Refused(failure)) => {
+                boot_failed(Failure { stage: STAGES[0].into(), ..failure })
+            }
+            (LinkState::Up, GuestBody::Quiesced(quiesced)) => {
+                let error: String =
+                    quiesced.error.chars().filter(|c| !c.is_control()).take(LOG_LINE_CHARS_MAX).collect();
+                Action::Quiesced(if error.is_empty() { Ok(()) } else { Err(error) })
             }
             (LinkState::Greeted, GuestBody::Ready(ready)) => {
                 self.state = LinkState::Up;

@@ -1,7 +1,8 @@
 //! The thread behind the agent link: reads frames, carries out what `session` says, keeps the guest's clock right.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -9,12 +10,13 @@ use jiff::Timestamp;
 use msb_protocol::control::LogSource;
 use msb_protocol::frame::Decoder;
 use msb_protocol::guest::{
-    Assembler, ClockSync, GoodbyeAck, GuestConfig, HostBody, OutputStream, Welcome, encode_host,
+    Assembler, ClockSync, GoodbyeAck, GuestConfig, HostBody, Open, OpenKind, OutputStream, Renew, Welcome,
 };
 use msb_protocol::version::GUEST_GENERATION;
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::handle::LinkHandle;
 use super::session::{Action, LinkSession, LinkState};
 use crate::jail::{self, ThreadClass};
 use crate::logs::limit::RateLimit;
@@ -31,6 +33,8 @@ const CLOCK_SYNC_INTERVAL: Duration = Duration::from_secs(60);
 const CLOCK_JUMP: Duration = Duration::from_millis(500);
 /// Longest wait for a guest that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest line with which the vsock device says that a stream is there.
+const CONNECTED_LEN_MAX: usize = 32;
 /// Bytes per read.
 const READ_BYTES: usize = 64 * 1024;
 /// No recursion and no large arrays but the read buffer, which is on the heap.
@@ -40,6 +44,8 @@ const STACK_BYTES: usize = 256 * 1024;
 pub struct LinkOptions {
     /// Our end of the stream that the vsock device connects port 1025 to.
     pub stream: UnixStream,
+    /// Whether the guest was made of a saved one: the stream then leads to its agent, which is told what it is now.
+    pub renews: bool,
     /// What the agent gets.
     pub config: GuestConfig,
     /// The run to report to.
@@ -52,18 +58,22 @@ pub struct LinkOptions {
 pub fn start(options: LinkOptions) -> io::Result<JoinHandle<()>> {
     options.stream.set_read_timeout(Some(CLOCK_CHECK_INTERVAL))?;
     options.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+    let handle = Arc::new(LinkHandle::new(options.stream.try_clone()?));
+    options.run.set_link(Arc::clone(&handle));
     std::thread::Builder::new().name("agent-link".into()).stack_size(STACK_BYTES).spawn(move || {
         let run = options.run.clone();
         let mut link = Link {
             stream: options.stream,
+            handle,
             config: Some(options.config),
             run: options.run,
             log: options.log,
-            session: LinkSession::new(),
+            session: if options.renews { LinkSession::renewing() } else { LinkSession::new() },
             clock: ClockWatch::new(),
             agent_lines: RateLimit::new(50, Duration::from_secs(1)),
         };
-        if let Err(error) = link.serve() {
+        let served = if options.renews { link.renew().and_then(|()| link.serve()) } else { link.serve() };
+        if let Err(error) = served {
             tracing::warn!(%error, "agent link failed");
         }
         if let Some(log) = &mut link.log {
@@ -77,6 +87,7 @@ pub fn start(options: LinkOptions) -> io::Result<JoinHandle<()>> {
 
 struct Link {
     stream: UnixStream,
+    handle: Arc<LinkHandle>,
     /// Taken by the welcome: with a large environment it is a megabyte.
     config: Option<GuestConfig>,
     run: Run,
@@ -87,6 +98,36 @@ struct Link {
 }
 
 impl Link {
+    /// Waits for the device's `OK PORT`, then tells the agent what this guest is now.
+    fn renew(&mut self) -> io::Result<()> {
+        let mut line = Vec::with_capacity(CONNECTED_LEN_MAX);
+        loop {
+            let mut byte = [0u8];
+            match self.stream.read(&mut byte) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) if byte[0] == b'\n' => break,
+                Ok(_) if line.len() >= CONNECTED_LEN_MAX => return Err(io::ErrorKind::InvalidData.into()),
+                Ok(_) => line.push(byte[0]),
+                // The boot's own limit ends a guest that never answers, and with it this stream.
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        jail::enter_or_abort(ThreadClass::Service);
+        if !line.starts_with(b"OK ") {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        self.run.phases().mark("connected");
+        let welcome = self.new_welcome()?;
+        let open = Open {
+            generation: GUEST_GENERATION,
+            boot_id: welcome.boot_id.clone(),
+            kind: Some(OpenKind::Renew(Renew { welcome: Some(Box::new(welcome)) })),
+        };
+        self.send(HostBody::Open(open))
+    }
+
     fn serve(&mut self) -> io::Result<()> {
         let mut decoder = Decoder::new();
         let mut assembler = Assembler::new();
@@ -138,6 +179,14 @@ impl Link {
                 self.run.fail_boot(&stage, error);
                 self.run.stop();
             }
+            Action::Renewed { generation, main_pid } => {
+                self.run.phases().mark("renewed");
+                self.run.agent_hello(generation);
+                if main_pid != 0 {
+                    self.run.main_started(main_pid);
+                }
+            }
+            Action::Quiesced(outcome) => self.handle.note_quiesced(outcome),
             Action::MainStarted(pid) => self.run.main_started(pid),
             Action::Output(stream, data) => {
                 if let Some(log) = &mut self.log {
@@ -182,22 +231,24 @@ impl Link {
     }
 
     fn welcome(&mut self) -> io::Result<()> {
+        let welcome = self.new_welcome()?;
+        self.send(HostBody::Welcome(welcome))
+    }
+
+    fn new_welcome(&mut self) -> io::Result<Welcome> {
         let mut entropy = vec![0u8; ENTROPY_BYTES];
         getrandom(&mut entropy[..], GetRandomFlags::empty())?;
-        let welcome = Welcome {
+        Ok(Welcome {
             generation: GUEST_GENERATION,
             boot_id: self.run.boot_id().0.as_bytes().to_vec(),
             realtime_ns: realtime_ns(),
             entropy,
             config: self.config.take(),
-        };
-        self.send(HostBody::Welcome(welcome))
+        })
     }
 
-    fn send(&mut self, message: HostBody) -> io::Result<()> {
-        let mut wire = Vec::new();
-        encode_host(message, &mut wire).map_err(io::Error::other)?;
-        self.stream.write_all(&wire)
+    fn send(&self, message: HostBody) -> io::Result<()> {
+        self.handle.send(message)
     }
 }
 
@@ -233,6 +284,8 @@ fn clock_offset_ns() -> i128 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use msb_protocol::guest::{AgentHello, Exited, Goodbye, GuestBody, Output, Ready, Started, encode_guest};
     use msb_protocol::id::{BootId, SandboxId};
     use msb_protocol::state::ProcessEnd;
@@ -270,7 +323,8 @@ mod tests {
         let (ours, mut agent) = UnixStream::pair().expect("pair");
         let log = WorkloadLog::open(&path, 1 << 20, 1, run.boot_id()).expect("log");
         let config = GuestConfig { hostname: "box".into(), ..Default::default() };
-        let thread = start(LinkOptions { stream: ours, config, run: run.clone(), log: Some(log) }).expect("start");
+        let thread = start(LinkOptions { stream: ours, renews: false, config, run: run.clone(), log: Some(log) })
+            .expect("start");
 
         say(&mut agent, GuestBody::AgentHello(AgentHello { generation: 1, ..Default::default() }));
         let HostBody::Welcome(welcome) = receive(&mut agent) else { panic!("a welcome") };
@@ -297,12 +351,43 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_made_of_a_saved_one_is_told_what_it_is_now() {
+        use msb_protocol::guest::Opened;
+        let run =
+            Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run");
+        let (ours, mut agent) = UnixStream::pair().expect("pair");
+        let config = GuestConfig { hostname: "twin".into(), ..Default::default() };
+        let options = LinkOptions { stream: ours, renews: true, config, run: run.clone(), log: None };
+        let thread = start(options).expect("start");
+        agent.write_all(b"OK 1073741824\n").expect("write");
+        let HostBody::Open(open) = receive(&mut agent) else { panic!("an opening") };
+        let Some(OpenKind::Renew(renew)) = open.kind else { panic!("a renewal") };
+        let welcome = renew.welcome.expect("a welcome");
+        assert_eq!((&open.boot_id, welcome.entropy.len()), (&welcome.boot_id, ENTROPY_BYTES));
+        assert_eq!(welcome.config.expect("config").hostname, "twin");
+        say(&mut agent, GuestBody::Opened(Opened { generation: 3, ..Default::default() }));
+        say(&mut agent, GuestBody::Ready(Ready::default()));
+        say(&mut agent, GuestBody::Goodbye(Goodbye {}));
+        assert!(matches!(receive(&mut agent), HostBody::GoodbyeAck(_)));
+        drop(agent);
+        thread.join().expect("thread");
+        assert_eq!(run.facts().agent_generation, Some(3));
+        assert!(run.facts().goodbye);
+    }
+
+    #[test]
     fn an_agent_that_vanishes_is_lost_and_garbage_closes_the_link() {
         for garbage in [false, true] {
             let run = Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory())
                 .expect("run");
             let (ours, mut agent) = UnixStream::pair().expect("pair");
-            let options = LinkOptions { stream: ours, config: GuestConfig::default(), run: run.clone(), log: None };
+            let options = LinkOptions {
+                stream: ours,
+                renews: false,
+                config: GuestConfig::default(),
+                run: run.clone(),
+                log: None,
+            };
             let thread = start(options).expect("start");
             say(&mut agent, GuestBody::AgentHello(AgentHello { generation: 1, ..Default::default() }));
             receive(&mut agent);

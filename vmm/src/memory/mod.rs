@@ -15,6 +15,7 @@
 //! does: hand out host pointers, lock memory, or write to it.
 #![expect(unsafe_code, reason = "maps guest memory and gives pages back with madvise")]
 
+pub mod saved;
 pub mod transfer;
 
 use std::fs::File;
@@ -71,6 +72,8 @@ pub enum Backing {
     Private,
     /// A memfd that another process may map (engine qemu).
     Shared,
+    /// A file of saved memory, mapped privately (engine kvm).
+    Restored,
 }
 
 /// All of one guest's memory.
@@ -78,9 +81,11 @@ pub enum Backing {
 pub struct GuestRam {
     map: GuestMap,
     backing: Backing,
-    /// Present when shared; offset in it equals the running total of the regions before.
+    /// Present when shared or restored; offset in it equals the running total of the regions before.
     file: Option<Arc<File>>,
     size_bytes: u64,
+    /// Says which pages the host holds; none where it cannot be asked, or where nobody will.
+    pagemap: Option<Arc<File>>,
 }
 
 /// The guest-physical ranges `(start, length)` in bytes that a guest of `size_bytes` has, in order: one, or two around the hole.
@@ -96,21 +101,22 @@ pub fn ranges(size_bytes: u64) -> Vec<(u64, u64)> {
 impl GuestRam {
     /// Private memory of `size_mib` MiB, zero and untouched.
     pub fn private(size_mib: u64) -> Result<Self, MemoryError> {
-        Self::build(size_mib, Backing::Private)
+        Self::build(size_mib, Backing::Private, None)
     }
 
     /// Memory of `size_mib` MiB in a sealed memfd.
     pub fn shared(size_mib: u64) -> Result<Self, MemoryError> {
-        Self::build(size_mib, Backing::Shared)
+        Self::build(size_mib, Backing::Shared, None)
     }
 
-    fn build(size_mib: u64, backing: Backing) -> Result<Self, MemoryError> {
+    fn build(size_mib: u64, backing: Backing, saved: Option<Arc<File>>) -> Result<Self, MemoryError> {
         if !(MEMORY_MIN_MIB..=MEMORY_MAX_MIB).contains(&size_mib) {
             return Err(MemoryError::SizeOutOfRange(size_mib));
         }
         let size_bytes = size_mib << 20;
         let file = match backing {
             Backing::Private => None,
+            Backing::Restored => saved,
             Backing::Shared => {
                 Some(Arc::new(memfd(size_bytes).map_err(|source| MemoryError::Map { mib: size_mib, source })?))
             }
@@ -118,13 +124,15 @@ impl GuestRam {
         let mut regions = Vec::with_capacity(2);
         let mut file_offset = 0;
         for (start, length) in ranges(size_bytes) {
-            let region = map_region(length, file.as_ref().map(|file| (Arc::clone(file), file_offset)))
+            let region = map_region(length, file.as_ref().map(|file| (Arc::clone(file), file_offset)), backing)
                 .map_err(|source| MemoryError::Map { mib: length >> 20, source })?;
             regions.push(GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Layout)?);
             file_offset += length;
         }
         let map = GuestMap::from_regions(regions).map_err(|_| MemoryError::Layout)?;
-        Ok(GuestRam { map, backing, file, size_bytes })
+        // Opened here: a jailed process may not, where it is not root's.
+        let pagemap = if backing == Backing::Shared { None } else { File::open(saved::PAGEMAP).ok().map(Arc::new) };
+        Ok(GuestRam { map, backing, file, size_bytes, pagemap })
     }
 
     /// The map to read and write through.
@@ -169,8 +177,8 @@ impl GuestRam {
     }
 }
 
-/// Gives the whole pages inside `[address, address + length)` back to the host; they read as zero afterwards. Returns the bytes
-/// given back, rounded inwards to whole pages.
+/// Gives the whole pages inside `[address, address + length)` back to the host; they read as zero afterwards, or as what the guest was made
+/// of if it was restored. Returns the bytes given back, rounded inwards to whole pages.
 ///
 /// The guest picks both numbers (free page reporting, balloon): a range that is not entirely inside one region is refused.
 pub fn reclaim(map: &GuestMap, address: GuestAddress, length: u64) -> Result<u64, MemoryError> {
@@ -228,7 +236,11 @@ fn memfd(size_bytes: u64) -> std::io::Result<File> {
 /// Anonymous mappings are only aligned by themselves since Linux 6.7, so the alignment is made here: reserve too much, keep the
 /// aligned part. The mapping is never undone: guest memory lives exactly as long as the process, which is one VM's, and device
 /// threads hold clones of the map until the last moment.
-fn map_region(length: u64, file: Option<(Arc<File>, u64)>) -> std::io::Result<vm_memory::MmapRegion<()>> {
+fn map_region(
+    length: u64,
+    file: Option<(Arc<File>, u64)>,
+    backing: Backing,
+) -> std::io::Result<vm_memory::MmapRegion<()>> {
     let length = usize::try_from(length).map_err(std::io::Error::other)?;
     let reserve_length = length + HUGE_PAGE_SIZE;
     let reserve_flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -242,7 +254,10 @@ fn map_region(length: u64, file: Option<(Arc<File>, u64)>) -> std::io::Result<vm
     let (flags, fd, offset) = match &file {
         // MAP_NORESERVE: the guest's size is a promise to the guest, not to the host's overcommit accounting.
         None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0),
-        Some((file, offset)) => (libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd(), *offset),
+        Some((file, offset)) => {
+            let kind = if backing == Backing::Shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            (kind | libc::MAP_NORESERVE, file.as_raw_fd(), *offset)
+        }
     };
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: [aligned, aligned + length) lies inside the reservation made above, which nothing else knows of, so replacing it with
@@ -265,7 +280,9 @@ fn map_region(length: u64, file: Option<(Arc<File>, u64)>) -> std::io::Result<vm
         }
     }
     let mut builder = MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
-    if let Some((file, offset)) = file {
+    // The pages of a private mapping are this process's own, and are given back as anonymous ones are: never by a hole in a file that
+    // other machines are made of.
+    if let Some((file, offset)) = file.filter(|_| backing == Backing::Shared) {
         builder = builder.with_file_offset(FileOffset::from_arc(file, offset));
     }
     // SAFETY: `mapped` is a mapping of exactly `length` bytes, and it is never unmapped.

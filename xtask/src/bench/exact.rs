@@ -54,6 +54,10 @@ const FIGURES: &[Figure] = &[
     ),
     figure("exec_in", "64 MiB into the guest through `msb exec -i`", "ms", "–", 100.0, 80.0),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
+    figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
+    figure("fork", "msb fork box, msb exec -- true", "ms", "–", 60.0, 41.0),
+    figure("stood", "standing still for a snapshot of 128 MiB", "ms", "–", 100.0, 50.0),
+    figure("fork_memory", "resident memory of an idle fork that it does not share", "MiB", "–", 8.0, 4.0),
     figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
 ];
 
@@ -175,4 +179,16 @@ awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9
 cat /tmp/box.json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]}'
 echo FIGURE stop $(timed 1 msb stop box)
 msb rm box >/dev/null
+msb create --engine kvm -m 128M --name box busybox >/dev/null
+msb exec box -- sh -c 'head -c 20M /dev/zero | tr "\\0" x > /dev/shm/file'
+msb snapshot create mem --from box --memory >/dev/null
+restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null; msb exec copy -- true; }
+for turn in 1 2 3; do a=$EPOCHREALTIME; restored; b=$EPOCHREALTIME; msb rm -f copy >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE restore /'
+forked() { msb fork box --name twin >/dev/null; msb exec twin -- true; }
+for turn in 1 2; do a=$EPOCHREALTIME; forked; b=$EPOCHREALTIME; msb rm -f twin >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE fork /'
+sed -n 's/.*stood_us=\([0-9]*\).*/\1/p' $MSB_HOME/sandboxes/box/logs/vmm.log | median | sed 's/^/FIGURE stood /'
+msb fork box --name twin >/dev/null; sleep 5
+awk '/^RssAnon/ {print "FIGURE fork_memory " $2 * 1000 / 1024}' /proc/$(pidof msb-vmm | tr ' ' '\n' | sort -n | tail -1)/status
+sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log; msb stop twin >/dev/null; tail -3 $MSB_HOME/sandboxes/twin/logs/vmm.log
+msb rm -f twin box >/dev/null
 "#;

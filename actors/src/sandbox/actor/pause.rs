@@ -36,7 +36,7 @@ impl Halt {
 
 impl SandboxActor {
     /// Whether the VM can be halted at all.
-    pub(super) fn can_halt(&self, operation: &'static str) -> Result<(), ApiError> {
+    pub(super) fn can_halt(&self, operation: &'static str, needs: u32) -> Result<(), ApiError> {
         if self.record.engine == Some(EngineChoice::Qemu) {
             return Err(ApiError::new(
                 ErrorCode::UnsupportedOperation,
@@ -44,9 +44,8 @@ impl SandboxActor {
             )
             .with_hint("this needs engine kvm: `msb doctor` says what it lacks on this host"));
         }
-        if self.vmm_generation < NEEDS_GENERATION {
-            let peer = self.vmm_generation;
-            return Err(UnsupportedOperation { operation, needs: NEEDS_GENERATION, peer }.into());
+        if self.vmm_generation < needs {
+            return Err(UnsupportedOperation { operation, needs, peer: self.vmm_generation }.into());
         }
         Ok(())
     }
@@ -55,7 +54,7 @@ impl SandboxActor {
         let name = &self.record.name;
         match (halt, self.machine.state()) {
             (Halt::Pause, State::Paused { .. }) | (Halt::Resume, State::Running { .. }) => Ok(false),
-            (Halt::Pause, State::Running { .. }) => self.can_halt(halt.word()).map(|()| true),
+            (Halt::Pause, State::Running { .. }) => self.can_halt(halt.word(), NEEDS_GENERATION).map(|()| true),
             (Halt::Resume, State::Paused { .. }) => Ok(true),
             (halt, _) => {
                 let (state, word) = (self.machine.shown().as_str(), halt.word());

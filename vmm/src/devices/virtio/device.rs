@@ -18,7 +18,7 @@ use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
-use super::event_loop::LoopError;
+use super::event_loop::{LoopError, LoopHandle, WorkerId};
 use super::notifier::Notifier;
 
 /// Guest memory as devices see it. Both engines give the same type; what backs it (private pages, memfd) is `memory`'s affair.
@@ -132,6 +132,11 @@ pub trait VirtioDevice: Send {
 
     /// Starts working on the rings. On error the transport sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Its worker and the loop that it runs on, while it is active; none for a device that cannot be saved.
+    fn worker(&self) -> Option<(&LoopHandle, WorkerId)> {
+        None
+    }
 
     /// Stops the worker and waits for it; afterwards nothing of this device touches guest memory. Returns the rings with their
     /// positions (empty when it was not active). The device can be activated again.

@@ -9,12 +9,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
 use virtio_queue::Queue;
 
 use crate::jail::{self, ThreadClass};
+use crate::transport::mmio::saved::SavedQueue;
 
 /// Workers need little stack: no recursion, no big arrays.
 const LOOP_STACK_BYTES: usize = 256 * 1024;
@@ -23,6 +25,14 @@ const READY_EVENTS_MAX: usize = 64;
 
 /// A device's active half: it registers its kick eventfds (and whatever else it polls) in `init` and serves them in `process`.
 pub trait Worker: MutEventSubscriber + Send {
+    /// Where its rings are, between two events: everything it has taken it has given back, or says how many it holds.
+    ///
+    /// # Errors
+    /// In words: why it cannot be saved now.
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        Err("it cannot be saved".into())
+    }
+
     /// Takes the worker apart after it left its loop and returns its rings.
     fn into_queues(self: Box<Self>) -> Vec<Queue>;
 }
@@ -44,6 +54,23 @@ pub enum LoopError {
 impl From<event_manager::Error> for LoopError {
     fn from(error: event_manager::Error) -> Self {
         Self::Gone(error)
+    }
+}
+
+/// What a worker says of its rings.
+pub type Positions = Result<Vec<SavedQueue>, String>;
+
+/// A loop that stands until this is dropped.
+#[derive(Debug)]
+pub struct Frozen {
+    positions: Vec<Positions>,
+    _release: SyncSender<()>,
+}
+
+impl Frozen {
+    /// What the workers said, in their order.
+    pub fn positions(&self) -> Vec<Positions> {
+        self.positions.clone()
     }
 }
 
@@ -101,6 +128,33 @@ impl LoopHandle {
     /// Takes the worker off the loop; it is not running any more when this returns.
     pub fn detach(&self, worker: WorkerId) -> Result<Box<dyn Worker>, LoopError> {
         self.endpoint.call_blocking(move |operations| operations.remove_subscriber(worker.0).map_err(LoopError::from))
+    }
+
+    /// Whether both are the same loop.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.stopping, &other.stopping)
+    }
+
+    /// Makes the loop's thread stand between two events until the answer is dropped, and asks `workers` for their positions.
+    ///
+    /// # Errors
+    /// The loop's thread is gone.
+    pub fn freeze(&self, workers: Vec<WorkerId>) -> Result<Frozen, LoopError> {
+        let (tell, told) = sync_channel(1);
+        let (release, released) = sync_channel::<()>(0);
+        self.endpoint.fire(move |operations: &mut dyn SubscriberOps<Subscriber = Box<dyn Worker>>| {
+            let ask = |worker: &WorkerId| match operations.subscriber_mut(worker.0) {
+                Ok(worker) => worker.positions(),
+                Err(error) => Err(error.to_string()),
+            };
+            let positions: Vec<Positions> = workers.iter().map(ask).collect();
+            if tell.send(positions).is_ok() {
+                // Ends with the error of a sender that is dropped.
+                let _ = released.recv();
+            }
+        })?;
+        let positions = told.recv().map_err(|_| LoopError::Gone(event_manager::Error::ChannelRecv))?;
+        Ok(Frozen { positions, _release: release })
     }
 
     /// Confines the loop's thread to what workers need. For after the jail has been closed; before, it does nothing.

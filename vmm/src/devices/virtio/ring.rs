@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::device::{ActiveQueue, DeviceMemory, Interrupt};
 use super::notifier::Notifier;
+use crate::transport::mmio::saved::SavedQueue;
 
 /// A chain of guest buffers; keeps guest memory alive by itself.
 pub type Chain = DescriptorChain<DeviceMemory>;
@@ -149,6 +150,21 @@ impl Ring {
         }
     }
 
+    /// Asks for a kick at the next buffer that the driver adds, whatever lies in the ring already. For a driver that stands.
+    pub fn request_next_kick(&mut self) {
+        self.request_kicks();
+        if self.broken || !self.queue.event_idx_enabled() {
+            return;
+        }
+        // Behind the used ring (VIRTIO 1.2, 2.7.10): the index at which the driver kicks.
+        let offset = USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(self.queue.size());
+        let next = self.memory.read_obj::<u16>(GuestAddress(self.queue.avail_ring() + 2));
+        if let Ok(next) = next {
+            // The ring was found valid: its end lies in memory.
+            let _ = self.memory.write_obj(next, GuestAddress(self.queue.used_ring() + offset));
+        }
+    }
+
     /// Interrupts the driver if chains were returned since the last call and it wants to know.
     pub fn signal(&mut self) {
         if !self.used_since_signal || self.broken {
@@ -181,6 +197,11 @@ impl Ring {
     /// Whether the ring was given up.
     pub fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Where the ring is, for a machine that is saved; the last `held` popped chains count as not taken.
+    pub fn position(&self, held: u16) -> SavedQueue {
+        SavedQueue::of(self.index, &self.queue, held)
     }
 
     /// The queue with its position, for the transport.

@@ -10,8 +10,10 @@ use vm_superio::{Serial, Trigger};
 
 use super::super::ConsoleSink;
 use crate::arch::x86_64::layout::{I8042_PORT, MMIO_START, MMIO_WINDOW_SIZE, SERIAL_PORT};
+use crate::devices::virtio::event_loop::{Frozen, LoopHandle, WorkerId};
 use crate::devices::virtio::notifier::Notifier;
 use crate::transport::mmio::MmioTransport;
+use crate::transport::mmio::saved::SavedTransport;
 
 /// Registers of a 16550.
 const SERIAL_PORT_COUNT: u16 = 8;
@@ -116,6 +118,53 @@ impl Bus {
             _ if port == I8042_PORT + I8042_COMMAND_OFFSET && data.first() == Some(&I8042_RESET) => Effect::Reset,
             _ => Effect::None,
         }
+    }
+
+    /// Makes every device stand between two events, and writes it down. They stand until the answer is dropped. No vCPU may run.
+    ///
+    /// # Errors
+    /// In words: a device that cannot be saved now.
+    pub fn save_devices(&self) -> Result<(Vec<SavedTransport>, Vec<Frozen>), String> {
+        let windows: Vec<_> =
+            self.windows.iter().map(|window| window.lock().unwrap_or_else(PoisonError::into_inner)).collect();
+        // A loop serves several devices and stands once for all of them.
+        let mut loops: Vec<(&LoopHandle, Vec<(usize, WorkerId)>)> = Vec::new();
+        for (slot, window) in windows.iter().enumerate() {
+            match window.worker() {
+                None if window.is_active() => return Err(format!("device {} cannot be saved", window.name())),
+                None => {}
+                Some((handle, worker)) => match loops.iter_mut().find(|(known, _)| known.is(handle)) {
+                    Some((_, workers)) => workers.push((slot, worker)),
+                    None => loops.push((handle, vec![(slot, worker)])),
+                },
+            }
+        }
+        let mut rings = vec![Vec::new(); windows.len()];
+        let mut frozen = Vec::with_capacity(loops.len());
+        for (handle, workers) in loops {
+            let stands = handle.freeze(workers.iter().map(|(_, worker)| *worker).collect());
+            let stands = stands.map_err(|error| error.to_string())?;
+            for ((slot, _), positions) in workers.iter().zip(stands.positions()) {
+                rings[*slot] = positions.map_err(|error| format!("device {}: {error}", windows[*slot].name()))?;
+            }
+            frozen.push(stands);
+        }
+        let devices = windows.iter().zip(rings).map(|(window, rings)| window.save(rings)).collect::<Result<_, _>>()?;
+        Ok((devices, frozen))
+    }
+
+    /// Puts devices back and starts them; once, before any vCPU runs and after the jail was closed.
+    ///
+    /// # Errors
+    /// In words: a device that is another, or whose state cannot be.
+    pub fn restore_devices(&self, saved: Vec<SavedTransport>) -> Result<(), String> {
+        if saved.len() != self.windows.len() {
+            return Err(format!("it has {} devices, this machine {}", saved.len(), self.windows.len()));
+        }
+        for (window, saved) in self.windows.iter().zip(saved) {
+            window.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
+        }
+        Ok(())
     }
 
     /// Stops every device; called when no vCPU runs any more.

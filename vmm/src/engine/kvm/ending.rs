@@ -11,6 +11,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::super::{EngineEnd, HaltError, Halter, Stopper};
+use super::saved::Part;
 
 /// Time for every vCPU to leave the guest. An exit under way may wait for a device that is being reset.
 const HALT_LIMIT: Duration = Duration::from_secs(5);
@@ -36,6 +37,10 @@ struct State {
     kicks: Vec<Box<dyn Kick>>,
     /// vCPUs that wait to go on.
     parked: usize,
+    /// How often those that are parked were asked to write themselves down.
+    round: u64,
+    /// What they wrote in this round.
+    parts: Vec<Part>,
 }
 
 impl Ending {
@@ -48,15 +53,51 @@ impl Ending {
         self.halting.load(Ordering::SeqCst)
     }
 
-    /// Where a vCPU's thread waits while the machine is halted.
-    pub fn park(&self) {
+    /// Where a vCPU's thread waits while the machine is halted; `write` writes its vCPU down, whenever that is asked for.
+    pub fn park(&self, mut write: impl FnMut() -> Part) {
         let mut state = self.lock();
+        let mut round = state.round;
         state.parked += 1;
         self.changed.notify_all();
         while self.is_halting() && state.end.is_none() {
+            if state.round != round {
+                round = state.round;
+                drop(state);
+                let part = write();
+                state = self.lock();
+                state.parts.push(part);
+                self.changed.notify_all();
+                continue;
+            }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
+    }
+
+    /// What every vCPU of a halted machine writes down.
+    ///
+    /// # Errors
+    /// It is not halted, or has ended.
+    pub fn collect(&self) -> Result<Vec<Part>, HaltError> {
+        let mut state = self.lock();
+        if !self.is_halting() || state.parked < state.kicks.len() {
+            return Err(HaltError::Stuck);
+        }
+        state.round += 1;
+        state.parts.clear();
+        self.changed.notify_all();
+        let until = Instant::now() + HALT_LIMIT;
+        while state.parts.len() < state.kicks.len() {
+            let left = until.saturating_duration_since(Instant::now());
+            if state.end.is_some() {
+                return Err(HaltError::Ended);
+            }
+            if left.is_zero() {
+                return Err(HaltError::Stuck);
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(std::mem::take(&mut state.parts))
     }
 
     /// Whether vCPUs have to leave. Cheap: asked before every entry into the guest.
@@ -188,7 +229,7 @@ mod tests {
                         *kicked = false;
                         drop(kicked);
                         if ending.is_halting() {
-                            ending.park();
+                            ending.park(|| Err("nothing to write".into()));
                         }
                     }
                 })
@@ -199,6 +240,7 @@ mod tests {
             let before = entries.load(Ordering::SeqCst);
             ending.halt().expect("halted already");
             std::thread::yield_now();
+            assert_eq!(ending.collect().expect("parts").len(), 3);
             assert_eq!(entries.load(Ordering::SeqCst), before, "a vCPU runs in a halted machine");
             ending.go_on();
         }

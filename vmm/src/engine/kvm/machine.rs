@@ -12,9 +12,10 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::{BootError, KernelFile, Machine};
+use super::super::{BootError, KernelFile, Machine, Restore};
 use super::bus::Bus;
 use super::probe;
+use super::saved::{SavedMachine, Writer};
 use crate::arch::x86_64::boot_data::{self, BootData, Initramfs, RANDOM_SEED_SIZE};
 use crate::arch::x86_64::cpuid::{Processor, normalise};
 use crate::arch::x86_64::interrupts::set_local_inputs;
@@ -22,17 +23,37 @@ use crate::arch::x86_64::kernel::{self, EntryPreference, LoadedKernel};
 use crate::arch::x86_64::layout::{
     IRQ_FIRST, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, MMIO_SLOT_COUNT, MMIO_START, MMIO_WINDOW_SIZE, SERIAL_IRQ,
 };
-use crate::arch::x86_64::registers::{Entry, boot_msrs, fpu, general_registers, system_registers};
+use crate::arch::x86_64::registers::{boot_msrs, fpu, general_registers, system_registers};
 use crate::devices::virtio::notifier::Notifier;
 use crate::memory::GuestRam;
 use crate::transport::mmio::MmioTransport;
 use crate::transport::mmio::registers::QUEUE_NOTIFY_OFFSET;
+use crate::transport::mmio::saved::SavedTransport;
 
 /// The VM and the memory it runs on.
 #[derive(Debug)]
 pub struct Vm {
-    _fd: VmFd,
-    _memory: GuestRam,
+    _fd: Arc<VmFd>,
+    memory: GuestRam,
+}
+
+impl Vm {
+    /// The memory it runs on.
+    pub fn memory(&self) -> &GuestRam {
+        &self.memory
+    }
+}
+
+/// A machine that is built.
+pub struct Built {
+    /// The VM.
+    pub vm: Vm,
+    /// Its devices.
+    pub bus: Arc<Bus>,
+    /// Its processors, with what writes each of them down.
+    pub vcpus: Vec<(VcpuFd, Writer)>,
+    /// What its devices are to be put back to.
+    pub devices: Option<Vec<SavedTransport>>,
 }
 
 /// A KVM call that failed, as the boot error it is.
@@ -44,15 +65,18 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> BootError {
 }
 
 /// Builds `machine`. Nothing of the guest has run when this returns.
-pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError> {
-    let Machine { cpus, memory_mib, kernel, initramfs, command_line, devices, console, phases, .. } = machine;
+pub fn build(machine: Machine) -> Result<Built, BootError> {
+    let Machine { cpus, memory_mib, kernel, initramfs, command_line, devices, console, phases, restore, .. } = machine;
     if devices.len() > MMIO_SLOT_COUNT {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
     // Making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab): meanwhile the kernel is loaded.
     let (vm, loaded) = std::thread::scope(|scope| {
         let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
-        let loaded = load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file));
+        let loaded = match restore {
+            Some(restore) => load_saved(memory_mib, cpus, restore),
+            None => load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)),
+        };
         phases.mark("kernel_loaded");
         let made = match making {
             Ok(thread) => thread.join().unwrap_or_else(|_| Err(thread_failed(std::io::ErrorKind::Other.into()))),
@@ -61,17 +85,24 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
         (made, loaded)
     });
     let (kvm, vm) = vm?;
-    let Loaded { memory, kernel, initramfs } = loaded?;
+    let Loaded { memory, content } = loaded?;
     register_memory(&vm, &memory)?;
     phases.mark("vm_created");
 
-    let command_line = with_devices(&command_line, devices.len());
-    let mut random_seed = [0u8; RANDOM_SEED_SIZE];
-    rustix::rand::getrandom(&mut random_seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
-    let data =
-        BootData { memory_bytes: memory.size_bytes(), cpus, command_line: &command_line, initramfs, random_seed };
-    boot_data::write(memory.map(), &kernel, &data).map_err(|error| BootError::Kernel { reason: chain(&error) })?;
+    if let Content::Kernel { kernel, initramfs } = &content {
+        let command_line = with_devices(&command_line, devices.len());
+        let mut random_seed = [0u8; RANDOM_SEED_SIZE];
+        rustix::rand::getrandom(&mut random_seed, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
+        let data = BootData {
+            memory_bytes: memory.size_bytes(),
+            cpus,
+            command_line: &command_line,
+            initramfs: *initramfs,
+            random_seed,
+        };
+        boot_data::write(memory.map(), kernel, &data).map_err(|error| BootError::Kernel { reason: chain(&error) })?;
+    }
 
     let device_memory = Arc::new(memory.map().clone());
     let mut transports = Vec::with_capacity(devices.len());
@@ -90,9 +121,17 @@ pub fn build(machine: Machine) -> Result<(Vm, Arc<Bus>, Vec<VcpuFd>), BootError>
     vm.register_irqfd(&serial_event, SERIAL_IRQ).map_err(failed("route the serial interrupt"))?;
     let bus = Arc::new(Bus::new(transports, console, serial_line));
 
-    let vcpus = create_vcpus(&kvm, &vm, cpus, kernel.entry)?;
+    let vm = Arc::new(vm);
+    let vcpus = create_vcpus(&kvm, &vm, cpus, &content)?;
+    let devices = match content {
+        Content::Kernel { .. } => None,
+        Content::Saved(saved) => {
+            saved.vm.restore(&vm).map_err(|reason| BootError::Restore { reason })?;
+            Some(saved.devices)
+        }
+    };
     phases.mark("machine_built");
-    Ok((Vm { _fd: vm, _memory: memory }, bus, vcpus))
+    Ok(Built { vm: Vm { _fd: vm, memory }, bus, vcpus, devices })
 }
 
 fn thread_failed(source: std::io::Error) -> BootError {
@@ -112,11 +151,33 @@ fn make_vm() -> Result<(Kvm, VmFd), BootError> {
     Ok((kvm, vm))
 }
 
-/// Guest memory with a kernel in it.
+/// Guest memory with something in it.
 struct Loaded {
     memory: GuestRam,
-    kernel: LoadedKernel,
-    initramfs: Option<Initramfs>,
+    content: Content,
+}
+
+/// What is in a guest's memory before its first instruction.
+enum Content {
+    /// A kernel.
+    Kernel { kernel: LoadedKernel, initramfs: Option<Initramfs> },
+    /// Whatever was there when the machine was saved.
+    Saved(Box<SavedMachine>),
+}
+
+fn load_saved(memory_mib: u32, cpus: u8, restore: Restore) -> Result<Loaded, BootError> {
+    let Restore { memory, state } = restore;
+    if state.memory_mib != memory_mib || state.vcpus.len() != usize::from(cpus) {
+        let reason = format!(
+            "it has {} MiB of memory and {} processors, {memory_mib} and {cpus} were asked for",
+            state.memory_mib,
+            state.vcpus.len()
+        );
+        return Err(BootError::Restore { reason });
+    }
+    let memory =
+        GuestRam::restored(memory_mib.into(), memory).map_err(|error| BootError::Restore { reason: chain(&error) })?;
+    Ok(Loaded { memory, content: Content::Saved(Box::new(state)) })
 }
 
 fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<Loaded, BootError> {
@@ -129,7 +190,7 @@ fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<
         .map(|file| boot_data::load_initramfs(file, map, size_bytes, kernel.end))
         .transpose()
         .map_err(|error| refused(&error))?;
-    Ok(Loaded { memory, kernel, initramfs })
+    Ok(Loaded { memory, content: Content::Kernel { kernel, initramfs } })
 }
 
 fn eventfd_failed(source: std::io::Error) -> BootError {
@@ -207,7 +268,7 @@ fn with_devices(command_line: &str, count: usize) -> String {
     }
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, cpus: u8, entry: Entry) -> Result<Vec<VcpuFd>, BootError> {
+fn create_vcpus(kvm: &Kvm, vm: &Arc<VmFd>, cpus: u8, content: &Content) -> Result<Vec<(VcpuFd, Writer)>, BootError> {
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("read the supported CPUID"))?;
     let tsc_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     let too_large = |error: vmm_sys_util::fam::Error| BootError::System {
@@ -215,12 +276,34 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, cpus: u8, entry: Entry) -> Result<Vec<Vcpu
         source: std::io::Error::other(format!("{error:?}")),
     };
     let msrs = boot_msrs().map_err(too_large)?;
+    let saved_msrs = Arc::new(kvm.get_msr_index_list().map_err(failed("list the MSRs"))?.as_slice().to_vec());
+    let has_large_state = kvm.check_extension_int(Cap::Xsave2) > size_of::<kvm_bindings::kvm_xsave>() as i32;
     (0..cpus)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(failed("create a vCPU"))?;
             let processor = Processor { id, cpus, tsc_deadline_timer };
-            let leaves = CpuId::from_entries(&normalise(supported.as_slice(), processor)).map_err(too_large)?;
+            let own = normalise(supported.as_slice(), processor);
+            let refused = |reason| BootError::Restore { reason };
+            let cpuid = match content {
+                Content::Kernel { .. } => own,
+                Content::Saved(saved) => {
+                    if id == 0 {
+                        saved.fits(&own).map_err(refused)?;
+                    }
+                    saved.vcpus[usize::from(id)].cpuid().to_vec()
+                }
+            };
+            let leaves = CpuId::from_entries(&cpuid).map_err(too_large)?;
             vcpu.set_cpuid2(&leaves).map_err(failed("set CPUID"))?;
+            let vm = (id == 0 && !has_large_state).then(|| Arc::clone(vm));
+            let writer = Writer { id, cpuid, msrs: Arc::clone(&saved_msrs), vm };
+            let entry = match content {
+                Content::Kernel { kernel, .. } => kernel.entry,
+                Content::Saved(saved) => {
+                    saved.vcpus[usize::from(id)].restore(&vcpu).map_err(refused)?;
+                    return Ok((vcpu, writer));
+                }
+            };
             let written = vcpu.set_msrs(&msrs).map_err(failed("set MSRs"))?;
             if written != msrs.as_slice().len() {
                 let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
@@ -236,7 +319,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, cpus: u8, entry: Entry) -> Result<Vec<Vcpu
                 vcpu.set_regs(&general_registers(entry)).map_err(failed("set registers"))?;
                 vcpu.set_fpu(&fpu()).map_err(failed("set the FPU"))?;
             }
-            Ok(vcpu)
+            Ok((vcpu, writer))
         })
         .collect()
 }

@@ -15,17 +15,24 @@ pub mod bus;
 pub mod ending;
 pub mod machine;
 pub mod probe;
+pub mod saved;
 pub mod vcpu;
 
+use std::any::Any;
+use std::fs::File;
+use std::io::{self, Write};
 use std::sync::Arc;
 
-use super::{BootError, Engine, EngineEnd, Halter, Machine, Stopper};
+use super::{BootError, Engine, EngineEnd, Halter, Machine, Saver, Stopper};
 use crate::arch::x86_64::layout::MMIO_SLOT_COUNT;
 use crate::launch::phases::Phases;
+use crate::memory::GuestRam;
 use crate::run::GUEST_ENDED;
+use crate::transport::mmio::saved::SavedTransport;
 
 use bus::Bus;
 use ending::Ending;
+use saved::SavedMachine;
 use vcpu::VcpuThreads;
 
 /// One machine on KVM.
@@ -45,6 +52,27 @@ struct Booted {
     bus: Arc<Bus>,
     phases: Phases,
     vm: machine::Vm,
+    /// Devices to be put back before the guest goes on.
+    devices: Option<Vec<SavedTransport>>,
+}
+
+/// Writes the machine down.
+struct KvmSaver {
+    ending: Arc<Ending>,
+    bus: Arc<Bus>,
+    memory: GuestRam,
+}
+
+impl Saver for KvmSaver {
+    fn save(&self, memory: &File, mut state: &File) -> io::Result<Box<dyn Any + Send>> {
+        let (devices, frozen) = self.bus.save_devices().map_err(io::Error::other)?;
+        let parts = self.ending.collect().map_err(io::Error::other)?;
+        let memory_mib = u32::try_from(self.memory.size_bytes() >> 20).unwrap_or(u32::MAX);
+        let saved = SavedMachine::of(memory_mib, devices, parts).map_err(io::Error::other)?;
+        state.write_all(&serde_json::to_vec(&saved)?)?;
+        self.memory.save(memory)?;
+        Ok(Box::new(frozen))
+    }
 }
 
 impl KvmEngine {
@@ -67,12 +95,18 @@ impl Engine for KvmEngine {
         Some(Arc::<Ending>::clone(&self.ending))
     }
 
+    fn saver(&self) -> Option<Arc<dyn Saver>> {
+        let booted = self.booted.as_ref()?;
+        let (ending, bus, memory) = (Arc::clone(&self.ending), Arc::clone(&booted.bus), booted.vm.memory().clone());
+        Some(Arc::new(KvmSaver { ending, bus, memory }))
+    }
+
     fn boot(&mut self, machine: Machine) -> Result<(), BootError> {
         let phases = machine.phases.clone();
-        let (vm, bus, vcpus) = machine::build(machine)?;
+        let machine::Built { vm, bus, vcpus, devices } = machine::build(machine)?;
         let threads = VcpuThreads::park(vcpus, &bus, &self.ending)?;
         phases.mark("vcpus_parked");
-        self.booted = Some(Booted { threads, bus, phases, vm });
+        self.booted = Some(Booted { threads, bus, phases, vm, devices });
         Ok(())
     }
 
@@ -80,6 +114,11 @@ impl Engine for KvmEngine {
         let Some(mut booted) = self.booted.take() else {
             return EngineEnd::Failed { detail: "run without boot".into() };
         };
+        if let Some(devices) = booted.devices.take()
+            && let Err(reason) = booted.bus.restore_devices(devices)
+        {
+            self.ending.finish(EngineEnd::Failed { detail: format!("the saved machine cannot go on here: {reason}") });
+        }
         booted.phases.mark("guest_started");
         booted.threads.start();
         let end = self.ending.wait();

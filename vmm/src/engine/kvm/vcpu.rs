@@ -27,6 +27,7 @@ use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
 use super::super::{BootError, EngineEnd};
 use super::bus::{Bus, Effect};
 use super::ending::{Ending, Kick};
+use super::saved::Writer;
 use crate::jail::{self, ThreadClass};
 
 /// Exits are handled with shallow calls; device set-up runs here too.
@@ -87,17 +88,17 @@ pub struct VcpuThreads {
 
 impl VcpuThreads {
     /// Starts one thread per vCPU; each waits at the gate.
-    pub fn park(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, ending: &Arc<Ending>) -> Result<Self, BootError> {
+    pub fn park(vcpus: Vec<(VcpuFd, Writer)>, bus: &Arc<Bus>, ending: &Arc<Ending>) -> Result<Self, BootError> {
         install_handler()?;
         let mut parked =
             Self { gate: Arc::default(), ending: Arc::clone(ending), threads: Vec::with_capacity(vcpus.len()) };
-        for (id, mut vcpu) in vcpus.into_iter().enumerate() {
+        for (mut vcpu, writer) in vcpus {
             let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
             let (gate, bus, ending_of_thread) = (Arc::clone(&parked.gate), Arc::clone(bus), Arc::clone(ending));
             let spawned = std::thread::Builder::new()
-                .name(format!("vcpu-{id}"))
+                .name(format!("vcpu-{}", writer.id))
                 .stack_size(STACK_BYTES)
-                .spawn(move || thread_main(vcpu, &gate, &bus, &ending_of_thread));
+                .spawn(move || thread_main(vcpu, &writer, &gate, &bus, &ending_of_thread));
             let thread = spawned.map_err(|source| BootError::System { what: "start a vCPU thread".into(), source })?;
             ending.add_kick(Box::new(VcpuKick { thread: thread.as_pthread_t(), immediate_exit }));
             parked.threads.push(thread);
@@ -146,7 +147,7 @@ fn install_handler() -> Result<(), BootError> {
     })
 }
 
-fn thread_main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, ending: &Ending) -> VcpuFd {
+fn thread_main(mut vcpu: VcpuFd, writer: &Writer, gate: &Gate, bus: &Bus, ending: &Ending) -> VcpuFd {
     gate.wait();
     // A build that aborts on panic never returns here; one that unwinds (tests) must not lose the vCPU that kicks point into.
     let end = catch_unwind(AssertUnwindSafe(|| {
@@ -159,7 +160,7 @@ fn thread_main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, ending: &Ending) -> Vcp
         if let Err(error) = jail::enter(ThreadClass::Vcpu) {
             return Some(EngineEnd::Failed { detail: format!("jail of a vCPU thread: {error}") });
         }
-        run(&mut vcpu, bus, ending)
+        run(&mut vcpu, writer, bus, ending)
     }));
     match end {
         Ok(None) => {}
@@ -179,7 +180,7 @@ struct ExitCounts {
 }
 
 /// Runs the guest until it ends; `None` when somebody else ended it.
-fn run(vcpu: &mut VcpuFd, bus: &Bus, ending: &Ending) -> Option<EngineEnd> {
+fn run(vcpu: &mut VcpuFd, writer: &Writer, bus: &Bus, ending: &Ending) -> Option<EngineEnd> {
     let mut counts = ExitCounts::default();
     let end = loop {
         if ending.is_over() {
@@ -231,7 +232,7 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, ending: &Ending) -> Option<EngineEnd> {
                 if ending.is_halting() {
                     // A guest without the clock it is told by refuses to hear that it stood still; then its watchdogs may complain.
                     let _ = vcpu.kvmclock_ctrl();
-                    ending.park();
+                    ending.park(|| writer.write(vcpu));
                 }
             }
             // A vCPU that waits for its start signal.

@@ -47,6 +47,12 @@ impl MmioInterrupt {
         self.causes.store(0, Ordering::Release);
     }
 
+    /// Puts back what a saved machine had.
+    pub(super) fn restore(&self, causes: u32, config_generation: u32) {
+        self.causes.store(causes, Ordering::Release);
+        self.config_generation.store(config_generation, Ordering::Release);
+    }
+
     /// Announces a change of configuration or status.
     pub fn raise_config(&self) {
         self.config_generation.fetch_add(1, Ordering::AcqRel);

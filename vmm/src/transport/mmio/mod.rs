@@ -14,6 +14,7 @@
 
 pub mod interrupt;
 pub mod registers;
+pub mod saved;
 
 use std::io;
 use std::sync::Arc;
@@ -23,10 +24,14 @@ use virtio_queue::{Queue, QueueT};
 use crate::devices::virtio::device::{
     Activation, ActiveQueue, DeviceMemory, FEATURE_EVENT_IDX, FEATURE_VERSION_1, VirtioDevice,
 };
+use crate::devices::virtio::event_loop::{LoopHandle, WorkerId};
 use crate::devices::virtio::notifier::Notifier;
 
-use interrupt::MmioInterrupt;
+use interrupt::{CAUSE_CONFIG, CAUSE_QUEUE, MmioInterrupt};
 use registers::{CONFIG_SPACE_OFFSET, MAGIC, Register, VENDOR, VERSION, status};
+
+/// Every cause of an interrupt.
+const CAUSES: u32 = CAUSE_QUEUE | CAUSE_CONFIG;
 
 /// One device behind its registers.
 pub struct MmioTransport {
@@ -82,6 +87,11 @@ impl MmioTransport {
     /// One eventfd per ring, for the engine to have signalled by writes to the notify register.
     pub fn kicks(&self) -> &[Notifier] {
         &self.kicks
+    }
+
+    /// The device's worker, while it is active.
+    pub fn worker(&self) -> Option<(&LoopHandle, WorkerId)> {
+        self.device.worker()
     }
 
     /// Whether the driver has the device running.

@@ -69,6 +69,10 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
+    fn worker(&self) -> Option<(&LoopHandle, WorkerId)> {
+        Some((&self.event_loop, self.worker?))
+    }
+
     fn deactivate(&mut self) -> Vec<Queue> {
         let Some(worker) = self.worker.take() else { return Vec::new() };
         match self.event_loop.detach(worker) {

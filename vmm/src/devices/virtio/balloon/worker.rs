@@ -10,6 +10,7 @@ use crate::devices::virtio::device::{ActiveQueue, DeviceMemory, Interrupt};
 use crate::devices::virtio::event_loop::Worker;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::memory::reclaim;
+use crate::transport::mmio::saved::SavedQueue;
 
 /// Number of the ring that free pages are reported in.
 const REPORTING_QUEUE: u16 = 2;
@@ -91,6 +92,10 @@ impl MutEventSubscriber for BalloonWorker {
 }
 
 impl Worker for BalloonWorker {
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        Ok(self.rings.iter().map(|ring| ring.position(0)).collect())
+    }
+
     fn into_queues(self: Box<Self>) -> Vec<Queue> {
         self.rings.into_iter().map(Ring::into_queue).collect()
     }

@@ -14,6 +14,7 @@ use crate::devices::virtio::device::{ActiveQueue, DeviceMemory, Interrupt};
 use crate::devices::virtio::event_loop::Worker;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::devices::virtio::timer::Timer;
+use crate::transport::mmio::saved::SavedQueue;
 
 /// How often held requests are tried again.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -157,6 +158,14 @@ impl MutEventSubscriber for BlockWorker {
 }
 
 impl Worker for BlockWorker {
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        // They were taken out of order, so the ring's position cannot say which they are.
+        if !self.held.is_empty() {
+            return Err("writes wait for room on the host's disk".into());
+        }
+        Ok(vec![self.ring.position(0)])
+    }
+
     fn into_queues(self: Box<Self>) -> Vec<Queue> {
         vec![self.ring.into_queue()]
     }

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::devices::virtio::device::DeviceMemory;
 use crate::devices::virtio::ring::{Chain, Ring};
+use crate::transport::mmio::saved::SavedQueue;
 
 /// virtio_net_hdr_v1 (VIRTIO 1.2, 5.1.6): flags, type of segmentation, four lengths and offsets, number of buffers.
 pub(super) const HEADER_BYTES: usize = 12;
@@ -152,6 +153,11 @@ impl Receive {
             }
         }
         None
+    }
+
+    /// Where the ring is, as if the buffers that were taken and not used never had been.
+    pub(super) fn position(&self) -> SavedQueue {
+        self.ring.position(u16::try_from(self.spare.len()).unwrap_or(u16::MAX))
     }
 
     /// Gives the buffers that were taken and not used back to the ring, and the ring's position.

@@ -19,6 +19,7 @@ use crate::devices::virtio::event_loop::Worker;
 use crate::devices::virtio::notifier::Notifier;
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::timer::Timer;
+use crate::transport::mmio::saved::SavedQueue;
 
 const RECEIVE_KICK: u32 = 0;
 const TRANSMIT_KICK: u32 = 1;
@@ -148,6 +149,10 @@ impl MutEventSubscriber for NetWorker {
 }
 
 impl Worker for NetWorker {
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        Ok(vec![self.receive.position(), self.transmit.position(0)])
+    }
+
     fn into_queues(self: Box<Self>) -> Vec<Queue> {
         let Self { receive, transmit, .. } = *self;
         vec![receive.into_queue(), transmit.into_queue()]

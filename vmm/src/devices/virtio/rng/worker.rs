@@ -10,6 +10,7 @@ use crate::devices::virtio::device::{ActiveQueue, DeviceMemory, Interrupt};
 use crate::devices::virtio::event_loop::Worker;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::devices::virtio::slices::SliceList;
+use crate::transport::mmio::saved::SavedQueue;
 
 /// Bytes given per chain at most: a guest gets entropy, not a load generator.
 const CHAIN_BYTES_MAX: usize = 4096;
@@ -84,6 +85,10 @@ impl MutEventSubscriber for RngWorker {
 }
 
 impl Worker for RngWorker {
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        Ok(vec![self.ring.position(0)])
+    }
+
     fn into_queues(self: Box<Self>) -> Vec<Queue> {
         vec![self.ring.into_queue()]
     }

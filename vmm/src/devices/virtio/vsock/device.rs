@@ -47,6 +47,8 @@ pub struct VsockOptions {
     pub listener: UnixListener,
     /// What the guest may reach.
     pub guest_ports: Vec<GuestPort>,
+    /// Whether the driver has streams of another machine, which this one was made of.
+    pub has_strangers: bool,
     /// Called when the device is stopped, before its streams are closed: their ends then say nothing about the programs behind them.
     pub on_stop: Option<Arc<dyn Fn() + Send + Sync>>,
 }
@@ -58,6 +60,7 @@ pub struct Vsock {
     ports: Arc<Mutex<PortTable>>,
     counters: Arc<VsockCounters>,
     on_stop: Option<Arc<dyn Fn() + Send + Sync>>,
+    has_strangers: bool,
     event_loop: LoopHandle,
     worker: Option<WorkerId>,
 }
@@ -76,6 +79,7 @@ impl Vsock {
             ports: Arc::new(Mutex::new(ports)),
             counters: Arc::default(),
             on_stop: options.on_stop,
+            has_strangers: options.has_strangers,
             event_loop,
             worker: None,
         })
@@ -127,9 +131,14 @@ impl VirtioDevice for Vsock {
             Arc::clone(&self.listener),
             Arc::clone(&self.ports),
             Arc::clone(&self.counters),
+            std::mem::take(&mut self.has_strangers),
         );
         self.worker = Some(self.event_loop.attach(Box::new(muxer))?);
         Ok(())
+    }
+
+    fn worker(&self) -> Option<(&LoopHandle, WorkerId)> {
+        Some((&self.event_loop, self.worker?))
     }
 
     fn deactivate(&mut self) -> Vec<Queue> {

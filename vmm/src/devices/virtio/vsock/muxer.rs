@@ -23,6 +23,7 @@ use crate::devices::virtio::event_loop::Worker;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::devices::virtio::slices::SliceList;
 use crate::memory::transfer::{self, SLICES_MAX};
+use crate::transport::mmio::saved::SavedQueue;
 
 /// Prepared streams by port; taken when the guest connects.
 pub(super) type PortTable = HashMap<u32, UnixStream>;
@@ -54,6 +55,9 @@ const TURNS_MAX: usize = 64;
 /// Host ports of streams that the host opens start here, far from any port with a meaning.
 const HOST_PORT_FIRST: u32 = 1 << 30;
 
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const EVENT_TRANSPORT_RESET: [u8; 4] = [0; 4];
+
 const RECEIVE_KICK: u32 = 0;
 const TRANSMIT_KICK: u32 = 1;
 const EVENT_KICK: u32 = 2;
@@ -82,8 +86,12 @@ pub(super) struct Muxer {
     memory: DeviceMemory,
     receive: Ring,
     transmit: Ring,
-    /// Never used by us, kept for its position.
+    /// Used once, in a machine that was made of a saved one; else kept for its position.
     event: Option<Ring>,
+    /// The driver has streams of another machine: it is told so before anything else.
+    has_strangers: bool,
+    /// It was told and has not taken it in yet: nobody is let in before.
+    awaits_reset: bool,
     guest_cid: u64,
     listener: Arc<UnixListener>,
     /// Host programs may wait in the listener's queue although no event will say so.
@@ -109,6 +117,7 @@ impl Muxer {
         listener: Arc<UnixListener>,
         ports: Arc<Mutex<PortTable>>,
         counters: Arc<VsockCounters>,
+        has_strangers: bool,
     ) -> Self {
         let Activation { memory, queues, interrupt, .. } = activation;
         let mut rings = queues.into_iter().map(|queue| Ring::new(queue, Arc::clone(&memory), Arc::clone(&interrupt)));
@@ -120,6 +129,8 @@ impl Muxer {
             receive,
             transmit,
             event,
+            has_strangers,
+            awaits_reset: false,
             guest_cid,
             listener,
             accept_later: false,
@@ -132,7 +143,7 @@ impl Muxer {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             transmit_waits: false,
-            next_host_port: HOST_PORT_FIRST,
+            next_host_port: if has_strangers { some_host_port() } else { HOST_PORT_FIRST },
             buffers_granted: 0,
             births: 0,
         }
@@ -241,9 +252,35 @@ impl Muxer {
         self.enqueue(slot);
     }
 
+    /// Tells the driver that all its streams are gone (VIRTIO 1.2, 5.10.6.7). It gives the buffer back once it has closed them; one
+    /// that offers none has nothing to be told.
+    fn announce_reset(&mut self) {
+        let Some(event) = &mut self.event else { return };
+        let Some(chain) = event.pop() else { return };
+        let head = chain.head_index();
+        let mut bytes = SliceList::<BUFFER_PIECES_MAX>::new();
+        for descriptor in chain.writable() {
+            if bytes.push_descriptor(&self.memory, &descriptor).is_err() {
+                return;
+            }
+        }
+        bytes.truncate(EVENT_TRANSPORT_RESET.len());
+        let length = u32::try_from(bytes.len()).unwrap_or(0);
+        bytes.write_front(&EVENT_TRANSPORT_RESET[..bytes.len()]);
+        // The others lie in the ring already, so it is the next one that says that this one was taken in.
+        event.request_next_kick();
+        event.push_used(head, length);
+        event.signal();
+        self.awaits_reset = true;
+    }
+
     // --- from host programs ------------------------------------------------------------------------------------------------
 
     fn accept(&mut self, operations: &mut EventOps) {
+        if self.awaits_reset {
+            // A stream that was opened now might be closed with the others.
+            return;
+        }
         self.accept_later = false;
         loop {
             if self.handshakes >= HANDSHAKES_MAX {
@@ -764,6 +801,14 @@ impl Muxer {
     }
 }
 
+/// A host port that most likely no stream of another machine had: its driver may still know the pair of ports of one.
+fn some_host_port() -> u32 {
+    let mut bytes = [0u8; 4];
+    // The pool is ready long before any sandbox starts, so this does not fail.
+    let _ = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty());
+    HOST_PORT_FIRST + (u32::from_ne_bytes(bytes) >> 3)
+}
+
 /// `CONNECT <port>` without its newline.
 fn parse_connect(line: &[u8]) -> Option<u32> {
     let digits = line.strip_prefix(b"CONNECT ")?;
@@ -806,6 +851,9 @@ impl MutEventSubscriber for Muxer {
                 tracing::error!(%error, "vsock cannot watch its queues");
             }
         }
+        if std::mem::take(&mut self.has_strangers) {
+            self.announce_reset();
+        }
         self.accept(operations);
         self.serve_transmit(operations);
         self.settle(operations);
@@ -821,9 +869,12 @@ impl MutEventSubscriber for Muxer {
                 self.serve_transmit(operations);
             }
             EVENT_KICK => {
-                // We have no events to report; the guest's buffers stay where they are.
                 if let Some(event) = &self.event {
                     event.kick().drain();
+                }
+                // The guest's other buffers stay where they are: there is nothing else to report.
+                if std::mem::take(&mut self.awaits_reset) {
+                    self.accept(operations);
                 }
             }
             LISTENER => self.accept(operations),
@@ -837,6 +888,11 @@ impl MutEventSubscriber for Muxer {
 }
 
 impl Worker for Muxer {
+    fn positions(&self) -> Result<Vec<SavedQueue>, String> {
+        let rings = [Some(&self.receive), Some(&self.transmit), self.event.as_ref()];
+        Ok(rings.into_iter().flatten().map(|ring| ring.position(0)).collect())
+    }
+
     fn into_queues(self: Box<Self>) -> Vec<Queue> {
         let mut queues = vec![self.receive.into_queue(), self.transmit.into_queue()];
         queues.extend(self.event.map(Ring::into_queue));

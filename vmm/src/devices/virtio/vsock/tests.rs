@@ -57,6 +57,7 @@ impl Guest {
             guest_cid: GUEST_CID,
             listener,
             guest_ports: vec![GuestPort { port: 1025, stream: device_end }],
+            has_strangers: false,
             on_stop: None,
         };
         let mut device = Vsock::new(options, event_loop.clone()).expect("device");

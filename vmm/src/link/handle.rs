@@ -1,0 +1,78 @@
+//! What other threads say on the agent link: they write whole messages beside its own thread, and wait for the one answer they need.
+//!
+//! Called by the control thread, when a machine is to be written down. It never reads.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::guest::{HostBody, Quiesce, Thaw, encode_host};
+use msb_protocol::version::UnsupportedOperation;
+
+/// How long an agent may take to freeze its workload; it gives up earlier itself.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(8);
+/// The guest generation that brought `Quiesce`.
+const NEEDS_GENERATION: u32 = 3;
+
+/// The writing half of the link.
+#[derive(Debug)]
+pub struct LinkHandle {
+    writer: Mutex<UnixStream>,
+    /// The answer to the last `Quiesce`.
+    quiesced: Mutex<Option<Result<(), String>>>,
+    changed: Condvar,
+}
+
+impl LinkHandle {
+    /// Of a stream whose other half its own thread reads.
+    pub(super) fn new(writer: UnixStream) -> Self {
+        Self { writer: Mutex::new(writer), quiesced: Mutex::new(None), changed: Condvar::new() }
+    }
+
+    /// Writes one message.
+    pub(super) fn send(&self, message: HostBody) -> io::Result<()> {
+        let mut wire = Vec::new();
+        encode_host(message, &mut wire).map_err(io::Error::other)?;
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(&wire)
+    }
+
+    /// The agent has answered.
+    pub(super) fn note_quiesced(&self, outcome: Result<(), String>) {
+        *self.quiesced.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+        self.changed.notify_all();
+    }
+
+    /// Makes the agent freeze the workload; answered once nothing of it runs.
+    pub(crate) fn quiesce(&self, generation: u32) -> Result<(), ApiError> {
+        if generation < NEEDS_GENERATION {
+            let operation = "memory_snapshot";
+            return Err(UnsupportedOperation { operation, needs: NEEDS_GENERATION, peer: generation }.into());
+        }
+        let busy =
+            |why: &str| ApiError::new(ErrorCode::SandboxBusy, format!("the workload could not be frozen: {why}"));
+        let mut quiesced = self.quiesced.lock().unwrap_or_else(PoisonError::into_inner);
+        *quiesced = None;
+        self.send(HostBody::Quiesce(Quiesce {})).map_err(|error| busy(&error.to_string()))?;
+        let until = Instant::now() + QUIESCE_LIMIT;
+        loop {
+            if let Some(outcome) = quiesced.take() {
+                return outcome.map_err(|error| busy(&error));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(busy("the agent does not answer"));
+            }
+            quiesced = self.changed.wait_timeout(quiesced, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Lets the workload go on. An agent that froze nothing takes it for what it is.
+    pub(crate) fn thaw(&self) {
+        if let Err(error) = self.send(HostBody::Thaw(Thaw {})) {
+            // Without a link the guest is at its end anyway.
+            tracing::warn!(%error, "the agent cannot be told that the workload may go on");
+        }
+    }
+}
