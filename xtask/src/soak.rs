@@ -102,6 +102,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_EXECS", "1000")],
     },
     Proof {
+        name: "memory",
+        proves: "engine kvm: what ran goes on in each copy of a machine's memory, and nothing is there twice that must not be",
+        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--", "memory::", "pause::"],
+        environment: &[],
+    },
+    Proof {
         name: "durability",
         proves: "after each of fifty kills under load the disk recovers and has every synced byte",
         cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "what_was_synced_is_there_after_each_kill"],
