@@ -10,6 +10,7 @@ mod crash;
 mod disk_full;
 mod documents;
 mod durability;
+mod endings;
 mod environment;
 mod exec;
 mod generations;
