@@ -515,9 +515,9 @@ fn the_main_workloads_terminal_takes_the_size_of_whoever_came_last() {
     watcher.send(HostBody::Stdin(Data { data: b"\n".to_vec() }));
     watcher.hear_until("50 120");
     primary.hear_until("50 120");
-    // The one who only looks has no say in the size.
-    let mut third = Caller::open(&agent, OpenKind::Attach(OpenAttach::default()));
-    watcher.send(HostBody::Stdin(Data { data: b"\n".to_vec() }));
+    // The one who has no terminal has no say in the size. (It asks by itself: what others ask may be answered before it listens.)
+    let mut third = Caller::open(&agent, OpenKind::Attach(OpenAttach { stdin: true, terminal: None }));
+    third.send(HostBody::Stdin(Data { data: b"\n".to_vec() }));
     third.hear_until("50 120");
     drop(primary);
     watcher.send(HostBody::Stdin(Data { data: vec![4] }));
