@@ -136,16 +136,7 @@ impl Handler<HoldDisk> for SandboxActor {
             let message = format!("sandbox {name} has no disk yet: it never started");
             return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
         }
-        Ok(Source {
-            sandbox: name.clone(),
-            sandbox_id: self.record.id,
-            state,
-            spec: self.record.spec.clone(),
-            image_digest: self.record.image_digest.clone(),
-            parent: self.record.snapshot.clone(),
-            disk: self.directories.upper.clone(),
-            hold: self.disk.hold(),
-        })
+        Ok(self.source())
     }
 }
 
@@ -661,6 +652,20 @@ impl SandboxActor {
 
     fn later(&self, ctx: &mut Context<Self>, work: impl Future<Output = News> + 'static) {
         ctx.spawn(work.into_actor(self).map(|news, this, ctx| this.hear(news, ctx)));
+    }
+
+    /// It as a snapshot takes it. While that lives nobody starts or removes it.
+    fn source(&self) -> Source {
+        Source {
+            sandbox: self.record.name.clone(),
+            sandbox_id: self.record.id,
+            state: self.machine.shown(),
+            spec: self.record.spec.clone(),
+            image_digest: self.record.image_digest.clone(),
+            parent: self.record.snapshot.clone(),
+            disk: self.directories.upper.clone(),
+            hold: self.disk.hold(),
+        }
     }
 
     fn lease(&mut self, ctx: &mut Context<Self>) {

@@ -20,11 +20,9 @@ fn what_was_written_just_before_an_end_that_nobody_typed_is_there_afterwards() {
     creator.wait_for("\n3\n");
     creator.signal(Signal::KILL);
     drop(creator.finish());
-    for (name, status, cause) in [
-        ("creator", "stopped", "creator_gone"),
-        ("duration", "stopped", "max_duration"),
-        ("idle", "asleep", "idle"),
-    ] {
+    for (name, status, cause) in
+        [("creator", "stopped", "creator_gone"), ("duration", "stopped", "max_duration"), ("idle", "asleep", "idle")]
+    {
         home.wait_until(name, status);
         let end = home.inspect(name)["last_end"].clone();
         assert_eq!(end["cause"], cause, "{end}");

@@ -59,17 +59,7 @@ impl Handler<HoldMachine> for SandboxActor {
         let Some(vm) = &self.vm else {
             return Err(ApiError::internal("a running sandbox without its VM process"));
         };
-        let source = Source {
-            sandbox: name.clone(),
-            sandbox_id: self.record.id,
-            state,
-            spec: self.record.spec.clone(),
-            image_digest: self.record.image_digest.clone(),
-            parent: self.record.snapshot.clone(),
-            disk: self.directories.upper.clone(),
-            hold: self.disk.hold(),
-        };
-        Ok((source, vm.commands.clone()))
+        Ok((self.source(), vm.commands.clone()))
     }
 }
 
