@@ -19,7 +19,7 @@ fn told(home: &Home, words: &[&str], code: &str) -> String {
 #[test]
 fn a_snapshot_outlives_its_sandbox_and_the_prune_of_images() {
     let home = Home::with_busybox("snapshot");
-    home.msb(["snapshot", "ls"]).run().succeeds().prints("SNAPSHOT  OF  IMAGE  PARENT  SIZE  ON DISK  CREATED\n");
+    home.msb(["snapshot", "ls"]).run().succeeds().prints("SNAPSHOT  KIND  OF  IMAGE  PARENT  SIZE  ON DISK  CREATED\n");
     home.succeeds(&[
         "create",
         "--name",
