@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::program;
@@ -33,15 +33,14 @@ pub(super) fn make(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unpacks the layers of a docker archive one over the other: enough of an image for a root, whiteouts left as they are.
+/// Unpacks the lowest layer of a docker archive: enough of an image for a root.
 pub(super) fn unpack(archive: &Path, root: &Path) -> Result<()> {
     let layers = tempfile::tempdir()?;
     std::fs::create_dir(root)?;
     program::run(program::command("tar").arg("-xf").arg(archive).arg("-C").arg(layers.path()))?;
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(layers.path().join("manifest.json"))?)?;
-    for layer in manifest[0]["Layers"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str) {
-        program::run(program::command("tar").arg("-xf").arg(layers.path().join(layer)).arg("-C").arg(root))?;
-    }
+    let layer = manifest[0]["Layers"][0].as_str().context("an archive without layers")?;
+    program::run(program::command("tar").arg("-xf").arg(layers.path().join(layer)).arg("-C").arg(root))?;
     Ok(())
 }
 
