@@ -114,12 +114,19 @@ fn source_path(mount: &Mount) -> &str {
     }
 }
 
-/// The whole path of something that exists: the daemon lives in another directory than the caller.
-fn whole(path: &Path) -> Result<PathBuf, Failure> {
+/// The whole path of something that exists, without links: the daemon lives in another directory than the caller.
+///
+/// # Errors
+/// `path_not_found` and the like.
+pub fn whole(path: &Path) -> Result<PathBuf, Failure> {
     path.canonicalize().map_err(|error| failure::file(path, &error))
 }
 
-fn utf8(path: &Path) -> Result<String, Failure> {
+/// A path as text.
+///
+/// # Errors
+/// `invalid_config` for one that is none.
+pub fn utf8(path: &Path) -> Result<String, Failure> {
     path.to_str().map(String::from).ok_or_else(|| invalid(format!("the path {} is no UTF-8 text", path.display())))
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use msb_protocol::spec::RootKind;
 
 use crate::failure::{self, Failure, invalid};
+use crate::mounts::{utf8, whole};
 
 /// Where the superblocks of both file systems begin, in bytes.
 const SUPERBLOCK_OFFSET: u64 = 1024;
@@ -26,18 +27,14 @@ pub fn local(image: &str) -> Result<Option<(RootKind, String)>, Failure> {
     if !image.starts_with(['/', '.']) {
         return Ok(None);
     }
-    // The service lives in another directory, and follows no links.
-    let path = Path::new(image).canonicalize().map_err(|error| failure::file(Path::new(image), &error))?;
+    let path = whole(Path::new(image))?;
     let kind = if path.is_dir() {
         RootKind::Directory
     } else {
         check_disk(&path)?;
         RootKind::Disk
     };
-    let Some(text) = path.to_str() else {
-        return Err(invalid(format!("the path {} is no UTF-8 text", path.display())));
-    };
-    Ok(Some((kind, text.to_owned())))
+    Ok(Some((kind, utf8(&path)?)))
 }
 
 fn check_disk(path: &Path) -> Result<(), Failure> {

@@ -127,11 +127,7 @@ impl Handler<HoldDisk> for SandboxActor {
             return Err(ApiError::new(ErrorCode::SandboxStillRunning, message)
                 .with_hint(format!("stop it first: msb stop {name}")));
         }
-        if self.record.spec.root.is_local() {
-            let message = format!("sandbox {name} has no image: its root is {}", self.record.spec.image);
-            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
-                .with_hint("a snapshot needs an image that it can hold on to; load the root as one"));
-        }
+        self.has_image()?;
         if self.record.image_digest.is_empty() || !self.directories.upper.exists() {
             let message = format!("sandbox {name} has no disk yet: it never started");
             return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
@@ -652,6 +648,16 @@ impl SandboxActor {
 
     fn later(&self, ctx: &mut Context<Self>, work: impl Future<Output = News> + 'static) {
         ctx.spawn(work.into_actor(self).map(|news, this, ctx| this.hear(news, ctx)));
+    }
+
+    /// Whether its root is an image, which a snapshot can hold on to.
+    fn has_image(&self) -> Result<(), ApiError> {
+        if !self.record.spec.root.is_local() {
+            return Ok(());
+        }
+        let message = format!("sandbox {} has no image: its root is {}", self.record.name, self.record.spec.image);
+        Err(ApiError::new(ErrorCode::InvalidRequest, message)
+            .with_hint("a snapshot needs an image that it can hold on to; load the root as one"))
     }
 
     /// It as a snapshot takes it. While that lives nobody starts or removes it.

@@ -188,26 +188,8 @@ impl Make {
             draft.copy_disk(&disk)?;
             fault::reached(Step::Copied);
             let content = draft.measure()?;
-            let spec = spec.for_snapshot();
-            let manifest = SnapshotManifest {
-                format: SNAPSHOT_FORMAT,
-                kind: SnapshotKind::Disk,
-                memory: None,
-                transient: false,
-                name: own,
-                created_at,
-                created_by: env!("CARGO_PKG_VERSION").into(),
-                source: sandbox,
-                image: SnapshotImage { reference: spec.image.clone(), digest: image_digest },
-                parent,
-                labels,
-                spec,
-                disk: SnapshotDisk {
-                    size_bytes: content.size_bytes,
-                    data_bytes: content.data_bytes,
-                    digest: content.digest.to_string(),
-                },
-            };
+            let of = (sandbox, image_digest, parent);
+            let manifest = disk_manifest((own, created_at), of, labels, spec.for_snapshot(), &content);
             Ok(draft.seal(&manifest)?)
         };
         Self { name, parent: parent_id, fill: Box::new(fill), event: Some(event), guard: Box::new(hold) }
@@ -267,23 +249,10 @@ impl Make {
             };
             let network = spec.network.enabled;
             let main = spec.workload == Workload::Main;
-            let spec = spec.for_snapshot();
+            let of = (sandbox, image_digest, parent);
             let manifest = SnapshotManifest {
                 format: SNAPSHOT_MEMORY_FORMAT,
                 kind: SnapshotKind::Memory,
-                name: own,
-                created_at,
-                created_by: env!("CARGO_PKG_VERSION").into(),
-                source: sandbox,
-                image: SnapshotImage { reference: spec.image.clone(), digest: image_digest },
-                parent,
-                labels,
-                spec,
-                disk: SnapshotDisk {
-                    size_bytes: content.size_bytes,
-                    data_bytes: content.data_bytes,
-                    digest: content.digest.to_string(),
-                },
                 memory: Some(SnapshotMemory {
                     size_bytes: memory.size_bytes,
                     data_bytes: memory.data_bytes,
@@ -293,6 +262,7 @@ impl Make {
                     main,
                 }),
                 transient,
+                ..disk_manifest((own, created_at), of, labels, spec.for_snapshot(), &content)
             };
             Ok(draft.seal(&manifest)?)
         };
@@ -309,6 +279,35 @@ impl Make {
         let parent = importing.manifest().parent.as_ref().map(|parent| parent.id.clone());
         let fill = move |files: &SnapshotFiles| Ok(importing.finish(files)?);
         Self { name, parent, fill: Box::new(fill), event: None, guard: Box::new(lease) }
+    }
+}
+
+/// What is written of a snapshot with a disk alone.
+fn disk_manifest(
+    (name, created_at): (SandboxName, jiff::Timestamp),
+    (source, image_digest, parent): (SandboxName, String, Option<SnapshotParent>),
+    labels: BTreeMap<String, String>,
+    spec: SandboxSpec,
+    content: &DiskContent,
+) -> SnapshotManifest {
+    SnapshotManifest {
+        format: SNAPSHOT_FORMAT,
+        kind: SnapshotKind::Disk,
+        memory: None,
+        transient: false,
+        name,
+        created_at,
+        created_by: env!("CARGO_PKG_VERSION").into(),
+        source,
+        image: SnapshotImage { reference: spec.image.clone(), digest: image_digest },
+        parent,
+        labels,
+        spec,
+        disk: SnapshotDisk {
+            size_bytes: content.size_bytes,
+            data_bytes: content.data_bytes,
+            digest: content.digest.to_string(),
+        },
     }
 }
 

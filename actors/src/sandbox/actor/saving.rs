@@ -36,14 +36,7 @@ impl Handler<HoldMachine> for SandboxActor {
             }
         }
         self.can_halt("take a snapshot of memory", MEMORY_GENERATION)?;
-        if self.record.spec.root.is_local() {
-            let message = format!("sandbox {name} has no image: its root is {}", self.record.spec.image);
-            return refuse(
-                ErrorCode::InvalidRequest,
-                message,
-                "a snapshot needs an image that it can hold on to; load the root as one".into(),
-            );
-        }
+        self.has_image()?;
         if !self.record.spec.mounts.is_empty() {
             let message =
                 format!("sandbox {name} has mounts: what is shared with others cannot be kept with its memory");
