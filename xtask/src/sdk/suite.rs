@@ -50,14 +50,6 @@ pub(super) fn run(sdk: &Sdk, place: &Place<'_>) -> Result<Vec<String>> {
     let text = text.replace("${work}", &place.work.to_string_lossy());
     let cases: Vec<Value> = serde_json::from_str(&text).context("suite.json")?;
     let Place { home, tree, archives, .. } = *place;
-    // What the program before this one left to the service to remove would still need its image.
-    for _ in 0..120 {
-        let left = home.msb(&["ls", "-q"]).output()?;
-        if left.stdout.is_empty() && home.running("msb-vmm").is_empty() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(500));
-    }
     let began = Instant::now();
     let mut failed = Vec::new();
     let mut shared: Option<Driver> = None;
