@@ -197,16 +197,29 @@ impl Daemon {
                 failure = Self::until_up(sandbox, &mut made).await;
             }
         }
+        if failure.is_some() {
+            for (sandbox, _lease) in begun {
+                self.remove_copy(sandbox).await;
+            }
+        }
+        // Last: a copy that is still being made reads it.
         if let Err(error) = self.remove_snapshot(name).await {
             tracing::warn!(error = %error.message, "the snapshot of a fork stays");
         }
-        let Some(failure) = failure else { return Ok(made) };
-        for (sandbox, _lease) in begun {
-            if let Err(error) = self.remove(&sandbox.name, true).await {
-                tracing::warn!(error = %error.message, "a copy of a fork that failed stays");
+        failure.map_or(Ok(made), Err)
+    }
+
+    /// Removes one copy of a fork that failed; one that could not start removes itself, and is waited for.
+    async fn remove_copy(&self, sandbox: SandboxRef) {
+        let removed = match self.remove(&sandbox.name, true).await {
+            Err(error) if error.code == ErrorCode::SandboxNotFound => {
+                Self::until(sandbox, |view| view.gone.then_some(Ok(()))).await
             }
+            removed => removed,
+        };
+        if let Err(error) = removed {
+            tracing::warn!(error = %error.message, "a copy of a fork that failed stays");
         }
-        Err(failure)
     }
 
     /// Waits for one copy of a fork; why it is not there, if it is not.
