@@ -3,15 +3,18 @@
 //! The schema of the file is in `docs/lifecycle.md`. One thread writes the files of all sandboxes, so that a slow or full disk
 //! holds up no actor; a beat it has no room for is left out. Nothing ever reads the file back to decide something.
 
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use msb_protocol::guest::{BEAT_INTERVAL_MS, Beat};
 use msb_protocol::id::BootId;
 use msb_protocol::spec::EngineChoice;
-use rustix::fs::{CWD, RenameFlags};
 use serde::Serialize;
 
 /// Beats that may be missed in a row on hardware.
@@ -24,8 +27,12 @@ const ADOPTION_LIMITS: u64 = 4;
 const STALL_MS: u64 = 500;
 /// Size of a heartbeat file: longer than any, so that a shorter one leaves nothing of a longer one behind.
 const FILE_LEN: usize = 512;
-/// Beats that wait for the thread.
-const QUEUE_LEN: usize = 1_024;
+/// Time between two rounds of writing: what a file may be behind by.
+pub const PAUSE: Duration = Duration::from_millis(250);
+/// How often the thread looks whether anybody could still give it something.
+const LAST_CLONE_INTERVAL: Duration = Duration::from_secs(5);
+/// Files that stay open; the others are opened for each beat.
+const OPEN_MAX: usize = 1_024;
 
 /// Watches the beats of one boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +129,8 @@ pub struct Heartbeat {
     pub load_hundredths: u32,
     /// Processes of the workload.
     pub processes: u32,
+    /// `sequence` once more: where the two differ the file was read while it was written, and wants to be read again.
+    pub sequence_again: u64,
 }
 
 impl Heartbeat {
@@ -141,6 +150,7 @@ impl Heartbeat {
             root_free_bytes: beat.root_free_bytes,
             load_hundredths: beat.load_hundredths,
             processes: beat.processes,
+            sequence_again: beat.sequence,
         }
     }
 }
@@ -148,83 +158,140 @@ impl Heartbeat {
 /// Writes heartbeat files.
 #[derive(Clone, Debug)]
 pub struct HeartbeatWriter {
-    queue: SyncSender<(PathBuf, Option<Heartbeat>)>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// The newest beat of each file, or that it is to go. No more than there are sandboxes.
+    waiting: Mutex<BTreeMap<PathBuf, Option<Heartbeat>>>,
+    filled: Condvar,
+}
+
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Option<Heartbeat>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, path: PathBuf, heartbeat: Option<Heartbeat>) {
+        let mut waiting = self.waiting();
+        let is_first = waiting.is_empty();
+        waiting.insert(path, heartbeat);
+        drop(waiting);
+        if is_first {
+            self.filled.notify_one();
+        }
+    }
 }
 
 impl HeartbeatWriter {
-    /// Starts the thread; it ends with the last clone.
+    /// Starts the thread; it ends soon after the last clone.
     ///
     /// # Errors
     /// The host has no thread to give.
     pub fn start() -> std::io::Result<Self> {
-        let (queue, waiting) = sync_channel(QUEUE_LEN);
-        std::thread::Builder::new().name("heartbeats".into()).spawn(move || write_all(&waiting))?;
-        Ok(Self { queue })
+        let shared = Arc::new(Shared::default());
+        let weak = Arc::downgrade(&shared);
+        std::thread::Builder::new().name("heartbeats".into()).spawn(move || write_all(&weak))?;
+        Ok(Self { shared })
     }
 
-    /// Writes soon, or not at all if the disk is far behind.
+    /// Writes within [`PAUSE`], or whenever the disk takes it; of several beats only the newest.
     pub fn write(&self, path: PathBuf, heartbeat: Heartbeat) {
-        if self.queue.try_send((path, Some(heartbeat))).is_err() {
-            tracing::trace!("a heartbeat file was left out");
-        }
+        self.shared.put(path, Some(heartbeat));
     }
 
     /// Removes a file after everything that was written before: the run is over, and no late beat may outlive it.
     pub fn clear(&self, path: PathBuf) {
-        if self.queue.try_send((path, None)).is_err() {
-            tracing::trace!("a heartbeat file stays until the next boot");
-        }
+        self.shared.put(path, None);
     }
 }
 
-fn write_all(waiting: &Receiver<(PathBuf, Option<Heartbeat>)>) {
-    let mut failing = false;
-    for (path, heartbeat) in waiting {
-        let done = match heartbeat {
-            Some(heartbeat) => write_one(&path, &heartbeat),
-            None => remove(&path).and(remove(&temporary(&path))),
-        };
-        match done {
-            Ok(()) => failing = false,
-            // Once for each time it begins: a full disk would say it every second.
-            Err(error) if !failing => {
-                failing = true;
-                tracing::warn!(path = %path.display(), %error, "a heartbeat file could not be written");
+/// Writes what waits, all at once and a few times a second: to be woken for each beat would cost more than to write it.
+fn write_all(weak: &Weak<Shared>) {
+    let (mut files, mut failing) = (HeartbeatFiles::default(), false);
+    while let Some(shared) = weak.upgrade() {
+        let (mut waiting, _) = shared
+            .filled
+            .wait_timeout_while(shared.waiting(), LAST_CLONE_INTERVAL, |waiting| waiting.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        let batch = std::mem::take(&mut *waiting);
+        drop(waiting);
+        drop(shared);
+        for (path, heartbeat) in batch {
+            let done = match heartbeat {
+                Some(heartbeat) => files.write(&path, &heartbeat),
+                None => files.remove(&path),
+            };
+            match done {
+                Ok(()) => failing = false,
+                // Once for each time it begins: a full disk would say it every second.
+                Err(error) if !failing => {
+                    failing = true;
+                    tracing::warn!(path = %path.display(), %error, "a heartbeat file could not be written");
+                }
+                Err(_) => {}
             }
-            Err(_) => {}
         }
+        std::thread::sleep(PAUSE);
     }
+}
+
+/// The files, most of them open.
+///
+/// A beat is written over the one before it, in one write of always the same length. With a second file that takes its place ext4 changes
+/// two directories each second, which took six times the processor time; with a new file eight times that. What a reader sees that comes
+/// in the middle of a write is told by `sequence_again`.
+#[derive(Debug, Default)]
+struct HeartbeatFiles {
+    open: BTreeMap<PathBuf, File>,
+}
+
+impl HeartbeatFiles {
+    fn write(&mut self, path: &Path, heartbeat: &Heartbeat) -> std::io::Result<()> {
+        let mut text = serde_json::to_vec(heartbeat)?;
+        text.resize(text.len().max(FILE_LEN - 1), b' ');
+        text.push(b'\n');
+        // One that somebody removed is made anew.
+        if let Some(file) = self.open.get(path)
+            && file.metadata()?.nlink() > 0
+        {
+            return file.write_all_at(&text, 0);
+        }
+        self.open.remove(path);
+        let Some(file) = make(path, &text)? else { return Ok(()) };
+        if self.open.len() < OPEN_MAX {
+            self.open.insert(path.to_owned(), file);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, path: &Path) -> std::io::Result<()> {
+        self.open.remove(path);
+        for path in [path, &temporary(path)] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file that is there with its first beat or not at all; none in a directory that is gone: it belonged to a sandbox that was just removed.
+fn make(path: &Path, text: &[u8]) -> std::io::Result<Option<File>> {
+    let temporary = temporary(path);
+    let file = match File::create(&temporary) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    file.write_all_at(text, 0)?;
+    std::fs::rename(&temporary, path)?;
+    Ok(Some(file))
 }
 
 fn temporary(path: &Path) -> PathBuf {
     path.with_extension("json.tmp")
-}
-
-fn remove(path: &Path) -> std::io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// The two files take turns: what is written is never what is read, and neither is made, filled or given back each second. With a new file
-/// and a rename over the old one ext4 finds blocks and begins to write at once, which took eight times the processor time.
-fn write_one(path: &Path, heartbeat: &Heartbeat) -> std::io::Result<()> {
-    let temporary = temporary(path);
-    let mut text = serde_json::to_vec(heartbeat)?;
-    text.resize(text.len().max(FILE_LEN - 1), b' ');
-    text.push(b'\n');
-    // A directory that is gone belongs to a sandbox that was just removed.
-    let mut file = match std::fs::File::options().create(true).truncate(false).write(true).open(&temporary) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        file => file?,
-    };
-    file.write_all(&text)?;
-    match rustix::fs::renameat_with(CWD, &temporary, CWD, path, RenameFlags::EXCHANGE) {
-        Ok(()) => Ok(()),
-        // The first beat of a run, or a file system that cannot exchange.
-        Err(_) => std::fs::rename(&temporary, path),
-    }
 }
 
 #[cfg(test)]
@@ -273,8 +340,9 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_replaced_as_a_whole_and_a_removed_directory_is_no_failure() {
+    fn each_beat_takes_the_place_of_the_one_before_and_a_removed_directory_is_no_failure() {
         let home = tempfile::tempdir().unwrap();
+        let mut files = HeartbeatFiles::default();
         let path = home.path().join("heartbeat.json");
         // The longest there is comes first, and nothing of it is left in what follows.
         for sequence in [u64::MAX, 1, 2, 3] {
@@ -291,17 +359,53 @@ mod tests {
                 load_hundredths: short,
                 processes: short,
             };
-            write_one(&path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
+            files.write(&path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
             let text = std::fs::read(&path).unwrap();
             let read: serde_json::Value = serde_json::from_slice(&text).unwrap();
             assert_eq!((read["version"].as_u64(), read["sequence"].as_u64()), (Some(1), Some(sequence)));
+            assert_eq!(read["sequence_again"], read["sequence"]);
             assert_eq!(text.len(), FILE_LEN, "the longest has room");
+            assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
+            if sequence == 2 {
+                std::fs::remove_file(&path).unwrap();
+            }
         }
-        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 2);
-        write_one(
-            &home.path().join("gone/heartbeat.json"),
-            &Heartbeat::new(boot(7), &Beat::default(), Timestamp::UNIX_EPOCH),
-        )
-        .unwrap();
+        files.remove(&path).unwrap();
+        files.remove(&path).unwrap();
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+        let beat = Heartbeat::new(boot(7), &Beat::default(), Timestamp::UNIX_EPOCH);
+        files.write(&home.path().join("gone/heartbeat.json"), &beat).unwrap();
+    }
+
+    #[test]
+    fn the_newest_of_each_file_is_written_soon_and_nothing_outlives_its_removal() {
+        let home = tempfile::tempdir().unwrap();
+        let (lives, ended) = (home.path().join("lives.json"), home.path().join("ended.json"));
+        let beat = |sequence| {
+            Heartbeat::new(boot(7), &Beat { sequence, ..Beat::default() }, Timestamp::UNIX_EPOCH)
+        };
+        let writer = HeartbeatWriter::start().unwrap();
+        for sequence in 1..=100 {
+            writer.write(lives.clone(), beat(sequence));
+            writer.write(ended.clone(), beat(sequence));
+        }
+        writer.clear(ended.clone());
+        let newest = || {
+            let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&lives).ok()?).ok()?;
+            read["sequence"].as_u64()
+        };
+        let began = std::time::Instant::now();
+        while newest() != Some(100) {
+            assert!(began.elapsed() < Duration::from_secs(30), "not written");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        writer.write(ended.clone(), beat(101));
+        writer.clear(ended.clone());
+        writer.write(lives.clone(), beat(102));
+        while newest() != Some(102) {
+            assert!(began.elapsed() < Duration::from_secs(30), "not written");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!ended.exists());
     }
 }

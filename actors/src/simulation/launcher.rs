@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use super::agent;
 use crate::clock::Clock;
 use crate::identity::{self, ProcessIdentity};
+use crate::vm::unhurried::LOOK_INTERVAL_MS;
 use crate::vm::{AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle};
 
 /// What goes wrong from now on.
@@ -442,7 +443,8 @@ async fn live(
                     let _ = events.send(VmEvent::Beat(Beat { sequence, uptime_ms: sequence * 1_000, ..Beat::default() })).await;
                     let _ = events.send(VmEvent::Sampled(Box::new(sample(sequence)))).await;
                 }
-                next_ms = now + 1_000;
+                // In the moments in which the service looks, as those of real machines reach it.
+                next_ms = (now + 1_000).next_multiple_of(LOOK_INTERVAL_MS);
             }
         }
     };

@@ -39,7 +39,8 @@ pub async fn run(
                 () = events.closed() => return,
             }
         };
-        match opened {
+        // Beats are all that comes up here in time: that the workload ended is told by the VM process itself.
+        match opened.and_then(|session| Ok(session.unhurried().map_err(session::SessionError::from)?)) {
             Ok(session) => {
                 if serve(session, &events, &mut shutdowns, &mut due).await.is_break() {
                     return;

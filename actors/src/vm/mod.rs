@@ -10,7 +10,9 @@ mod explain;
 pub mod files;
 pub mod process;
 pub mod scope;
+mod samples;
 pub mod session;
+pub mod unhurried;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -25,6 +27,7 @@ use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::identity::ProcessIdentity;
@@ -38,8 +41,32 @@ pub type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub type EventSink = mpsc::Sender<VmEvent>;
 
 /// A byte stream to the agent.
-pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> AgentIo for T {}
+pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {
+    /// The same stream for what nobody waits for ([`unhurried`]).
+    ///
+    /// # Errors
+    /// What the reactor says; the stream is lost then.
+    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>>;
+}
+
+impl AgentIo for UnixStream {
+    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
+        Ok(Box::new(unhurried::Unhurried::new(*self)?))
+    }
+}
+
+impl AgentIo for unhurried::Unhurried {
+    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
+        Ok(self)
+    }
+}
+
+#[cfg(any(test, feature = "simulation"))]
+impl AgentIo for tokio::io::DuplexStream {
+    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
+        Ok(self)
+    }
+}
 
 /// What the actor tells a VM.
 #[derive(Debug)]

@@ -4,7 +4,8 @@
 //!  SandboxActor ◄─ events ─ drive (a task) ─ commands ◄─ SandboxActor
 //!                             │  control link: socketpair, or <run>/control.sock after adoption
 //!                             │  pidfd: the process's end
-//!                             └─ agent::run (a task): control stream of the agent through <run>/vsock.sock
+//!                             ├─ agent::run (a task): control stream of the agent through <run>/vsock.sock
+//!                             └─ samples::run (a task): samples through a connection of their own to <run>/control.sock
 //! ```
 //!
 //! `msb-vmm` begins a session of its own, gets an empty environment, the control link as its standard input and `<logs>/vmm.log`
@@ -38,7 +39,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::scope::{self, Scopes};
 use super::{
     AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
-    descriptors, explain,
+    descriptors, explain, samples,
 };
 use crate::identity::{self, ProcessIdentity};
 
@@ -403,7 +404,7 @@ impl Driver {
         let boot_limit = tokio::time::sleep(boot_limit.unwrap_or(Duration::from_secs(u64::from(u32::MAX))));
         tokio::pin!(boot_limit);
         if self.ready {
-            self.reach_agent(&events).await;
+            self.reach_agent(&events);
         }
         let mut ended: Option<Box<EndRecord>> = None;
         let status = loop {
@@ -505,7 +506,7 @@ impl Driver {
             Message::Event { event } => match event {
                 Event::AgentReady { boot_id, phases } if boot_id == self.boot_id => {
                     self.ready = true;
-                    self.reach_agent(events).await;
+                    self.reach_agent(events);
                     // Only now does it know what confines it: its state goes up first, then that it is ready.
                     self.ready_phases = Some(phases);
                     if self.request(Request::Status, Some(Pending::Status)).await.is_ok() {
@@ -519,7 +520,6 @@ impl Driver {
                     VmEvent::MainExited(end)
                 }
                 Event::HostDiskFull { boot_id, full } if boot_id == self.boot_id => VmEvent::HostDiskFull(full),
-                Event::Sampled { boot_id, sample } if boot_id == self.boot_id => VmEvent::Sampled(sample),
                 Event::Ended { record } if record.boot_id == self.boot_id => {
                     // The process is about to exit; its end is told when it has.
                     *ended = Some(record);
@@ -532,11 +532,9 @@ impl Driver {
         events.send(event).await.is_ok()
     }
 
-    async fn reach_agent(&mut self, events: &EventSink) {
-        let sample_interval_ms = self.launcher.sample_interval_ms;
-        if let Err(error) = self.request(Request::Subscribe { sample_interval_ms }, None).await {
-            tracing::debug!(boot_id = %self.boot_id, %error, "the VM process's control link is broken");
-        }
+    fn reach_agent(&mut self, events: &EventSink) {
+        let interval_ms = self.launcher.sample_interval_ms;
+        tokio::spawn(samples::run(self.run_dir.clone(), self.boot_id, interval_ms, events.clone()));
         let (shutdowns, queue) = mpsc::channel(2);
         self.agent = Some(shutdowns);
         let launcher: Arc<dyn Launcher> = Arc::new(self.launcher.clone());

@@ -99,6 +99,16 @@ pub async fn open(
 }
 
 impl Session {
+    /// The same stream, looked at a few times a second ([`super::unhurried`]).
+    ///
+    /// # Errors
+    /// What the reactor says; the stream is lost then.
+    pub fn unhurried(self) -> io::Result<Self> {
+        let (mut reader, mut writer) = (self.reader, self.writer);
+        (reader.io, writer.io) = tokio::io::split(reader.io.unsplit(writer.io).unhurried()?);
+        Ok(Self { opened: self.opened, reader, writer })
+    }
+
     /// The stream without frames, for kinds that carry bare bytes after the answer.
     #[must_use]
     pub fn into_bytes(self) -> GuestBytes {

@@ -7,7 +7,6 @@
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -33,7 +32,6 @@ fn main() -> Result<()> {
     let mut requests = Requests { control, decoder: Decoder::with_limit(SPEC_LEN_MAX) };
     let first = requests.next()?;
     let Request::Launch { spec } = first.request else { bail!("the first request is no launch") };
-    let interval_ms = Arc::new(AtomicU64::new(0));
     link.reply(first.id, Reply::Status(Box::new(status(&spec, VmState::Booting))))?;
     let adopters = UnixListener::bind(spec.run_dir.join(CONTROL_SOCKET)).context("the control socket")?;
     let listener = UnixListener::bind(spec.run_dir.join(VSOCK_SOCKET)).context("the vsock socket")?;
@@ -46,19 +44,27 @@ fn main() -> Result<()> {
     let phases = ["spawn", "kernel_load", "kernel", "init", "agent", "ready"];
     let phases = phases.map(|name| Phase { name: name.into(), duration_us: 1_000 }).to_vec();
     link.event(Event::AgentReady { boot_id: spec.boot_id, phases })?;
-    let (sampling, asked, boot_id, memory) = (link.clone(), interval_ms.clone(), spec.boot_id, spec.memory_mib);
-    std::thread::spawn(move || sample(&sampling, &asked, boot_id, u64::from(memory) << 20));
-    // Until the daemon is gone, and then until each of its successors is.
-    let _ = serve(&mut requests, &link, &spec, &interval_ms);
-    for control in adopters.incoming().flatten() {
-        *link.0.lock().unwrap_or_else(PoisonError::into_inner) = control.try_clone()?;
-        let _ = serve(&mut Requests { control, decoder: Decoder::new() }, &link, &spec, &interval_ms);
+    let spec = Arc::new(*spec);
+    // Whoever comes later: the same daemon for its samples, and each of its successors.
+    let later = Arc::clone(&spec);
+    std::thread::spawn(move || {
+        for control in adopters.incoming().flatten() {
+            let spec = Arc::clone(&later);
+            std::thread::spawn(move || -> Result<()> {
+                let link = Link(Arc::new(Mutex::new(control.try_clone()?)));
+                serve(&mut Requests { control, decoder: Decoder::new() }, &link, &spec)
+            });
+        }
+    });
+    // Until the daemon is gone. The machine stays.
+    let _ = serve(&mut requests, &link, &spec);
+    loop {
+        std::thread::park();
     }
-    Ok(())
 }
 
 /// Answers one daemon.
-fn serve(requests: &mut Requests, link: &Link, spec: &VmSpec, interval_ms: &AtomicU64) -> Result<()> {
+fn serve(requests: &mut Requests, link: &Link, spec: &VmSpec) -> Result<()> {
     loop {
         let RequestFrame { id, request } = requests.next()?;
         match request {
@@ -66,9 +72,11 @@ fn serve(requests: &mut Requests, link: &Link, spec: &VmSpec, interval_ms: &Atom
                 link.reply(id, Reply::Status(Box::new(status(spec, VmState::Ready))))?
             }
             Request::Subscribe { sample_interval_ms } => {
-                let is_wanted = sample_interval_ms < NEVER_MS;
-                interval_ms.store(if is_wanted { sample_interval_ms } else { 0 }, Ordering::Relaxed);
                 link.reply(id, Reply::Done)?;
+                if sample_interval_ms < NEVER_MS {
+                    let (link, boot_id, memory_bytes) = (link.clone(), spec.boot_id, u64::from(spec.memory_mib) << 20);
+                    std::thread::spawn(move || sample(&link, sample_interval_ms, boot_id, memory_bytes));
+                }
             }
             Request::Kill { .. } => std::process::exit(0),
             Request::ConsoleTail { .. } => link.reply(id, Reply::ConsoleTail { text: String::new() })?,
@@ -179,8 +187,8 @@ fn agent(mut stream: UnixStream) -> Result<()> {
     Ok(())
 }
 
-/// The counters of a sandbox that does a little each second, at each interval.
-fn sample(link: &Link, interval_ms: &AtomicU64, boot_id: BootId, memory_bytes: u64) {
+/// The counters of a sandbox that does a little each second, at each interval, until nobody takes them.
+fn sample(link: &Link, interval_ms: u64, boot_id: BootId, memory_bytes: u64) {
     let began = Instant::now();
     let now_ns = || {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -188,14 +196,7 @@ fn sample(link: &Link, interval_ms: &AtomicU64, boot_id: BootId, memory_bytes: u
     };
     let started_at_ns = now_ns();
     for number in 1.. {
-        let pause_ms = match interval_ms.load(Ordering::Relaxed) {
-            0 => 200,
-            asked => asked,
-        };
-        std::thread::sleep(Duration::from_millis(pause_ms));
-        if interval_ms.load(Ordering::Relaxed) == 0 {
-            continue;
-        }
+        std::thread::sleep(Duration::from_millis(interval_ms));
         let sample = Sample {
             at_ns: now_ns(),
             started_at_ns,
