@@ -609,7 +609,7 @@ impl SandboxActor {
         self.record.vmm = None;
         self.vm = None;
         self.beats = None;
-        self.surroundings.heartbeats.clear(self.directories.heartbeat.clone());
+        self.surroundings.heartbeats.clear(self.record.id, &self.directories.heartbeat);
     }
 
     fn note_failed_start(&mut self) {
@@ -1120,7 +1120,7 @@ impl SandboxActor {
         // The first beat of a machine that was adopted ends the longer wait for it.
         let is_due_sooner = watch.due_ms() < due_ms;
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
-        self.surroundings.heartbeats.write(self.directories.heartbeat.clone(), heartbeat);
+        self.surroundings.heartbeats.write(self.record.id, &self.directories.heartbeat, heartbeat);
         self.guest_metrics = Some(GuestMetrics {
             memory_used_bytes: beat.memory_used_bytes,
             memory_total_bytes: beat.memory_total_bytes,

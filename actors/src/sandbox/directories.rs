@@ -5,6 +5,7 @@
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{SandboxId, SandboxName};
@@ -24,7 +25,7 @@ pub struct Directories {
     /// The writable disk.
     pub upper: PathBuf,
     /// The heartbeat file.
-    pub heartbeat: PathBuf,
+    pub heartbeat: Arc<Path>,
     /// Sockets.
     pub run: PathBuf,
     /// Evidence of failed boots of all sandboxes.
@@ -39,7 +40,7 @@ impl Directories {
         Self {
             logs: root.join("logs"),
             upper: root.join("upper.img"),
-            heartbeat: root.join("heartbeat.json"),
+            heartbeat: root.join("heartbeat.json").into(),
             run: sandbox_run_dir(runtime_dir, id),
             boot_errors: home.home.join("boot-errors"),
             root,
@@ -55,7 +56,7 @@ impl Directories {
             make_private(directory).map_err(|error| file_error(directory, &error))?;
         }
         // Nothing of an earlier boot may be taken for news of this one.
-        for stale in [&self.heartbeat, &self.run.join(END_FILE)] {
+        for stale in [&*self.heartbeat, &self.run.join(END_FILE)] {
             match std::fs::remove_file(stale) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(file_error(stale, &error)),
                 _ => {}

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use msb_protocol::guest::{BEAT_INTERVAL_MS, Beat};
-use msb_protocol::id::BootId;
+use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::spec::EngineChoice;
 use serde::Serialize;
 
@@ -31,6 +31,8 @@ const FILE_LEN: usize = 512;
 pub const PAUSE: Duration = Duration::from_millis(250);
 /// How often the thread looks whether anybody could still give it something.
 const LAST_CLONE_INTERVAL: Duration = Duration::from_secs(5);
+/// Beats after which it is looked whether a file is still the one at its path.
+const LOOK_ANEW_BEATS: u64 = 8;
 /// Files that stay open; the others are opened for each beat.
 const OPEN_MAX: usize = 1_024;
 
@@ -163,20 +165,23 @@ pub struct HeartbeatWriter {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The newest beat of each file, or that it is to go. No more than there are sandboxes.
-    waiting: Mutex<BTreeMap<PathBuf, Option<Heartbeat>>>,
+    /// What is to become of the file of each sandbox.
+    waiting: Mutex<BTreeMap<SandboxId, Task>>,
     filled: Condvar,
 }
 
+/// The file, and the newest beat for it, or that it is to go.
+type Task = (Arc<Path>, Option<Heartbeat>);
+
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Option<Heartbeat>>> {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Task>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, path: PathBuf, heartbeat: Option<Heartbeat>) {
+    fn put(&self, id: SandboxId, path: &Arc<Path>, heartbeat: Option<Heartbeat>) {
         let mut waiting = self.waiting();
         let is_first = waiting.is_empty();
-        waiting.insert(path, heartbeat);
+        waiting.insert(id, (Arc::clone(path), heartbeat));
         drop(waiting);
         if is_first {
             self.filled.notify_one();
@@ -197,13 +202,13 @@ impl HeartbeatWriter {
     }
 
     /// Writes within [`PAUSE`], or whenever the disk takes it; of several beats only the newest.
-    pub fn write(&self, path: PathBuf, heartbeat: Heartbeat) {
-        self.shared.put(path, Some(heartbeat));
+    pub fn write(&self, id: SandboxId, path: &Arc<Path>, heartbeat: Heartbeat) {
+        self.shared.put(id, path, Some(heartbeat));
     }
 
     /// Removes a file after everything that was written before: the run is over, and no late beat may outlive it.
-    pub fn clear(&self, path: PathBuf) {
-        self.shared.put(path, None);
+    pub fn clear(&self, id: SandboxId, path: &Arc<Path>) {
+        self.shared.put(id, path, None);
     }
 }
 
@@ -218,10 +223,10 @@ fn write_all(weak: &Weak<Shared>) {
         let batch = std::mem::take(&mut *waiting);
         drop(waiting);
         drop(shared);
-        for (path, heartbeat) in batch {
+        for (id, (path, heartbeat)) in batch {
             let done = match heartbeat {
-                Some(heartbeat) => files.write(&path, &heartbeat),
-                None => files.remove(&path),
+                Some(heartbeat) => files.write(id, &path, &heartbeat),
+                None => files.remove(id, &path),
             };
             match done {
                 Ok(()) => failing = false,
@@ -244,30 +249,33 @@ fn write_all(weak: &Weak<Shared>) {
 /// in the middle of a write is told by `sequence_again`.
 #[derive(Debug, Default)]
 struct HeartbeatFiles {
-    open: BTreeMap<PathBuf, File>,
+    open: BTreeMap<SandboxId, File>,
+    text: Vec<u8>,
 }
 
 impl HeartbeatFiles {
-    fn write(&mut self, path: &Path, heartbeat: &Heartbeat) -> std::io::Result<()> {
-        let mut text = serde_json::to_vec(heartbeat)?;
-        text.resize(text.len().max(FILE_LEN - 1), b' ');
-        text.push(b'\n');
-        // One that somebody removed is made anew.
-        if let Some(file) = self.open.get(path)
-            && file.metadata()?.nlink() > 0
+    fn write(&mut self, id: SandboxId, path: &Path, heartbeat: &Heartbeat) -> std::io::Result<()> {
+        self.text.clear();
+        serde_json::to_writer(&mut self.text, heartbeat)?;
+        self.text.resize(self.text.len().max(FILE_LEN - 1), b' ');
+        self.text.push(b'\n');
+        // One that somebody removed is made anew, a little later.
+        let looks_anew = heartbeat.sequence.is_multiple_of(LOOK_ANEW_BEATS);
+        if let Some(file) = self.open.get(&id)
+            && (!looks_anew || file.metadata()?.nlink() > 0)
         {
-            return file.write_all_at(&text, 0);
+            return file.write_all_at(&self.text, 0);
         }
-        self.open.remove(path);
-        let Some(file) = make(path, &text)? else { return Ok(()) };
+        self.open.remove(&id);
+        let Some(file) = make(path, &self.text)? else { return Ok(()) };
         if self.open.len() < OPEN_MAX {
-            self.open.insert(path.to_owned(), file);
+            self.open.insert(id, file);
         }
         Ok(())
     }
 
-    fn remove(&mut self, path: &Path) -> std::io::Result<()> {
-        self.open.remove(path);
+    fn remove(&mut self, id: SandboxId, path: &Path) -> std::io::Result<()> {
+        self.open.remove(&id);
         for path in [path, &temporary(path)] {
             match std::fs::remove_file(path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -297,6 +305,10 @@ fn temporary(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn id(number: u128) -> SandboxId {
+        SandboxId(uuid::Uuid::from_u128(number))
+    }
 
     fn boot(number: u128) -> BootId {
         BootId(uuid::Uuid::from_u128(number))
@@ -345,7 +357,7 @@ mod tests {
         let mut files = HeartbeatFiles::default();
         let path = home.path().join("heartbeat.json");
         // The longest there is comes first, and nothing of it is left in what follows.
-        for sequence in [u64::MAX, 1, 2, 3] {
+        for sequence in [u64::MAX, 1, 2, LOOK_ANEW_BEATS] {
             let short = if sequence == u64::MAX { u32::MAX } else { 0 };
             let long = if sequence == u64::MAX { u64::MAX } else { 0 };
             let beat = Beat {
@@ -359,7 +371,7 @@ mod tests {
                 load_hundredths: short,
                 processes: short,
             };
-            files.write(&path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
+            files.write(id(1), &path, &Heartbeat::new(boot(7), &beat, Timestamp::MAX)).unwrap();
             let text = std::fs::read(&path).unwrap();
             let read: serde_json::Value = serde_json::from_slice(&text).unwrap();
             assert_eq!((read["version"].as_u64(), read["sequence"].as_u64()), (Some(1), Some(sequence)));
@@ -370,26 +382,25 @@ mod tests {
                 std::fs::remove_file(&path).unwrap();
             }
         }
-        files.remove(&path).unwrap();
-        files.remove(&path).unwrap();
+        files.remove(id(1), &path).unwrap();
+        files.remove(id(1), &path).unwrap();
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
         let beat = Heartbeat::new(boot(7), &Beat::default(), Timestamp::UNIX_EPOCH);
-        files.write(&home.path().join("gone/heartbeat.json"), &beat).unwrap();
+        files.write(id(2), &home.path().join("gone/heartbeat.json"), &beat).unwrap();
     }
 
     #[test]
     fn the_newest_of_each_file_is_written_soon_and_nothing_outlives_its_removal() {
         let home = tempfile::tempdir().unwrap();
-        let (lives, ended) = (home.path().join("lives.json"), home.path().join("ended.json"));
-        let beat = |sequence| {
-            Heartbeat::new(boot(7), &Beat { sequence, ..Beat::default() }, Timestamp::UNIX_EPOCH)
-        };
+        let path = |name| Arc::<Path>::from(home.path().join(name));
+        let (lives, ended) = (path("lives.json"), path("ended.json"));
+        let beat = |sequence| Heartbeat::new(boot(7), &Beat { sequence, ..Beat::default() }, Timestamp::UNIX_EPOCH);
         let writer = HeartbeatWriter::start().unwrap();
         for sequence in 1..=100 {
-            writer.write(lives.clone(), beat(sequence));
-            writer.write(ended.clone(), beat(sequence));
+            writer.write(id(1), &lives, beat(sequence));
+            writer.write(id(2), &ended, beat(sequence));
         }
-        writer.clear(ended.clone());
+        writer.clear(id(2), &ended);
         let newest = || {
             let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&lives).ok()?).ok()?;
             read["sequence"].as_u64()
@@ -399,9 +410,9 @@ mod tests {
             assert!(began.elapsed() < Duration::from_secs(30), "not written");
             std::thread::sleep(Duration::from_millis(5));
         }
-        writer.write(ended.clone(), beat(101));
-        writer.clear(ended.clone());
-        writer.write(lives.clone(), beat(102));
+        writer.write(id(2), &ended, beat(101));
+        writer.clear(id(2), &ended);
+        writer.write(id(1), &lives, beat(102));
         while newest() != Some(102) {
             assert!(began.elapsed() < Duration::from_secs(30), "not written");
             std::thread::sleep(Duration::from_millis(5));

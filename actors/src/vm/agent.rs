@@ -6,13 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use msb_protocol::guest::{GuestBody, HostBody, OpenControl, OpenKind, Shutdown};
+use msb_protocol::guest::{BEAT_INTERVAL_MS, GuestBody, HostBody, OpenControl, OpenKind, Shutdown};
 use msb_protocol::id::BootId;
 use tokio::sync::mpsc;
 
-use super::session::{self, Session};
+use super::session::{self, Session, SessionError};
 use super::{EventSink, Launcher, VmEvent};
 
+/// Time between two beats.
+const BEAT_INTERVAL: Duration = Duration::from_millis(BEAT_INTERVAL_MS);
 /// Wait before the link is opened again.
 const REOPEN_AFTER: Duration = Duration::from_millis(500);
 
@@ -40,7 +42,9 @@ pub async fn run(
             }
         };
         // Beats are all that comes up here in time: that the workload ended is told by the VM process itself.
-        match opened.and_then(|session| Ok(session.unhurried().map_err(session::SessionError::from)?)) {
+        let unhurried =
+            |session: Session| session.unhurried(BEAT_INTERVAL).map_err(|error| SessionError::Io(error).into());
+        match opened.and_then(unhurried) {
             Ok(session) => {
                 if serve(session, &events, &mut shutdowns, &mut due).await.is_break() {
                     return;

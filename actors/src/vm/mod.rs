@@ -9,8 +9,8 @@ mod descriptors;
 mod explain;
 pub mod files;
 pub mod process;
-pub mod scope;
 mod samples;
+pub mod scope;
 pub mod session;
 pub mod unhurried;
 
@@ -19,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use msb_protocol::error::ApiError;
 use msb_protocol::guest::Beat;
@@ -42,28 +43,28 @@ pub type EventSink = mpsc::Sender<VmEvent>;
 
 /// A byte stream to the agent.
 pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {
-    /// The same stream for what nobody waits for ([`unhurried`]).
+    /// The same stream for what comes at this interval and nobody waits for ([`unhurried`]).
     ///
     /// # Errors
     /// What the reactor says; the stream is lost then.
-    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>>;
+    fn unhurried(self: Box<Self>, interval: Duration) -> std::io::Result<Box<dyn AgentIo>>;
 }
 
 impl AgentIo for UnixStream {
-    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
-        Ok(Box::new(unhurried::Unhurried::new(*self)?))
+    fn unhurried(self: Box<Self>, interval: Duration) -> std::io::Result<Box<dyn AgentIo>> {
+        Ok(Box::new(unhurried::Unhurried::new(*self, interval)?))
     }
 }
 
 impl AgentIo for unhurried::Unhurried {
-    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
+    fn unhurried(self: Box<Self>, _: Duration) -> std::io::Result<Box<dyn AgentIo>> {
         Ok(self)
     }
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl AgentIo for tokio::io::DuplexStream {
-    fn unhurried(self: Box<Self>) -> std::io::Result<Box<dyn AgentIo>> {
+    fn unhurried(self: Box<Self>, _: Duration) -> std::io::Result<Box<dyn AgentIo>> {
         Ok(self)
     }
 }

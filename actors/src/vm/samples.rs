@@ -19,7 +19,7 @@ use super::{EventSink, VmEvent};
 /// Wait before the connection is made again.
 const REOPEN_AFTER: Duration = Duration::from_secs(2);
 /// Bytes of one read: several samples.
-const READ_LEN: usize = 8 << 10;
+const READ_LEN: usize = 4 << 10;
 
 /// Hands samples on until the VM's events have no receiver any more.
 pub(super) async fn run(run_dir: PathBuf, boot_id: BootId, interval_ms: u64, events: EventSink) {
@@ -47,7 +47,7 @@ async fn read(run_dir: &Path, boot_id: BootId, sample_interval_ms: u64, events: 
     encode_json(&RequestFrame { id: 1, request: Request::Subscribe { sample_interval_ms } }, &mut wire)
         .map_err(io::Error::other)?;
     stream.write_all(&wire).await?;
-    let mut stream = Unhurried::new(stream)?;
+    let mut stream = Unhurried::new(stream, Duration::from_millis(sample_interval_ms))?;
     let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(READ_LEN));
     loop {
         buffer.clear();

@@ -99,13 +99,13 @@ pub async fn open(
 }
 
 impl Session {
-    /// The same stream, looked at a few times a second ([`super::unhurried`]).
+    /// The same stream, on which something comes at this interval and nobody waits for it ([`super::unhurried`]).
     ///
     /// # Errors
     /// What the reactor says; the stream is lost then.
-    pub fn unhurried(self) -> io::Result<Self> {
+    pub fn unhurried(self, interval: Duration) -> io::Result<Self> {
         let (mut reader, mut writer) = (self.reader, self.writer);
-        (reader.io, writer.io) = tokio::io::split(reader.io.unsplit(writer.io).unhurried()?);
+        (reader.io, writer.io) = tokio::io::split(reader.io.unsplit(writer.io).unhurried(interval)?);
         Ok(Self { opened: self.opened, reader, writer })
     }
 

@@ -18,10 +18,13 @@ use tokio::time::{Instant, Sleep, sleep_until};
 pub const LOOK_INTERVAL_MS: u64 = 250;
 const LOOK_INTERVAL: Duration = Duration::from_millis(LOOK_INTERVAL_MS);
 
-/// The next moment in which all connections are looked at.
-fn next_look() -> Instant {
+/// Bytes of one read: some samples, many beats.
+const READ_LEN: usize = 4 << 10;
+
+/// The first moment after this time from now in which connections are looked at.
+fn look_after(pause: Duration) -> Instant {
     static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
-    let looks = EPOCH.elapsed().as_nanos() / LOOK_INTERVAL.as_nanos() + 1;
+    let looks = (EPOCH.elapsed() + pause).as_nanos() / LOOK_INTERVAL.as_nanos() + 1;
     *EPOCH + LOOK_INTERVAL * u32::try_from(looks).unwrap_or(u32::MAX)
 }
 
@@ -30,27 +33,30 @@ fn next_look() -> Instant {
 pub struct Unhurried {
     /// Not registered with the reactor: that is the point.
     stream: UnixStream,
+    /// After something has come: nothing will for so long.
+    pause: Duration,
     next_look: Pin<Box<Sleep>>,
     next_try: Pin<Box<Sleep>>,
 }
 
 impl Unhurried {
-    /// Takes a connection out of the reactor's sight.
+    /// Takes a connection, on which something comes at this interval, out of the reactor's sight.
     ///
     /// # Errors
     /// What the reactor says.
-    pub fn new(stream: tokio::net::UnixStream) -> io::Result<Self> {
+    pub fn new(stream: tokio::net::UnixStream, interval: Duration) -> io::Result<Self> {
         let now = Instant::now();
         Ok(Self {
             // It stays non-blocking.
             stream: stream.into_std()?,
+            pause: interval.saturating_sub(LOOK_INTERVAL),
             next_look: Box::pin(sleep_until(now)),
             next_try: Box::pin(sleep_until(now)),
         })
     }
 }
 
-/// Tries something in each of the moments that `at` waits for, until the socket has room or bytes for it.
+/// Tries something, and again in each of the moments of looking, until the socket has room or bytes for it.
 fn attempt<T>(
     at: &mut Pin<Box<Sleep>>,
     cx: &mut Context<'_>,
@@ -59,7 +65,7 @@ fn attempt<T>(
     loop {
         ready!(at.as_mut().poll(cx));
         match action() {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => at.as_mut().reset(next_look()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => at.as_mut().reset(look_after(Duration::ZERO)),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             outcome => return Poll::Ready(outcome),
         }
@@ -68,12 +74,15 @@ fn attempt<T>(
 
 impl AsyncRead for Unhurried {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { stream, next_look: at, .. } = &mut *self;
-        let read = ready!(attempt(at, cx, || stream.read(buf.initialize_unfilled())))?;
-        buf.advance(read);
-        // All that there was, most times; a buffer that was filled says there is more.
-        if buf.remaining() > 0 {
-            at.as_mut().reset(next_look());
+        let Self { stream, pause, next_look: at, .. } = &mut *self;
+        // A buffer of the caller's may be large, and would have to be cleared for a few bytes.
+        let mut bytes = [0; READ_LEN];
+        let len = buf.remaining().min(READ_LEN);
+        let read = ready!(attempt(at, cx, || stream.read(&mut bytes[..len])))?;
+        buf.put_slice(&bytes[..read]);
+        // Less than there was room for is all that there was.
+        if read < len {
+            at.as_mut().reset(look_after(*pause));
         }
         Poll::Ready(Ok(()))
     }
@@ -103,7 +112,7 @@ mod tests {
     #[actix_rt::test]
     async fn bytes_arrive_whole_at_the_next_look_and_the_end_is_seen() {
         let (mut peer, stream) = tokio::net::UnixStream::pair().unwrap();
-        let mut unhurried = Unhurried::new(stream).unwrap();
+        let mut unhurried = Unhurried::new(stream, Duration::ZERO).unwrap();
         let mut buffer = [0; 4];
         peer.write_all(b"ab").await.unwrap();
         assert_eq!(unhurried.read(&mut buffer).await.unwrap(), 2, "the first look is at once");
@@ -119,15 +128,31 @@ mod tests {
 
     #[actix_rt::test]
     async fn all_are_looked_at_in_the_same_moment() {
-        let first = next_look();
+        let first = look_after(Duration::ZERO);
         tokio::time::sleep_until(first + LOOK_INTERVAL / 8).await;
-        assert_eq!(next_look(), first + LOOK_INTERVAL);
+        assert_eq!(look_after(Duration::ZERO), first + LOOK_INTERVAL);
+        assert_eq!(look_after(LOOK_INTERVAL * 3), first + LOOK_INTERVAL * 4);
+    }
+
+    #[actix_rt::test]
+    async fn what_comes_each_second_is_looked_for_once_a_second() {
+        let second = Duration::from_secs(1);
+        let (mut peer, stream) = tokio::net::UnixStream::pair().unwrap();
+        let mut unhurried = Unhurried::new(stream, second).unwrap();
+        peer.write_all(b"1").await.unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(unhurried.read(&mut buffer).await.unwrap(), 1);
+        peer.write_all(b"2").await.unwrap();
+        let began = Instant::now();
+        assert_eq!(unhurried.read(&mut buffer).await.unwrap(), 1);
+        let waited = began.elapsed();
+        assert!(waited > second / 2 && waited < second * 2, "{waited:?}");
     }
 
     #[actix_rt::test]
     async fn a_peer_that_does_not_read_holds_the_writer_up_until_it_does() {
         let (mut peer, stream) = tokio::net::UnixStream::pair().unwrap();
-        let mut unhurried = Unhurried::new(stream).unwrap();
+        let mut unhurried = Unhurried::new(stream, Duration::ZERO).unwrap();
         let sent = vec![7; 1 << 20];
         let expected = sent.len();
         let writer = tokio::spawn(async move { unhurried.write_all(&sent).await });

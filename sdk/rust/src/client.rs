@@ -855,12 +855,10 @@ pub(crate) enum OpenError {
     Answer(Error),
 }
 
-/// Whether this failure to connect means that nobody is there.
+/// Whether this failure to connect means that nobody is there. One that dies resets whom it had not greeted yet.
 pub(crate) fn is_absence(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotADirectory
-    )
+    use std::io::ErrorKind::{ConnectionRefused, ConnectionReset, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused | ConnectionReset | NotADirectory)
 }
 
 /// The error of a socket that cannot be connected to.
