@@ -8,7 +8,7 @@ use std::sync::Arc;
 use msb_metrics::{Family, Metric};
 use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
-use msb_protocol::vmm::{NetworkCount, Sample};
+use msb_protocol::vmm::{NetworkCount, Phase, Sample};
 
 use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading};
 
@@ -55,12 +55,42 @@ pub(crate) struct Memory {
 #[derive(Debug)]
 struct Known {
     identity: Arc<Identity>,
+    /// What its identity was made of: for a sandbox that says the same again nothing is made anew.
+    told: Told,
     boot_id: BootId,
     at_ns: u64,
     interval_ns: u64,
     last_told: bool,
     restarts: u32,
     restarts_since_ns: u64,
+}
+
+/// What the identity of a sandbox is made of.
+#[derive(Debug, Default)]
+struct Told {
+    labels: BTreeMap<String, String>,
+    vmm_pid: u32,
+    phases: Vec<Phase>,
+    /// Its network's counters, and for each the place of its value among the identity's.
+    network: Vec<(String, BTreeMap<String, String>, Option<usize>)>,
+    /// Labels that were left out.
+    dropped: u64,
+}
+
+impl Told {
+    /// Whether it says nothing else this time.
+    fn holds(&self, sandbox: &SandboxMetrics) -> bool {
+        let network = &sandbox.sample.network;
+        self.vmm_pid == sandbox.vmm_pid
+            && self.labels == sandbox.labels
+            && self.phases == sandbox.boot_phases
+            && self.network.len() == network.len()
+            && self
+                .network
+                .iter()
+                .zip(network)
+                .all(|((metric, attributes, _), count)| *metric == count.metric && *attributes == count.attributes)
+    }
 }
 
 impl Memory {
@@ -94,13 +124,32 @@ impl Memory {
         }
     }
 
-    /// The reading of one sandbox; none of a run whose last one was told.
-    fn read(&mut self, sandbox: &SandboxMetrics, attributes: Vec<(String, String)>, taken_ns: u64) -> Option<Reading> {
-        let (keys, counts): (Vec<_>, Vec<_>) = network_counts(&sandbox.sample).into_iter().unzip();
+    /// Who a sandbox is, made anew only where that changed.
+    fn identify(&mut self, sandbox: &SandboxMetrics, choice: &AttributeChoice, dropped: &mut u64) {
+        let same_run = |known: &&Known| known.boot_id == sandbox.boot_id && known.told.holds(sandbox);
+        if let Some(known) = self.sandboxes.get(&sandbox.id).filter(same_run) {
+            *dropped += known.told.dropped;
+            return;
+        }
+        let mut left_out = 0;
+        let attributes = attributes(sandbox, choice, self, &mut left_out);
+        *dropped += left_out;
+        let counts: Vec<_> = network_keys(&sandbox.sample);
+        let keys: BTreeSet<_> = counts.iter().flatten().cloned().collect();
+        let keys: Vec<_> = keys.into_iter().collect();
+        let places = counts.iter().map(|key| key.as_ref().and_then(|key| keys.binary_search(key).ok()));
+        let network = sandbox.sample.network.iter().zip(places);
+        let told = Told {
+            labels: sandbox.labels.clone(),
+            vmm_pid: sandbox.vmm_pid,
+            phases: sandbox.boot_phases.clone(),
+            network: network.map(|(count, place)| (count.metric.clone(), count.attributes.clone(), place)).collect(),
+            dropped: left_out,
+        };
         let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
-        let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
         let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
             identity: Arc::default(),
+            told: Told::default(),
             boot_id: sandbox.boot_id,
             at_ns: 0,
             interval_ns: 0,
@@ -108,6 +157,22 @@ impl Memory {
             restarts: sandbox.restarts,
             restarts_since_ns: nanoseconds(sandbox.created_at.as_nanosecond()),
         });
+        known.told = told;
+        if *known.identity != identity {
+            known.identity = Arc::new(identity);
+        }
+    }
+
+    /// The reading of one sandbox that was identified; none of a run whose last one was told.
+    fn read(&mut self, sandbox: &SandboxMetrics, taken_ns: u64) -> Option<Reading> {
+        let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
+        let known = self.sandboxes.get_mut(&sandbox.id)?;
+        let mut counts = vec![0; known.identity.counts.len()].into_boxed_slice();
+        for ((.., place), count) in known.told.network.iter().zip(&sandbox.sample.network) {
+            if let Some(value) = place.and_then(|place| counts.get_mut(place)) {
+                *value = count.value;
+            }
+        }
         if known.boot_id != sandbox.boot_id {
             (known.boot_id, known.last_told, known.at_ns, known.interval_ns) = (sandbox.boot_id, false, 0, 0);
         }
@@ -116,9 +181,6 @@ impl Memory {
             known.restarts_since_ns = started_ns;
         }
         known.restarts = sandbox.restarts;
-        if *known.identity != identity {
-            known.identity = Arc::new(identity);
-        }
         if sandbox.last && std::mem::replace(&mut known.last_told, true) {
             return None;
         }
@@ -136,7 +198,7 @@ impl Memory {
             status: sandbox.status,
             cpu_utilization: sandbox.cpu_utilization,
             sample: Counters::from(&sandbox.sample),
-            counts: counts.into(),
+            counts,
             guest: sandbox.guest.map(Guest::from),
             is_last: sandbox.last,
             is_new,
@@ -159,14 +221,14 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
     let present: BTreeSet<_> = snapshot.sandboxes.iter().map(|sandbox| sandbox.id).collect();
     memory.sandboxes.retain(|id, _| present.contains(id));
     for sandbox in &snapshot.sandboxes {
-        let attributes = attributes(sandbox, choice, memory, &mut collection.attributes_dropped);
-        collection.readings.extend(memory.read(sandbox, attributes, taken_ns));
+        memory.identify(sandbox, choice, &mut collection.attributes_dropped);
+        collection.readings.extend(memory.read(sandbox, taken_ns));
     }
     collection
 }
 
-/// The network's counters that the table declares, each once: they come from a VM's process, and backends refuse what is there twice.
-fn network_counts(sample: &Sample) -> BTreeMap<CountKey, u64> {
+/// The network's counters by key, none where the table does not declare it: they come from a VM's process.
+fn network_keys(sample: &Sample) -> Vec<Option<CountKey>> {
     let declared = |count: &NetworkCount| {
         let definition = Metric::from_name(&count.metric)?.definition();
         let keys_fit = count.attributes.keys().eq(definition.attributes.iter().collect::<BTreeSet<_>>());
@@ -174,11 +236,12 @@ fn network_counts(sample: &Sample) -> BTreeMap<CountKey, u64> {
         let is_short = count.attributes.values().all(|value| value.len() <= COUNT_WORD_BYTES_MAX);
         (definition.family == Family::Sandbox && keys_fit && is_short && !has_field).then_some(definition.metric)
     };
-    let counts = sample.network.iter().take(COUNTS_MAX).filter_map(|count| {
+    let key = |count: &NetworkCount| {
         let attributes = count.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        Some(((declared(count)?, attributes), count.value))
-    });
-    counts.collect()
+        Some((declared(count)?, attributes))
+    };
+    let counts = sample.network.iter().enumerate();
+    counts.map(|(place, count)| (place < COUNTS_MAX).then(|| key(count)).flatten()).collect()
 }
 
 fn nanoseconds(value: i128) -> u64 {
@@ -224,7 +287,6 @@ pub(crate) mod tests {
     use msb_protocol::control::GuestMetrics;
     use msb_protocol::id::SandboxName;
     use msb_protocol::state::SandboxState;
-    use msb_protocol::vmm::Phase;
 
     use super::*;
     use crate::point::Value;

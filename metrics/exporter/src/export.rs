@@ -12,10 +12,11 @@ use crate::otlp;
 use crate::point::Collection;
 use crate::retry::{self, Outcome};
 use crate::self_metrics::SelfMetrics;
+use crate::waiting::Waiting;
 
 /// The buffer between collecting and sending. The lock is held only to move one entry.
 #[derive(Clone, Debug)]
-pub(crate) struct Queue(Arc<Mutex<Buffer<Arc<Collection>>>>);
+pub(crate) struct Queue(Arc<Mutex<Buffer<Arc<Waiting>>>>);
 
 impl Queue {
     /// An empty queue of at most `max` collections.
@@ -23,8 +24,16 @@ impl Queue {
         Self(Arc::new(Mutex::new(Buffer::new(max))))
     }
 
+    /// Takes the newest.
+    pub(crate) fn push(&self, collection: Collection) {
+        match Waiting::pack(collection.keep_new()) {
+            Ok(waiting) => self.with(|buffer| buffer.push(Arc::new(waiting))),
+            Err(error) => tracing::error!(%error, "a collection could not be packed, it is lost"),
+        }
+    }
+
     /// Works on the buffer.
-    pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Buffer<Arc<Collection>>) -> R) -> R {
+    pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Buffer<Arc<Waiting>>) -> R) -> R {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -83,7 +92,15 @@ impl<B: Backend> Exporter<B> {
                 tracing::warn!(dropped, "the buffer was full, the oldest collections are lost");
                 self.own.collections_dropped(dropped);
             }
-            let Some((id, collection)) = self.queue.with(|buffer| buffer.front()) else { return Ok(()) };
+            let Some((id, waiting)) = self.queue.with(|buffer| buffer.front()) else { return Ok(()) };
+            let collection = match waiting.unpack() {
+                Ok(collection) => collection,
+                Err(error) => {
+                    tracing::error!(%error, "a collection could not be unpacked, it is lost");
+                    self.queue.with(|buffer| buffer.done(id));
+                    continue;
+                }
+            };
             self.own.begin(&collection.host);
             let mut first = self.partly.take().filter(|(partly, _)| *partly == id).map_or(0, |(_, first)| first);
             while let Some((request, next)) = otlp::request(&collection, first, &self.resource) {
@@ -174,7 +191,7 @@ mod tests {
             for second in 1..=600 {
                 tokio::time::sleep_until(begin + Duration::from_secs(second)).await;
                 let collection = collect(&fleet(1, second), &AttributeChoice::default(), &mut memory);
-                queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));
+                queue.push(collection);
                 assert!(queue.with(|buffer| buffer.len()) <= BUFFERED);
             }
         };

@@ -20,6 +20,7 @@ use msb_protocol::vmm::{
     CONTROL_SOCKET, Event, JailReport, Message, NetworkCount, Phase, Reply, Request, RequestFrame, Sample,
     VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
+use rustix::event::{PollFd, PollFlags, poll};
 
 /// The longest interval of the settings. Here it means never, so that the bench can tell what samples cost.
 const NEVER_MS: u64 = 10_000;
@@ -98,6 +99,9 @@ impl Requests {
             if let Some(body) = self.decoder.next_body()? {
                 return Ok(decode_json(body)?);
             }
+            // Not in the read itself: there the kernel would wake it each time the daemon takes something, which a real machine, whose
+            // thread waits in poll(2), never is.
+            poll(&mut [PollFd::new(&self.control, PollFlags::IN)], None)?;
             match self.control.read(&mut buffer)? {
                 0 => bail!("the daemon is gone"),
                 count => self.decoder.push(&buffer[..count]),
