@@ -8,7 +8,7 @@ use std::sync::Arc;
 use msb_metrics::{Family, Metric};
 use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
-use msb_protocol::vmm::{NetworkCount, Phase, Sample};
+use msb_protocol::vmm::{NetworkCount, Sample};
 
 use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading};
 
@@ -65,32 +65,27 @@ struct Known {
     restarts_since_ns: u64,
 }
 
-/// What the identity of a sandbox is made of.
+/// What the identity of a sandbox was made of.
 #[derive(Debug, Default)]
 struct Told {
-    labels: BTreeMap<String, String>,
-    vmm_pid: u32,
-    phases: Vec<Phase>,
-    /// Its network's counters, and for each the place of its value among the identity's.
-    network: Vec<(String, BTreeMap<String, String>, Option<usize>)>,
+    /// Of its labels, its process, its phases and its network's counters: itself it would be larger than the identity.
+    hash: u64,
+    /// For each of its network's counters the place of its value among the identity's.
+    places: Box<[Option<usize>]>,
     /// Labels that were left out.
     dropped: u64,
 }
 
-impl Told {
-    /// Whether it says nothing else this time.
-    fn holds(&self, sandbox: &SandboxMetrics) -> bool {
-        let network = &sandbox.sample.network;
-        self.vmm_pid == sandbox.vmm_pid
-            && self.labels == sandbox.labels
-            && self.phases == sandbox.boot_phases
-            && self.network.len() == network.len()
-            && self
-                .network
-                .iter()
-                .zip(network)
-                .all(|((metric, attributes, _), count)| *metric == count.metric && *attributes == count.attributes)
+fn hash(sandbox: &SandboxMetrics) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (sandbox.boot_id, sandbox.vmm_pid, &sandbox.labels).hash(&mut hasher);
+    for phase in &sandbox.boot_phases {
+        (&phase.name, phase.duration_us).hash(&mut hasher);
     }
+    for count in &sandbox.sample.network {
+        (&count.metric, &count.attributes).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 impl Memory {
@@ -126,8 +121,8 @@ impl Memory {
 
     /// Who a sandbox is, made anew only where that changed.
     fn identify(&mut self, sandbox: &SandboxMetrics, choice: &AttributeChoice, dropped: &mut u64) {
-        let same_run = |known: &&Known| known.boot_id == sandbox.boot_id && known.told.holds(sandbox);
-        if let Some(known) = self.sandboxes.get(&sandbox.id).filter(same_run) {
+        let hash = hash(sandbox);
+        if let Some(known) = self.sandboxes.get(&sandbox.id).filter(|known| known.told.hash == hash) {
             *dropped += known.told.dropped;
             return;
         }
@@ -137,15 +132,8 @@ impl Memory {
         let counts: Vec<_> = network_keys(&sandbox.sample);
         let keys: BTreeSet<_> = counts.iter().flatten().cloned().collect();
         let keys: Vec<_> = keys.into_iter().collect();
-        let places = counts.iter().map(|key| key.as_ref().and_then(|key| keys.binary_search(key).ok()));
-        let network = sandbox.sample.network.iter().zip(places);
-        let told = Told {
-            labels: sandbox.labels.clone(),
-            vmm_pid: sandbox.vmm_pid,
-            phases: sandbox.boot_phases.clone(),
-            network: network.map(|(count, place)| (count.metric.clone(), count.attributes.clone(), place)).collect(),
-            dropped: left_out,
-        };
+        let place = |key: &Option<CountKey>| keys.binary_search(key.as_ref()?).ok();
+        let told = Told { hash, places: counts.iter().map(place).collect(), dropped: left_out };
         let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
         let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
             identity: Arc::default(),
@@ -168,7 +156,7 @@ impl Memory {
         let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
         let known = self.sandboxes.get_mut(&sandbox.id)?;
         let mut counts = vec![0; known.identity.counts.len()].into_boxed_slice();
-        for ((.., place), count) in known.told.network.iter().zip(&sandbox.sample.network) {
+        for (place, count) in known.told.places.iter().zip(&sandbox.sample.network) {
             if let Some(value) = place.and_then(|place| counts.get_mut(place)) {
                 *value = count.value;
             }
@@ -287,6 +275,7 @@ pub(crate) mod tests {
     use msb_protocol::control::GuestMetrics;
     use msb_protocol::id::SandboxName;
     use msb_protocol::state::SandboxState;
+    use msb_protocol::vmm::Phase;
 
     use super::*;
     use crate::point::Value;

@@ -12,11 +12,10 @@ use crate::otlp;
 use crate::point::Collection;
 use crate::retry::{self, Outcome};
 use crate::self_metrics::SelfMetrics;
-use crate::waiting::Waiting;
 
 /// The buffer between collecting and sending. The lock is held only to move one entry.
 #[derive(Clone, Debug)]
-pub(crate) struct Queue(Arc<Mutex<Buffer<Arc<Waiting>>>>);
+pub(crate) struct Queue(Arc<Mutex<Buffer<Arc<Collection>>>>);
 
 impl Queue {
     /// An empty queue of at most `max` collections.
@@ -24,16 +23,8 @@ impl Queue {
         Self(Arc::new(Mutex::new(Buffer::new(max))))
     }
 
-    /// Takes the newest.
-    pub(crate) fn push(&self, collection: Collection) {
-        match Waiting::pack(collection.keep_new()) {
-            Ok(waiting) => self.with(|buffer| buffer.push(Arc::new(waiting))),
-            Err(error) => tracing::error!(%error, "a collection could not be packed, it is lost"),
-        }
-    }
-
     /// Works on the buffer.
-    pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Buffer<Arc<Waiting>>) -> R) -> R {
+    pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Buffer<Arc<Collection>>) -> R) -> R {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -92,15 +83,7 @@ impl<B: Backend> Exporter<B> {
                 tracing::warn!(dropped, "the buffer was full, the oldest collections are lost");
                 self.own.collections_dropped(dropped);
             }
-            let Some((id, waiting)) = self.queue.with(|buffer| buffer.front()) else { return Ok(()) };
-            let collection = match waiting.unpack() {
-                Ok(collection) => collection,
-                Err(error) => {
-                    tracing::error!(%error, "a collection could not be unpacked, it is lost");
-                    self.queue.with(|buffer| buffer.done(id));
-                    continue;
-                }
-            };
+            let Some((id, collection)) = self.queue.with(|buffer| buffer.front()) else { return Ok(()) };
             self.own.begin(&collection.host);
             let mut first = self.partly.take().filter(|(partly, _)| *partly == id).map_or(0, |(_, first)| first);
             while let Some((request, next)) = otlp::request(&collection, first, &self.resource) {
@@ -191,7 +174,7 @@ mod tests {
             for second in 1..=600 {
                 tokio::time::sleep_until(begin + Duration::from_secs(second)).await;
                 let collection = collect(&fleet(1, second), &AttributeChoice::default(), &mut memory);
-                queue.push(collection);
+                queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));
                 assert!(queue.with(|buffer| buffer.len()) <= BUFFERED);
             }
         };

@@ -24,10 +24,10 @@ mod self_metrics;
 mod sender;
 mod settings;
 mod stdout;
-mod waiting;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser as _;
@@ -108,7 +108,7 @@ async fn otel(source: Source, args: OtelArgs, ended: impl Future<Output = ()>) -
     let mut exporter = Exporter { queue: queue.clone(), backend: Sender::new(sender)?, resource, own, partly: None };
     let take = |collection: Option<Collection>| {
         if let Some(collection) = collection {
-            queue.push(collection);
+            queue.with(|buffer| buffer.push(Arc::new(collection.keep_new())));
         }
     };
     tokio::select! {

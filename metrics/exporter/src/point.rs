@@ -13,7 +13,6 @@ use msb_metrics::{
 use msb_protocol::control::GuestMetrics;
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::{Phase, Sample};
-use serde::{Deserialize, Serialize};
 
 /// A value of a metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,7 +78,7 @@ pub(crate) struct Identity {
 pub(crate) type CountKey = (Metric, Vec<(String, String)>);
 
 /// What points are made of in a [`Sample`]. A sample itself is half as large again.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub(crate) struct Counters {
     pub at_ns: u64,
     pub uptime_ms: u64,
@@ -119,7 +118,7 @@ impl From<&Sample> for Counters {
 }
 
 /// What points are made of in what the guest says.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub(crate) struct Guest {
     pub memory_used_bytes: u64,
     pub root_used_bytes: u64,
@@ -137,9 +136,8 @@ impl From<GuestMetrics> for Guest {
 }
 
 /// What was read of one sandbox at one moment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub(crate) struct Reading {
-    #[serde(skip)]
     pub who: Arc<Identity>,
     pub started_ns: u64,
     pub restarts_since_ns: u64,
