@@ -171,14 +171,17 @@ impl Daemon {
         let _guard = cancelled.clone().drop_guard();
         let pull = PullRequest { reference: reference.clone(), ..PullRequest::default() };
         let (pulled, ()) = tokio::join!(self.pull_image(pull, cancelled, progress), reading);
-        pulled.map_err(|mut error| {
-            if missing {
-                error.message =
-                    format!("image {reference} is not in the store, and fetching it failed: {}", error.message);
+        let prepared = || async { self.images().send(Prepare(reference.clone())).await.map_err(mailbox)? };
+        match pulled {
+            Ok(_) => prepared().await.map(Some),
+            Err(mut error) => {
+                // What it says of the image that is not there names those that are.
+                if missing && let Err(absent) = prepared().await {
+                    error.message = format!("{}, and fetching it failed: {}", absent.message, error.message);
+                }
+                Err(error)
             }
-            error
-        })?;
-        self.images().send(Prepare(reference)).await.map_err(mailbox)?.map(Some)
+        }
     }
 
     /// Keeps a credential for a registry, once the registry has taken it.

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use msb_protocol::control::{CreateRequest, SandboxDetail};
-use msb_protocol::error::ErrorCode;
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{PullPolicy, PullRequest};
 use msb_protocol::snapshot::snapshot_name;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
@@ -106,13 +106,15 @@ pub async fn create(
         Pull::Always | Pull::IfMissing => PullPolicy::IfMissing,
     };
     // A snapshot's image is there, or the service says what to do about it.
-    let missing = options.pull == Pull::IfMissing
-        && spec.snapshot.is_none()
-        && !spec.root.is_local()
-        && matches!(client.image(&spec.image).await, Err(error) if error.code() == ErrorCode::ImageNotFound);
-    if missing || options.pull == Pull::Always {
+    let is_asked = options.pull == Pull::IfMissing && spec.snapshot.is_none() && !spec.root.is_local();
+    let found = if is_asked { client.image(&spec.image).await.map(drop) } else { Ok(()) };
+    let absent = found.err().filter(|error| error.code() == ErrorCode::ImageNotFound);
+    if absent.is_some() || options.pull == Pull::Always {
         let wanted = PullRequest { reference: spec.image.clone(), ..PullRequest::default() };
-        super::pull::fetch(&client, &wanted, context).await?;
+        super::pull::fetch(&client, &wanted, context).await.map_err(|failure| match (failure, &absent) {
+            (Failure::Api(error), Some(absent)) => Failure::Api(neither(absent.api(), error)),
+            (failure, _) => failure,
+        })?;
     }
     let request = CreateRequest { spec, hold_main, replace_grace_ms: options.replace_grace_ms(), pull };
     let what = request.spec.snapshot.as_ref().map_or(request.spec.image.as_str(), |name| name.as_str());
@@ -123,4 +125,11 @@ pub async fn create(
         context.printer.terminal_note(reason);
     }
     Ok(detail)
+}
+
+/// An image that is not in the store and cannot be fetched either.
+fn neither(absent: &ApiError, mut failed: ApiError) -> ApiError {
+    failed.message = format!("{}, and fetching it failed: {}", absent.message, failed.message);
+    failed.hint = format!("load it with `msb image load -i FILE`, or {}", failed.hint);
+    failed
 }

@@ -73,8 +73,9 @@ fn an_image_is_pulled_run_saved_and_pruned() {
     .succeeds()
     .is_quiet();
 
-    // Nobody is logged in: the registry refuses, and `run` says so.
-    home.fails(&["run", &name, "true"], 125, "registry_denied");
+    // Nobody is logged in: the registry refuses, and `run` says so, and what there is and what else could be done.
+    let refused = home.fails(&["run", &name, "true"], 125, "registry_denied");
+    assert!(refused.contains("it holds none yet") && refused.contains("image load"), "{refused}");
     let login = ["registry", "login", "-u", "me", "--password-stdin", &registry.host];
     home.msb(login).input("wrong\n").run().exits(1).complains("refuses the name or the password");
     home.msb(login).input("secret\n").run().succeeds().complains("not encrypted");

@@ -32,6 +32,8 @@ pub struct Connection {
     outgoing_descriptors: Vec<OwnedFd>,
     /// Descriptors that came.
     descriptors: Vec<OwnedFd>,
+    /// Whether something has arrived that was not read, or may have.
+    pub(super) is_ready: bool,
     /// Whether events go here too; newer ones take over.
     pub(super) wants_events: bool,
     /// Whether the machine stands because it was asked to be written down here.
@@ -50,6 +52,7 @@ impl Connection {
             outgoing: Vec::new(),
             outgoing_descriptors: Vec::new(),
             descriptors: Vec::new(),
+            is_ready: true,
             wants_events: false,
             has_saved: false,
             samples: None,

@@ -22,6 +22,8 @@ const TICKS_PER_SECOND: u64 = 100;
 const PAGE_BYTES: u64 = 4096;
 /// Threads looked at when the vCPUs are searched for: QEMU has a dozen beside them.
 const THREADS_MAX: usize = 1024;
+/// Bytes of /proc/PID/status, of which the figures of memory are in the first half.
+const MEMORY_LEN_MAX: usize = 4096;
 /// How the vCPU threads are called: ours, and QEMU's with debug-threads.
 const VCPU_NAMES: [&str; 2] = ["vcpu-", "CPU "];
 
@@ -33,6 +35,8 @@ pub(super) struct Sampler {
     /// A process other than this one that is the machine: QEMU.
     machine_pid: Option<u32>,
     vcpus: Vec<VcpuClock>,
+    /// What the kernel says of the machine's memory.
+    memory: Option<File>,
     resident_bytes: u64,
 }
 
@@ -41,13 +45,14 @@ impl Sampler {
     pub(super) fn new(run: Run, meters: Meters) -> Self {
         let elapsed_ns = u64::try_from(run.started().elapsed().as_nanos()).unwrap_or_default();
         let started_at_ns = realtime_ns().saturating_sub(elapsed_ns);
-        Self { run, meters, started_at_ns, machine_pid: None, vcpus: Vec::new(), resident_bytes: 0 }
+        Self { run, meters, started_at_ns, machine_pid: None, vcpus: Vec::new(), memory: None, resident_bytes: 0 }
     }
 
     /// Tells which other processes belong to the machine.
     pub(super) fn set_machine_pids(&mut self, pids: &[u32]) {
         self.machine_pid = pids.first().copied();
         self.vcpus.clear();
+        self.memory = None;
     }
 
     /// The counters now. What the machine's threads said last stays true after they have ended.
@@ -56,7 +61,10 @@ impl Sampler {
             self.vcpus = find_vcpus(self.machine_pid);
         }
         self.vcpus.iter_mut().for_each(VcpuClock::read);
-        if let Some(bytes) = resident_bytes(self.machine_pid) {
+        if self.memory.is_none() {
+            self.memory = memory_figures(self.machine_pid);
+        }
+        if let Some(bytes) = self.memory.as_ref().and_then(|figures| resident_bytes(figures, self.machine_pid)) {
             self.resident_bytes = bytes.min(self.meters.memory_limit_bytes);
         }
         let meters = &self.meters;
@@ -163,11 +171,18 @@ fn stat_us(text: &str) -> Option<u64> {
 
 /// Guest memory that the host holds. In this process it is anonymous memory, which statm tells cheaply; in QEMU it is a memfd, which
 /// only status tells apart from mapped files.
-fn resident_bytes(pid: Option<u32>) -> Option<u64> {
-    let directory = process_directory(pid);
+fn memory_figures(pid: Option<u32>) -> Option<File> {
+    let name = if pid.is_some() { "status" } else { "statm" };
+    File::open(process_directory(pid).join(name)).ok()
+}
+
+fn resident_bytes(figures: &File, pid: Option<u32>) -> Option<u64> {
+    let mut text = [0u8; MEMORY_LEN_MAX];
+    let length = figures.read_at(&mut text, 0).ok()?;
+    let text = std::str::from_utf8(&text[..length]).ok()?;
     match pid {
-        None => anonymous_bytes(&std::fs::read_to_string(directory.join("statm")).ok()?),
-        Some(_) => Some(guest_resident_kib(&std::fs::read_to_string(directory.join("status")).ok()?)? * 1024),
+        None => anonymous_bytes(text),
+        Some(_) => Some(guest_resident_kib(text)? * 1024),
     }
 }
 
@@ -203,7 +218,9 @@ mod tests {
         assert_eq!(guest_resident_kib(status), Some(123));
         assert_eq!(guest_resident_kib(""), None);
         assert_eq!(anonymous_bytes("900 300 100 1 0 50 0\n"), Some(200 * 4096));
-        assert!(resident_bytes(None).unwrap() > 0 && resident_bytes(Some(std::process::id())).unwrap() > 0);
+        for pid in [None, Some(std::process::id())] {
+            assert!(resident_bytes(&memory_figures(pid).unwrap(), pid).unwrap() > 0);
+        }
     }
 
     #[test]

@@ -131,6 +131,12 @@ impl Control {
     }
 }
 
+/// What a wait ended with, beside connections.
+struct Ready {
+    wake: bool,
+    listener: bool,
+}
+
 struct Server {
     listener: UnixListener,
     connections: Vec<Connection>,
@@ -154,10 +160,14 @@ impl Server {
             let due = self.connections.iter().filter_map(Connection::next_sample).min();
             let due = due.map(|at| at.saturating_duration_since(now));
             let timeout = self.check_deadlines(now).into_iter().chain(due).min();
-            self.wait(timeout);
+            let ready = self.wait(timeout);
             jail::enter_or_abort(ThreadClass::Service);
-            self.run.wake().drain();
-            self.accept();
+            if ready.wake {
+                self.run.wake().drain();
+            }
+            if ready.listener {
+                self.accept();
+            }
             self.serve_connections();
             self.send_samples(Instant::now());
             self.pass_events_on();
@@ -224,7 +234,8 @@ impl Server {
         next.map(|deadline| deadline.saturating_duration_since(now))
     }
 
-    fn wait(&self, timeout: Option<Duration>) {
+    /// Waits for something to do, and finds out what: an idle machine asks the kernel for nothing else each second.
+    fn wait(&mut self, timeout: Option<Duration>) -> Ready {
         let wake = self.run.wake();
         let mut watched = vec![PollFd::new(&wake, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
         for connection in &self.connections {
@@ -236,12 +247,21 @@ impl Server {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(left.subsec_nanos().saturating_add(1).min(999_999_999)),
         });
-        if let Err(error) = poll(&mut watched, timeout.as_ref())
+        let polled = poll(&mut watched, timeout.as_ref());
+        // What is not known is looked at.
+        let is_ready: Vec<bool> =
+            watched.iter().map(|watched| polled.is_err() || !watched.revents().is_empty()).collect();
+        drop(watched);
+        if let Err(error) = polled
             && error != rustix::io::Errno::INTR
         {
             tracing::error!(%error, "control thread cannot wait");
             std::thread::sleep(Duration::from_millis(100));
         }
+        for (connection, is_ready) in self.connections.iter_mut().zip(&is_ready[2..]) {
+            connection.is_ready = *is_ready;
+        }
+        Ready { wake: is_ready[0], listener: is_ready[1] }
     }
 
     fn accept(&mut self) {
@@ -261,7 +281,7 @@ impl Server {
         let mut new_listener = None;
         let mut kept = Vec::with_capacity(connections.len());
         for mut connection in connections.drain(..) {
-            let open = connection.receive();
+            let open = !connection.is_ready || connection.receive();
             let mut alive = true;
             for _ in 0..REQUESTS_MAX {
                 match connection.next_request() {
