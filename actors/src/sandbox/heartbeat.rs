@@ -249,7 +249,8 @@ fn write_all(weak: &Weak<Shared>) {
 /// in the middle of a write is told by `sequence_again`.
 #[derive(Debug, Default)]
 struct HeartbeatFiles {
-    open: BTreeMap<SandboxId, File>,
+    /// By sandbox, with the run that each is of.
+    open: BTreeMap<SandboxId, (BootId, File)>,
     text: Vec<u8>,
 }
 
@@ -259,9 +260,10 @@ impl HeartbeatFiles {
         serde_json::to_writer(&mut self.text, heartbeat)?;
         self.text.resize(self.text.len().max(FILE_LEN - 1), b' ');
         self.text.push(b'\n');
-        // One that somebody removed is made anew, a little later.
+        // That of another run has been removed since; one that somebody removed is made anew, a little later.
         let looks_anew = heartbeat.sequence.is_multiple_of(LOOK_ANEW_BEATS);
-        if let Some(file) = self.open.get(&id)
+        if let Some((boot_id, file)) = self.open.get(&id)
+            && *boot_id == heartbeat.boot_id
             && (!looks_anew || file.metadata()?.nlink() > 0)
         {
             return file.write_all_at(&self.text, 0);
@@ -269,7 +271,7 @@ impl HeartbeatFiles {
         self.open.remove(&id);
         let Some(file) = make(path, &self.text)? else { return Ok(()) };
         if self.open.len() < OPEN_MAX {
-            self.open.insert(id, file);
+            self.open.insert(id, (heartbeat.boot_id, file));
         }
         Ok(())
     }
@@ -382,6 +384,11 @@ mod tests {
                 std::fs::remove_file(&path).unwrap();
             }
         }
+        // A run that begins before the file of the one before was cleared has its own from the first beat on.
+        std::fs::remove_file(&path).unwrap();
+        let first = Beat { sequence: 1, ..Beat::default() };
+        files.write(id(1), &path, &Heartbeat::new(boot(8), &first, Timestamp::UNIX_EPOCH)).unwrap();
+        assert!(std::fs::read_to_string(&path).unwrap().contains(&boot(8).to_string()));
         files.remove(id(1), &path).unwrap();
         files.remove(id(1), &path).unwrap();
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
