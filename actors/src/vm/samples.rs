@@ -10,7 +10,7 @@ use std::time::Duration;
 use msb_protocol::frame::{Decoder, decode_json, encode_json};
 use msb_protocol::id::BootId;
 use msb_protocol::vmm::{CONTROL_SOCKET, Event, Message, Request, RequestFrame};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::unhurried::Unhurried;
@@ -47,24 +47,44 @@ async fn read(run_dir: &Path, boot_id: BootId, sample_interval_ms: u64, events: 
     encode_json(&RequestFrame { id: 1, request: Request::Subscribe { sample_interval_ms } }, &mut wire)
         .map_err(io::Error::other)?;
     stream.write_all(&wire).await?;
+    let mut taking =
+        Taking { boot_id, events, decoder: Decoder::new(), buffer: Vec::with_capacity(READ_LEN), taken: 0 };
+    // The first comes at once: whoever asks for metrics right after a create has some.
+    while taken_from(&mut stream, &mut taking).await? && taking.taken == 0 {}
     let mut stream = Unhurried::new(stream, Duration::from_millis(sample_interval_ms))?;
-    let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(READ_LEN));
-    loop {
-        buffer.clear();
-        if stream.read_buf(&mut buffer).await? == 0 {
-            return Ok(());
+    while taken_from(&mut stream, &mut taking).await? {}
+    Ok(())
+}
+
+/// What is read and handed on.
+struct Samples<'a> {
+    boot_id: BootId,
+    events: &'a EventSink,
+    decoder: Decoder,
+    buffer: Vec<u8>,
+    taken: u64,
+}
+
+impl Samples<'_> {
+    /// Hands on what one read brings; false when nothing more will come, or nobody takes it.
+    async fn take(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<bool> {
+        self.buffer.clear();
+        if stream.read_buf(&mut self.buffer).await? == 0 {
+            return Ok(false);
         }
-        decoder.push(&buffer);
-        while let Some(body) = decoder.next_body().map_err(io::Error::other)? {
+        self.decoder.push(&self.buffer);
+        while let Some(body) = self.decoder.next_body().map_err(io::Error::other)? {
             match decode_json::<Message>(body).map_err(io::Error::other)? {
-                Message::Event { event: Event::Sampled { boot_id: of, sample } } if of == boot_id => {
-                    if events.send(VmEvent::Sampled(sample)).await.is_err() {
-                        return Ok(());
+                Message::Event { event: Event::Sampled { boot_id, sample } } if boot_id == self.boot_id => {
+                    self.taken += 1;
+                    if self.events.send(VmEvent::Sampled(sample)).await.is_err() {
+                        return Ok(false);
                     }
                 }
                 // Taken, or of another run.
                 Message::Reply { .. } | Message::Event { .. } => {}
             }
         }
+        Ok(true)
     }
 }
