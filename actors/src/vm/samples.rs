@@ -47,12 +47,16 @@ async fn read(run_dir: &Path, boot_id: BootId, sample_interval_ms: u64, events: 
     encode_json(&RequestFrame { id: 1, request: Request::Subscribe { sample_interval_ms } }, &mut wire)
         .map_err(io::Error::other)?;
     stream.write_all(&wire).await?;
-    let mut taking =
-        Taking { boot_id, events, decoder: Decoder::new(), buffer: Vec::with_capacity(READ_LEN), taken: 0 };
+    let mut samples =
+        Samples { boot_id, events, decoder: Decoder::new(), buffer: Vec::with_capacity(READ_LEN), taken: 0 };
     // The first comes at once: whoever asks for metrics right after a create has some.
-    while taken_from(&mut stream, &mut taking).await? && taking.taken == 0 {}
+    while samples.taken == 0 {
+        if !samples.take(&mut stream).await? {
+            return Ok(());
+        }
+    }
     let mut stream = Unhurried::new(stream, Duration::from_millis(sample_interval_ms))?;
-    while taken_from(&mut stream, &mut taking).await? {}
+    while samples.take(&mut stream).await? {}
     Ok(())
 }
 
