@@ -130,6 +130,9 @@ pub async fn create(
 /// An image that is not in the store and cannot be fetched either.
 fn neither(absent: &ApiError, mut failed: ApiError) -> ApiError {
     failed.message = format!("{}, and fetching it failed: {}", absent.message, failed.message);
-    failed.hint = format!("load it with `msb image load -i FILE`, or {}", failed.hint);
+    // A registry that answered that it has no such image: the hint is the same.
+    if failed.code != absent.code {
+        failed.hint = format!("load it with `msb image load -i FILE`, or {}", failed.hint);
+    }
     failed
 }
