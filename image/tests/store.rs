@@ -241,6 +241,22 @@ fn load_noting_layers(store: &Store, path: &std::path::Path) -> Vec<bool> {
 }
 
 #[test]
+fn a_load_for_which_nobody_waits_any_more_ends_and_leaves_nothing() {
+    let home = home();
+    let path = home.directory.path().join("archive.tar");
+    std::fs::write(&path, pack_files(&docker("app:0", &[base(), top("x")]))).unwrap();
+    let options = LoadOptions::default();
+    let result = home.store.load(LoadSource::File(std::fs::File::open(&path).unwrap()), &options, &mut |event| {
+        if matches!(event, LoadEvent::Layer { .. }) {
+            options.given_up.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    });
+    assert!(matches!(result, Err(ImageError::Source(_))), "{result:?}");
+    assert!(home.store.list().unwrap().is_empty());
+    assert_sound(&home.store);
+}
+
+#[test]
 fn what_the_store_has_is_not_read_again() {
     let home = home();
     let layers = [base(), top("x")];

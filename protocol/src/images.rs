@@ -174,6 +174,17 @@ pub enum PullPolicy {
     Never,
 }
 
+/// What is said of an image that is not in the store and cannot be fetched either: both errors in one, the second one's code.
+#[must_use]
+pub fn neither_here_nor_fetched(absent: &ApiError, mut failed: ApiError) -> ApiError {
+    failed.message = format!("{}, and fetching it failed: {}", absent.message, failed.message);
+    // A registry that answered that it has no such image: the hint is the same.
+    if failed.code != absent.code {
+        failed.hint = format!("load it with `msb image load -i FILE`, or {}", failed.hint);
+    }
+    failed
+}
+
 /// Name and secret for a registry.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -12,6 +12,7 @@
 use std::ffi::CString;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
@@ -97,7 +98,7 @@ struct Unpacker<'a> {
 
 struct Level {
     name: Vec<u8>,
-    directory: OwnedFd,
+    directory: Rc<OwnedFd>,
     /// What to set once everything in it is there.
     entry: Option<Entry>,
 }
@@ -193,7 +194,7 @@ impl Unpacker<'_> {
                 outcome => outcome,
             };
             let directory = directory.map_err(|errno| blocked(errno, path))?;
-            self.levels.push(Level { name: component.to_vec(), directory, entry: None });
+            self.levels.push(Level { name: component.to_vec(), directory: Rc::new(directory), entry: None });
         }
         Ok(())
     }
@@ -216,7 +217,7 @@ impl Unpacker<'_> {
             Err(errno) => return Err(TreeError::file("make the directory", &entry.path)(errno)),
         }
         let directory = open_directory(self.parent(), &name).map_err(|errno| blocked(errno, &entry.path))?;
-        self.levels.push(Level { name: last.to_vec(), directory, entry: Some(entry.clone()) });
+        self.levels.push(Level { name: last.to_vec(), directory: Rc::new(directory), entry: Some(entry.clone()) });
         Ok(())
     }
 
@@ -341,9 +342,7 @@ impl Unpacker<'_> {
         name: &CString,
         mut make: impl FnMut(&mut Self, BorrowedFd<'_>, &std::ffi::CStr) -> Result<Result<(), Errno>, TreeError>,
     ) -> Result<(), TreeError> {
-        let parent =
-            self.levels.last().map_or(Ok(None), |level| rustix::io::fcntl_dupfd_cloexec(&level.directory, 3).map(Some));
-        let parent = parent.map_err(TreeError::file("open", &entry.path))?;
+        let parent = self.levels.last().map(|level| Rc::clone(&level.directory));
         let parent = parent.as_ref().map_or(self.directory, |parent| parent.as_fd());
         if self.staging.is_some() {
             match make(self, parent, name)? {

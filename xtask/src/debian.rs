@@ -87,6 +87,9 @@ pub(crate) const CLIENTS: &[Package] = &[
     package("curl", "curl", "speaks through a forwarded SOCKS port"),
 ];
 
+/// What measures traffic, here and in a sandbox.
+pub(crate) const TRAFFIC: &[Package] = &[package("iperf3", "iperf3", "sends and counts what is forwarded")];
+
 /// What the programs need that watch our metrics.
 pub(crate) const OBSERVE: &[Package] = &[
     package("python3", "python3", "runs what decodes metrics with the official definitions"),
@@ -94,7 +97,8 @@ pub(crate) const OBSERVE: &[Package] = &[
 ];
 
 /// All of them.
-pub(crate) const EVERYTHING: &[&[Package]] = &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS, SYSTEM, FUZZ, OBSERVE];
+pub(crate) const EVERYTHING: &[&[Package]] =
+    &[BUILD, KERNEL, IMAGES, RUN, CHECK, CLIENTS, TRAFFIC, SYSTEM, FUZZ, OBSERVE];
 
 /// Installs what is missing of these groups, saying which and why; does nothing and says nothing when all is there.
 ///

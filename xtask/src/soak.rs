@@ -102,6 +102,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_EXECS", "1000")],
     },
     Proof {
+        name: "channels",
+        proves: "a thousand connections at once through one SSH login, each with its own bytes",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "ssh_forwards_from_inside_the_sandbox"],
+        environment: &[("MSB_TEST_CHANNELS", "1000"), ("RUST_TEST_NOCAPTURE", "1")],
+    },
+    Proof {
         name: "memory",
         proves: "engine kvm: what ran goes on in each copy of a machine's memory, and nothing is there twice that must not be",
         cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--", "memory::", "pause::"],

@@ -1,6 +1,6 @@
 //! What a daemon can do with images and the disk they take. Each function is one request of the API.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -8,15 +8,15 @@ use msb_protocol::control::{CreateRequest, ImageDetail, ImageSummary, LoadEvent,
 use msb_protocol::error::ApiError;
 use msb_protocol::images::{
     DiskUsage, DiskUsageRow, ImageRemoval, LoginReport, LoginRequest, PinRequest, PruneReport, PruneRequest, PullEvent,
-    PullPolicy, PullRequest, RegistryList, SaveRequest, TagRequest,
+    PullPolicy, PullRequest, RegistryList, SaveRequest, TagRequest, neither_here_nor_fetched,
 };
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Daemon, mailbox};
 use crate::images::{
-    CheckStore, ImageActor, ImageStore, ImageUsers, InspectImage, ListImages, LoadImage, LoadOptions, Prepare,
-    PreparedImage, Work,
+    ArchiveSource, CheckStore, ImageActor, ImageStore, ImageUsers, InspectImage, ListImages, LoadImage, LoadOptions,
+    Prepare, PreparedImage, Work,
 };
 use crate::kept::Kept;
 use crate::sandbox::directories::Directories;
@@ -174,13 +174,11 @@ impl Daemon {
         let prepared = || async { self.images().send(Prepare(reference.clone())).await.map_err(mailbox)? };
         match pulled {
             Ok(_) => prepared().await.map(Some),
-            Err(mut error) => {
+            Err(error) => match prepared().await {
                 // What it says of the image that is not there names those that are.
-                if missing && let Err(absent) = prepared().await {
-                    error.message = format!("{}, and fetching it failed: {}", absent.message, error.message);
-                }
-                Err(error)
-            }
+                Err(absent) if missing => Err(neither_here_nor_fetched(&absent, error)),
+                _ => Err(error),
+            },
         }
     }
 
@@ -228,7 +226,7 @@ impl Daemon {
     /// What is wrong with the archive or the disk.
     pub async fn load_image(
         &self,
-        archive: Box<dyn Read + Send>,
+        archive: ArchiveSource,
         how: LoadOptions,
         progress: mpsc::Sender<LoadEvent>,
     ) -> Result<Vec<ImageSummary>, ApiError> {

@@ -7,6 +7,7 @@ pub mod store;
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use msb_protocol::images::{
     RegistryRow, SaveRequest,
 };
 use msb_protocol::vmm::DiskPart;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -107,9 +109,9 @@ pub trait ImageStore: Send + Sync + 'static {
     /// `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`.
     fn load(
         &self,
-        archive: &mut dyn Read,
+        archive: ArchiveSource,
         how: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent),
+        progress: &mut dyn FnMut(LoadEvent) -> Listening,
     ) -> Result<Vec<ImageSummary>, ApiError>;
     /// Writes images as one archive. Nothing is written before every name is known to exist.
     ///
@@ -187,6 +189,23 @@ pub struct LoadOptions {
     pub tags: Vec<String>,
     /// The platform where the archive has several; the host's if absent.
     pub platform: Option<String>,
+}
+
+/// Where an archive comes from.
+pub enum ArchiveSource {
+    /// A request's body.
+    Stream(Box<dyn Read + Send>),
+    /// A file of this machine, in which what the store has is passed over.
+    File(File),
+}
+
+/// Whether somebody still waits for a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listening {
+    /// Go on.
+    Yes,
+    /// The client went away.
+    No,
 }
 
 /// Owns the store.
@@ -349,7 +368,7 @@ impl<T: Send + 'static> Handler<Work<T>> for ImageActor {
 #[rtype(result = "Result<Vec<ImageSummary>, ApiError>")]
 pub struct LoadImage {
     /// The archive.
-    pub archive: Box<dyn Read + Send>,
+    pub archive: ArchiveSource,
     /// What to take of it and how to call that.
     pub how: LoadOptions,
     /// Where progress goes; what it has no room for is left out.
@@ -358,15 +377,17 @@ pub struct LoadImage {
 
 impl Handler<LoadImage> for ImageActor {
     type Result = ResponseFuture<Result<Vec<ImageSummary>, ApiError>>;
-    fn handle(&mut self, mut message: LoadImage, _: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, message: LoadImage, _: &mut Self::Context) -> Self::Result {
         faults::here("images/load");
         self.blocking(move |store| {
-            let progress = message.progress;
-            store.load(&mut *message.archive, &message.how, &mut |event| match event {
-                // The next one says the same and more.
-                LoadEvent::Progress { .. } => drop(progress.try_send(event)),
-                // A client that went away ends the load at its next read.
-                event => drop(progress.blocking_send(event)),
+            let LoadImage { archive, how, progress } = message;
+            store.load(archive, &how, &mut |event| {
+                let heard = match event {
+                    // The next one says the same and more.
+                    LoadEvent::Progress { .. } => !matches!(progress.try_send(event), Err(TrySendError::Closed(_))),
+                    event => progress.blocking_send(event).is_ok(),
+                };
+                if heard { Listening::Yes } else { Listening::No }
             })
         })
     }

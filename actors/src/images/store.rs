@@ -1,9 +1,10 @@
 //! [`ImageStore`] over the content store of `msb-image`: types of one crate into words of the API, nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use jiff::Timestamp;
 use msb_image::registry::{self, Credential, CredentialStore, Explicit, PullOptions};
@@ -20,7 +21,7 @@ use msb_protocol::labels::LabelTerm;
 use msb_protocol::vmm::DiskPart;
 use tokio_util::sync::CancellationToken;
 
-use super::{ImageStore, ImageUsers, LoadOptions, PreparedImage};
+use super::{ArchiveSource, ImageStore, ImageUsers, Listening, LoadOptions, PreparedImage};
 
 /// The store of a home.
 pub struct ContentStore {
@@ -234,23 +235,31 @@ impl ImageStore for ContentStore {
 
     fn load(
         &self,
-        archive: &mut dyn Read,
+        archive: ArchiveSource,
         how: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent),
+        progress: &mut dyn FnMut(LoadEvent) -> Listening,
     ) -> Result<Vec<ImageSummary>, ApiError> {
         let options = msb_image::LoadOptions {
             tags: how.tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
             platform: how.platform.as_deref().map(str::parse::<Platform>).transpose()?,
             ..msb_image::LoadOptions::default()
         };
-        let loaded = self.store.load(LoadSource::Stream(Box::new(archive)), &options, &mut |event| {
-            progress(match event {
+        let source = match archive {
+            ArchiveSource::Stream(stream) => LoadSource::Stream(stream),
+            ArchiveSource::File(file) => LoadSource::File(file),
+        };
+        let given_up = Arc::clone(&options.given_up);
+        let loaded = self.store.load(source, &options, &mut |event| {
+            let listening = progress(match event {
                 msb_image::LoadEvent::Progress { bytes } => LoadEvent::Progress { bytes },
                 msb_image::LoadEvent::Layer { diff_id, known } => {
                     LoadEvent::Layer { diff_id: diff_id.to_string(), known }
                 }
                 msb_image::LoadEvent::Warning { message } => LoadEvent::Warning { message },
             });
+            if listening == Listening::No {
+                given_up.store(true, Ordering::Relaxed);
+            }
         })?;
         loaded.iter().map(|image| self.summary(&self.store.get(&image.digest.to_string())?.summary)).collect()
     }

@@ -43,7 +43,8 @@ pub async fn take(
     let mut states: BTreeMap<String, u64> = BTreeMap::new();
     let mut rows = Vec::with_capacity(newest.len());
     for sandbox in sandboxes {
-        let view = sandbox.view.borrow().clone();
+        // Looked at in its place: a copy of a thousand whole specs each second is the larger part of this.
+        let view = sandbox.view.borrow();
         let summary = &view.detail.summary;
         *states.entry(summary.status.as_str().to_owned()).or_default() += 1;
         if !choice.takes(&summary.name, &summary.labels) {

@@ -29,7 +29,7 @@ pub use launcher::{FakeLauncher, Faults};
 
 use crate::clock::Clock;
 use crate::daemon::Daemon;
-use crate::images::{ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
+use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, Listening, LoadOptions, PreparedImage};
 use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
 use crate::sandbox::heartbeat::HeartbeatWriter;
@@ -157,10 +157,14 @@ impl ImageStore for FakeImages {
     }
     fn load(
         &self,
-        archive: &mut dyn Read,
+        archive: ArchiveSource,
         _: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent),
+        progress: &mut dyn FnMut(LoadEvent) -> Listening,
     ) -> Result<Vec<ImageSummary>, ApiError> {
+        let mut archive: Box<dyn Read> = match archive {
+            ArchiveSource::Stream(stream) => stream,
+            ArchiveSource::File(file) => Box::new(file),
+        };
         let mut buffer = vec![0; 64 << 10];
         let mut bytes = 0u64;
         loop {
@@ -171,7 +175,7 @@ impl ImageStore for FakeImages {
                 break;
             }
             bytes += read as u64;
-            progress(LoadEvent::Progress { bytes });
+            let _ = progress(LoadEvent::Progress { bytes });
         }
         if bytes == 0 {
             return Err(ApiError::new(ErrorCode::InvalidArchive, "the archive is empty"));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use msb_actors::faults::injected;
-use msb_actors::images::LoadOptions;
+use msb_actors::images::{ArchiveSource, LoadOptions};
 use msb_protocol::control::LabelRequest;
 use msb_protocol::error::ApiError;
 use msb_protocol::snapshot::CreateSnapshot;
@@ -56,7 +56,7 @@ async fn drive(world: &World) {
     insist(world, "image", || daemon.inspect_image("busybox".into())).await;
     let load = || {
         let progress = tokio::sync::mpsc::channel(8).0;
-        daemon.load_image(Box::new(&b"archive"[..]), LoadOptions::default(), progress)
+        daemon.load_image(ArchiveSource::Stream(Box::new(&b"archive"[..])), LoadOptions::default(), progress)
     };
     insist(world, "load", load).await;
     insist(world, "ssh", || daemon.ssh(&old)).await;

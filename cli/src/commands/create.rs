@@ -2,8 +2,8 @@
 
 use clap::Args;
 use msb_protocol::control::{CreateRequest, SandboxDetail};
-use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::images::{PullPolicy, PullRequest};
+use msb_protocol::error::ErrorCode;
+use msb_protocol::images::{PullPolicy, PullRequest, neither_here_nor_fetched};
 use msb_protocol::snapshot::snapshot_name;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
@@ -112,7 +112,7 @@ pub async fn create(
     if absent.is_some() || options.pull == Pull::Always {
         let wanted = PullRequest { reference: spec.image.clone(), ..PullRequest::default() };
         super::pull::fetch(&client, &wanted, context).await.map_err(|failure| match (failure, &absent) {
-            (Failure::Api(error), Some(absent)) => Failure::Api(neither(absent.api(), error)),
+            (Failure::Api(error), Some(absent)) => Failure::Api(neither_here_nor_fetched(absent.api(), error)),
             (failure, _) => failure,
         })?;
     }
@@ -125,14 +125,4 @@ pub async fn create(
         context.printer.terminal_note(reason);
     }
     Ok(detail)
-}
-
-/// An image that is not in the store and cannot be fetched either.
-fn neither(absent: &ApiError, mut failed: ApiError) -> ApiError {
-    failed.message = format!("{}, and fetching it failed: {}", absent.message, failed.message);
-    // A registry that answered that it has no such image: the hint is the same.
-    if failed.code != absent.code {
-        failed.hint = format!("load it with `msb image load -i FILE`, or {}", failed.hint);
-    }
-    failed
 }

@@ -1,19 +1,15 @@
 //! `msb image …`: the images of the store.
 
 use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::pin::Pin;
 
-use bytes::Bytes;
 use clap::{Args, Subcommand};
-use futures_util::{Stream, StreamExt};
 use msb_protocol::control::{ImageDetail, ImageSummary, LoadEvent};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{PinRequest, TagRequest};
 use msb_protocol::quantity::show_bytes;
 use msb_sdk::client::LoadOptions;
-use msb_sdk::image::ARCHIVE_CHUNK_LEN;
-use tokio_util::io::ReaderStream;
 
 use super::prune::{self, PruneArgs};
 use super::pull::{self, PullArgs};
@@ -24,9 +20,6 @@ use crate::failure::{self, ExitStatus, Failure, invalid};
 use crate::printer::plain;
 use crate::table::Table;
 use crate::time;
-
-/// The bytes of an archive as they come.
-type Archive = Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>;
 
 /// What to do with images.
 #[derive(Debug, Subcommand)]
@@ -145,37 +138,26 @@ pub async fn load(args: LoadArgs, context: &Context) -> Result<ExitStatus, Failu
     let file = match &args.input {
         Some(path) if path.as_os_str() != "-" => {
             let file = std::fs::File::open(path).map_err(|error| failure::file(path, &error))?;
-            let data = file.metadata().map_err(|error| failure::file(path, &error))?;
-            if data.is_dir() {
+            if file.metadata().map_err(|error| failure::file(path, &error))?.is_dir() {
                 return Err(invalid(format!("{} is a directory, not an archive", path.display())));
             }
-            Some((file, data.is_file().then_some(data.len())))
+            file
         }
         _ if std::io::stdin().is_terminal() => {
             let error = ApiError::new(ErrorCode::InvalidConfig, "an archive is required")
                 .with_hint("name one with -i FILE, or pipe one in: docker save IMAGE | msb load");
             return Err(error.into());
         }
-        _ => None,
-    };
-    let client = context.client().await?;
-    if let Some((file, Some(_))) = &file
-        && args.tag.is_empty()
-        && args.platform.is_none()
-        && let Some(images) = msb_sdk::archive::known(&client, file).await
-    {
-        context.printer.terminal_note("everything in this archive is in the store already");
-        return show_loaded(&images, context);
-    }
-    let (archive, sum): (Archive, Option<u64>) = match file {
-        Some((file, sum)) => {
-            (Box::pin(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN)), sum)
+        _ => {
+            let stdin = std::io::stdin().as_fd().try_clone_to_owned();
+            stdin.map_err(|error| failure::file("-".as_ref(), &error))?.into()
         }
-        None => (Box::pin(ReaderStream::with_capacity(tokio::io::stdin(), ARCHIVE_CHUNK_LEN)), None),
     };
+    let sum = file.metadata().ok().filter(std::fs::Metadata::is_file).map(|data| data.len());
+    let client = context.client().await?;
     let progress = context.printer.bytes_bar("loading", sum);
     let how = LoadOptions { tags: args.tag, platform: args.platform };
-    let mut events = client.load_image(archive.fuse(), &how).await?;
+    let mut events = client.load_file(file, &how).await?;
     let mut warnings = Vec::new();
     let images = loop {
         match events.next().await? {

@@ -15,6 +15,9 @@ mod resolve;
 mod save;
 mod session;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
@@ -37,6 +40,8 @@ pub struct LoadOptions {
     pub platform: Option<Platform>,
     /// Bounds.
     pub limits: Limits,
+    /// Set by whoever waited and does not any more: the load ends at its next piece, as if the source had broken off.
+    pub given_up: Arc<AtomicBool>,
 }
 
 /// One `--tag`.

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use crate::archive::input::Input;
 use crate::archive::{LoadEvent, LoadOptions};
@@ -79,6 +80,7 @@ impl<'a> Session<'a> {
         let mut entries = 0;
         while let Some(entry) = reader.next().map_err(outer_error)? {
             entries += 1;
+            self.go_on()?;
             if entries > self.options.limits.archive_entries {
                 let limit = self.options.limits.archive_entries;
                 return Err(ImageError::Limit { what: "the archive".into(), limit, unit: " entries" });
@@ -158,6 +160,7 @@ impl<'a> Session<'a> {
             let mut done = 0;
             let mut next_report = PROGRESS_BYTES;
             while done < bytes {
+                self.go_on()?;
                 let mut piece = intake.empty_piece();
                 let want = PIECE_BYTES.min(usize::try_from(bytes - done).unwrap_or(PIECE_BYTES));
                 piece.resize(want, 0);
@@ -207,6 +210,14 @@ impl<'a> Session<'a> {
         // The same content twice is one blob.
         self.blobs.entry(digest).or_insert(FoundBlob { bytes, file: Some(path), layer });
         Ok(digest)
+    }
+
+    /// Ends a load for which nobody waits.
+    fn go_on(&self) -> Result<(), ImageError> {
+        if self.options.given_up.load(Ordering::Relaxed) {
+            return Err(ImageError::Source(io::Error::new(io::ErrorKind::BrokenPipe, "nobody waits for this load")));
+        }
+        Ok(())
     }
 
     /// Whether the store has a blob of this digest and length with everything that was made of it; holds it if so.

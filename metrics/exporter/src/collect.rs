@@ -61,14 +61,12 @@ struct Known {
     at_ns: u64,
     interval_ns: u64,
     last_told: bool,
-    restarts: u32,
-    restarts_since_ns: u64,
 }
 
 /// What the identity of a sandbox was made of.
 #[derive(Debug, Default)]
 struct Told {
-    /// Of its labels, its process, its phases and its network's counters: itself it would be larger than the identity.
+    /// Of its run, its labels, its process, its phases and its network's counters: itself it would be larger than the identity.
     hash: u64,
     /// For each of its network's counters the place of its value among the identity's.
     places: Box<[Option<usize>]>,
@@ -78,7 +76,8 @@ struct Told {
 
 fn hash(sandbox: &SandboxMetrics) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (sandbox.boot_id, sandbox.vmm_pid, &sandbox.labels).hash(&mut hasher);
+    (sandbox.boot_id, sandbox.started_at, sandbox.restarts, sandbox.sample.memory_limit_bytes).hash(&mut hasher);
+    (sandbox.vmm_pid, &sandbox.labels).hash(&mut hasher);
     for phase in &sandbox.boot_phases {
         (&phase.name, phase.duration_us).hash(&mut hasher);
     }
@@ -134,7 +133,13 @@ impl Memory {
         let keys: Vec<_> = keys.into_iter().collect();
         let place = |key: &Option<CountKey>| keys.binary_search(key.as_ref()?).ok();
         let told = Told { hash, places: counts.iter().map(place).collect(), dropped: left_out };
-        let identity = Identity { attributes, phases: sandbox.boot_phases.clone(), counts: keys };
+        let started_ns = nanoseconds(sandbox.started_at.as_nanosecond());
+        let restarts_since_ns = match self.sandboxes.get(&sandbox.id) {
+            None => nanoseconds(sandbox.created_at.as_nanosecond()),
+            // Somebody started it anew: the count began again with this run.
+            Some(known) if sandbox.restarts < known.identity.restarts => started_ns,
+            Some(known) => known.identity.restarts_since_ns,
+        };
         let known = self.sandboxes.entry(sandbox.id).or_insert_with(|| Known {
             identity: Arc::default(),
             told: Told::default(),
@@ -142,10 +147,17 @@ impl Memory {
             at_ns: 0,
             interval_ns: 0,
             last_told: false,
-            restarts: sandbox.restarts,
-            restarts_since_ns: nanoseconds(sandbox.created_at.as_nanosecond()),
         });
         known.told = told;
+        let identity = Identity {
+            started_ns,
+            restarts_since_ns,
+            restarts: sandbox.restarts,
+            memory_limit_bytes: sandbox.sample.memory_limit_bytes,
+            attributes,
+            phases: sandbox.boot_phases.clone(),
+            counts: keys,
+        };
         if *known.identity != identity {
             known.identity = Arc::new(identity);
         }
@@ -153,7 +165,7 @@ impl Memory {
 
     /// The reading of one sandbox that was identified; none of a run whose last one was told.
     fn read(&mut self, sandbox: &SandboxMetrics, taken_ns: u64) -> Option<Reading> {
-        let (at_ns, started_ns) = (sandbox.sample.at_ns, nanoseconds(sandbox.started_at.as_nanosecond()));
+        let at_ns = sandbox.sample.at_ns;
         let known = self.sandboxes.get_mut(&sandbox.id)?;
         let mut counts = vec![0; known.identity.counts.len()].into_boxed_slice();
         for (place, count) in known.told.places.iter().zip(&sandbox.sample.network) {
@@ -164,11 +176,6 @@ impl Memory {
         if known.boot_id != sandbox.boot_id {
             (known.boot_id, known.last_told, known.at_ns, known.interval_ns) = (sandbox.boot_id, false, 0, 0);
         }
-        if sandbox.restarts < known.restarts {
-            // Somebody started it anew: the count began again with this run.
-            known.restarts_since_ns = started_ns;
-        }
-        known.restarts = sandbox.restarts;
         if sandbox.last && std::mem::replace(&mut known.last_told, true) {
             return None;
         }
@@ -180,9 +187,6 @@ impl Memory {
         let old_after_ns = known.interval_ns.saturating_mul(OLD_INTERVALS).max(OLD_MIN_NS);
         Some(Reading {
             who: Arc::clone(&known.identity),
-            started_ns,
-            restarts_since_ns: known.restarts_since_ns,
-            restarts: sandbox.restarts,
             status: sandbox.status,
             cpu_utilization: sandbox.cpu_utilization,
             sample: Counters::from(&sandbox.sample),

@@ -66,9 +66,13 @@ pub(crate) struct Host {
     pub instance_id: String,
 }
 
-/// What all points of one sandbox share.
+/// What all points of one run of a sandbox share.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
+    pub started_ns: u64,
+    pub restarts_since_ns: u64,
+    pub restarts: u32,
+    pub memory_limit_bytes: u64,
     pub attributes: Vec<(String, String)>,
     pub phases: Vec<Phase>,
     pub counts: Vec<CountKey>,
@@ -83,7 +87,6 @@ pub(crate) struct Counters {
     pub at_ns: u64,
     pub uptime_ms: u64,
     pub cpu_time_us: u64,
-    pub memory_limit_bytes: u64,
     pub memory_resident_bytes: u64,
     pub disk_read_bytes: u64,
     pub disk_written_bytes: u64,
@@ -102,7 +105,6 @@ impl From<&Sample> for Counters {
             at_ns: sample.at_ns,
             uptime_ms: sample.uptime_ms,
             cpu_time_us: sample.cpu_time_us,
-            memory_limit_bytes: sample.memory_limit_bytes,
             memory_resident_bytes: sample.memory_resident_bytes,
             disk_read_bytes: sample.disk_read_bytes,
             disk_written_bytes: sample.disk_written_bytes,
@@ -139,9 +141,6 @@ impl From<GuestMetrics> for Guest {
 #[derive(Clone, Debug)]
 pub(crate) struct Reading {
     pub who: Arc<Identity>,
-    pub started_ns: u64,
-    pub restarts_since_ns: u64,
-    pub restarts: u32,
     pub status: SandboxState,
     pub cpu_utilization: f64,
     pub sample: Counters,
@@ -247,8 +246,8 @@ impl Reading {
         let sample = &self.sample;
         let mut push_with = |metric: Metric, value: Value, extra: Extra<'a>| {
             let start_ns = match (metric, metric.definition().kind) {
-                (Metric::Restarts, _) => self.restarts_since_ns,
-                (_, Kind::Counter) => self.started_ns,
+                (Metric::Restarts, _) => self.who.restarts_since_ns,
+                (_, Kind::Counter) => self.who.started_ns,
                 (_, Kind::Gauge) => 0,
             };
             let (attributes, time_ns, is_last) = (self.who.attributes.as_slice(), sample.at_ns, self.is_last);
@@ -261,7 +260,7 @@ impl Reading {
         let mut push =
             |metric: Metric, value: Value, extra: Option<(&'a str, &'a str)>| push_with(metric, value, [extra, None]);
         push(Metric::CpuUtilization, Float(self.cpu_utilization), None);
-        push(Metric::MemoryLimit, Unsigned(sample.memory_limit_bytes), None);
+        push(Metric::MemoryLimit, Unsigned(self.who.memory_limit_bytes), None);
         push(Metric::DiskBytesRead, Unsigned(sample.disk_read_bytes), None);
         push(Metric::DiskBytesWritten, Unsigned(sample.disk_written_bytes), None);
         push(Metric::NetworkBytesReceived, Unsigned(sample.network_received_bytes), None);
@@ -288,7 +287,7 @@ impl Reading {
         push(Metric::NetworkIo, Unsigned(sample.network_sent_bytes), transmit);
         push(Metric::NetworkPackets, Unsigned(sample.network_received_packets), receive);
         push(Metric::NetworkPackets, Unsigned(sample.network_sent_packets), transmit);
-        push(Metric::Restarts, Unsigned(u64::from(self.restarts)), None);
+        push(Metric::Restarts, Unsigned(u64::from(self.who.restarts)), None);
         push(Metric::State, Unsigned(1), Some((ATTRIBUTE_STATE, self.status.as_str())));
         for phase in &self.who.phases {
             push(Metric::BootDuration, seconds(phase.duration_us), Some((ATTRIBUTE_PHASE, &phase.name)));

@@ -36,9 +36,12 @@ use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeList};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_util::io::ReaderStream;
 
+use crate::archive;
 use crate::connection::{self, Connection, RequestBody};
 use crate::error::Error;
+use crate::image::ARCHIVE_CHUNK_LEN;
 use crate::locate::Locator;
 use crate::session::Session;
 
@@ -700,9 +703,34 @@ impl Client {
     where
         S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     {
+        self.load([], how, StreamBody::new(archive.map_ok(Frame::data)).boxed_unsync()).await
+    }
+
+    /// As [`Self::load_image`], of an archive that is a file: the service reads it in its place, if it sees the same file, and passes over
+    /// what the store has.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn load_file(&self, file: std::fs::File, how: &LoadOptions) -> Result<JsonLines<LoadEvent>, Error> {
+        if let Some(place) = archive::place(&file) {
+            match self.load(place, how, connection::empty()).await {
+                // It sees another file there, or is of a version that only takes what is sent.
+                Err(error) if matches!(error.code(), ErrorCode::PathNotFound | ErrorCode::InvalidRequest) => {}
+                answer => return answer,
+            }
+        }
+        self.load_image(ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN), how).await
+    }
+
+    async fn load(
+        &self,
+        place: impl IntoIterator<Item = (&'static str, String)>,
+        how: &LoadOptions,
+        body: RequestBody,
+    ) -> Result<JsonLines<LoadEvent>, Error> {
         let mut pairs: Vec<_> = how.tags.iter().map(|tag| ("tag", tag.clone())).collect();
         pairs.extend(how.platform.clone().map(|platform| ("platform", platform)));
-        let body = StreamBody::new(archive.map_ok(Frame::data)).boxed_unsync();
+        pairs.extend(place);
         // An upload is not sent on an idle connection: the service may have closed it, and the archive can be read only once.
         let mut connection = self.fresh().await?;
         let mut request = request(Method::POST, &with_query("/v1/images/load", &pairs), body)?;

@@ -13,9 +13,7 @@ use msb_protocol::images::{
     ImageRemoval, PinRequest, PruneReport, PruneRequest, PullEvent, PullRequest, SaveRequest, TagRequest,
 };
 use tokio::io::AsyncWriteExt;
-use tokio_util::io::ReaderStream;
 
-use crate::archive;
 use crate::client::{Archive, Client, JsonLines, LoadOptions};
 use crate::error::Error;
 
@@ -47,19 +45,15 @@ impl Image {
         Ok(Pull { client: client.clone(), events: client.pull_image(request).await? })
     }
 
-    /// Loads every image of a docker or OCI archive, also a compressed one. Nothing is sent of a docker archive whose images are in the
-    /// store already.
+    /// Loads every image of a docker or OCI archive, also a compressed one.
     ///
     /// # Errors
     /// `path_not_found`, `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`.
     pub async fn load(archive: impl AsRef<Path>) -> Result<Vec<Self>, Error> {
         let file = std::fs::File::open(archive.as_ref()).map_err(|error| file_error(archive.as_ref(), &error))?;
         let client = Client::connect().await?;
-        if let Some(images) = archive::known(&client, &file).await {
-            return Ok(images.into_iter().map(|summary| Self { client: client.clone(), summary }).collect());
-        }
-        let archive = ReaderStream::with_capacity(tokio::fs::File::from_std(file), ARCHIVE_CHUNK_LEN);
-        Self::start_load(&client, archive, &LoadOptions::default()).await?.finish().await
+        let events = client.load_file(file, &LoadOptions::default()).await?;
+        Load { client, events }.finish().await
     }
 
     /// Begins to load an archive.

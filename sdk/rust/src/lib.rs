@@ -25,7 +25,7 @@
 
 #![forbid(unsafe_code)]
 
-pub mod archive;
+mod archive;
 pub mod builder;
 pub mod client;
 mod connection;

@@ -1,5 +1,9 @@
 //! Routes of images.
 
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::PathBuf;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
@@ -7,10 +11,11 @@ use axum::extract::{Query, Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use msb_actors::images::LoadOptions;
+use msb_actors::images::{ArchiveSource, LoadOptions};
 use msb_protocol::control::{ImageDetail, ImageList, ImageSummary, LoadEvent, StoreReport};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::images::{DiskUsage, ImageRemoval, PinRequest, PruneReport, PruneRequest, SaveRequest, TagRequest};
+use rustix::fs::OFlags;
 use tokio::sync::mpsc;
 
 use super::failure::{Failure, body, query};
@@ -88,18 +93,24 @@ pub(crate) async fn check_store(State(state): State<ApiState>) -> Result<Json<St
 }
 
 /// The body is read by the store as it goes, so it is never held as a whole; a client that goes away ends the load, and the
-/// store is then as it was.
-#[utoipa::path(post, path = "/v1/images/load", params(("tag" = Option<Vec<String>>, Query, description = "NAME for the first image of the archive, or OLD=NEW"), ("platform" = Option<String>, Query, description = "as linux/amd64, where the archive has several")), request_body(content = String, content_type = "application/x-tar", description = "a docker or OCI archive"), responses((status = 200, body = LoadEvent, content_type = "application/x-ndjson", description = "lines; the last one is done or error")))]
+/// store is then as it was. An archive that is a file of this machine need not be sent: with `path`, `device` and `inode` it is read
+/// here, and what the store has of it is not even read.
+#[utoipa::path(post, path = "/v1/images/load", params(("tag" = Option<Vec<String>>, Query, description = "NAME for the first image of the archive, or OLD=NEW"), ("platform" = Option<String>, Query, description = "as linux/amd64, where the archive has several"), ("path" = Option<String>, Query, description = "the archive is this file of the service's machine, and the body is empty"), ("device" = Option<u64>, Query, description = "of that file, as stat(2) tells it"), ("inode" = Option<u64>, Query, description = "of that file; path_not_found if the service sees another one")), request_body(content = String, content_type = "application/x-tar", description = "a docker or OCI archive"), responses((status = 200, body = LoadEvent, content_type = "application/x-ndjson", description = "lines; the last one is done or error")))]
 pub(crate) async fn load(
     State(state): State<ApiState>,
     pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let how = load_options(query(pairs)?)?;
+    let (how, file) = load_options(query(pairs)?)?;
+    let archive = match file {
+        Some(file) => {
+            ArchiveSource::File(tokio::task::spawn_blocking(|| file.open()).await.map_err(ApiError::internal)??)
+        }
+        None => ArchiveSource::Stream(Box::new(archives::reader(request.into_body()))),
+    };
     let (lines, waiting) = mpsc::channel::<LoadEvent>(PROGRESS_LEN);
-    let archive = archives::reader(request.into_body());
     tokio::spawn(async move {
-        let last = match state.daemon.load_image(Box::new(archive), how, lines.clone()).await {
+        let last = match state.daemon.load_image(archive, how, lines.clone()).await {
             Ok(images) => LoadEvent::Done { images },
             Err(error) => LoadEvent::Error { error },
         };
@@ -109,21 +120,65 @@ pub(crate) async fn load(
     Ok(json_lines(waiting))
 }
 
-fn load_options(pairs: Vec<(String, String)>) -> Result<LoadOptions, ApiError> {
+/// A file of this machine, as a client that has it open knows it. Whoever is served may read it: the service runs as its user.
+#[derive(Debug, PartialEq, Eq)]
+struct OwnFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl OwnFile {
+    /// Opens it, if it is the one that the client means: in another mount namespace a path may lead elsewhere.
+    fn open(self) -> Result<File, ApiError> {
+        let refuse = |why: &str| {
+            ApiError::new(ErrorCode::PathNotFound, format!("the service cannot read {}: {why}", self.path.display()))
+                .with_hint("send the archive as the request's body")
+        };
+        let mut options = File::options();
+        // Neither a FIFO without a writer nor a terminal may hold the service up or become its own.
+        options.read(true).custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed());
+        let file = options.open(&self.path).map_err(|error| refuse(&error.to_string()))?;
+        let data = file.metadata().map_err(|error| refuse(&error.to_string()))?;
+        if !data.is_file() || (data.dev(), data.ino()) != (self.device, self.inode) {
+            return Err(refuse("it is another file here"));
+        }
+        Ok(file)
+    }
+}
+
+/// How an archive is to be loaded, and the file that it is, where it is not the body.
+fn load_options(pairs: Vec<(String, String)>) -> Result<(LoadOptions, Option<OwnFile>), ApiError> {
     if pairs.len() > TERMS_MAX {
         return Err(ApiError::new(ErrorCode::LimitExceeded, format!("a load has at most {TERMS_MAX} tags")));
     }
     let mut how = LoadOptions::default();
+    let (mut path, mut numbers) = (None, [None; 2]);
     for (key, value) in pairs {
         match key.as_str() {
             "tag" => how.tags.push(value),
             "platform" => how.platform = Some(value),
+            "path" => path = Some(PathBuf::from(value)),
+            "device" | "inode" => {
+                let number = value.parse::<u64>().map_err(|_| {
+                    ApiError::new(ErrorCode::InvalidRequest, format!("{key} must be a number, not {value:?}"))
+                })?;
+                numbers[usize::from(key == "inode")] = Some(number);
+            }
             _ => {
                 return Err(ApiError::new(ErrorCode::InvalidRequest, format!("unknown query parameter {key:?}")));
             }
         }
     }
-    Ok(how)
+    let file = match (path, numbers) {
+        (None, [None, None]) => None,
+        (Some(path), [Some(device), Some(inode)]) if path.is_absolute() => Some(OwnFile { path, device, inode }),
+        _ => {
+            let why = "an archive that is a file needs path (absolute), device and inode";
+            return Err(ApiError::new(ErrorCode::InvalidRequest, why));
+        }
+    };
+    Ok((how, file))
 }
 
 /// Values as lines of JSON.
@@ -137,4 +192,42 @@ pub(crate) fn json_lines<T: serde::Serialize + Send + 'static>(values: mpsc::Rec
         Some((line.map_err(std::io::Error::other), values))
     });
     ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(pairs: &[(&str, &str)]) -> Result<(LoadOptions, Option<OwnFile>), ApiError> {
+        load_options(pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect())
+    }
+
+    #[test]
+    fn a_file_is_named_by_all_three_or_by_none() {
+        assert!(options(&[("tag", "a:1")]).unwrap().1.is_none());
+        let whole = [("path", "/a.tar"), ("device", "1"), ("inode", "2")];
+        let file = OwnFile { path: "/a.tar".into(), device: 1, inode: 2 };
+        assert_eq!(options(&whole).unwrap().1, Some(file));
+        for part in [&whole[..2], &whole[1..], &[("path", "a.tar"), whole[1], whole[2]], &[("device", "x")]] {
+            assert_eq!(options(part).unwrap_err().code, ErrorCode::InvalidRequest, "{part:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_file_that_is_meant_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("archive.tar");
+        std::fs::write(&path, "archive").unwrap();
+        let data = path.metadata().unwrap();
+        let file = |path: &std::path::Path, inode| OwnFile { path: path.to_owned(), device: data.dev(), inode };
+        assert!(file(&path, data.ino()).open().is_ok());
+        let folder_inode = folder.path().metadata().unwrap().ino();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        let fifo_inode = fifo.metadata().unwrap().ino();
+        let others = [(path.as_path(), data.ino() + 1), (folder.path(), folder_inode), (&fifo, fifo_inode)];
+        for (path, inode) in others.into_iter().chain([(folder.path().join("none").as_path(), 1)]) {
+            assert_eq!(file(path, inode).open().unwrap_err().code, ErrorCode::PathNotFound, "{}", path.display());
+        }
+    }
 }

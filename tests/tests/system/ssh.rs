@@ -1,5 +1,6 @@
 //! What SSH promises, held against OpenSSH's own programs, rsync and curl. The cases share sandboxes: a boot costs more than they do.
 
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -123,7 +124,8 @@ fn ssh_runs_commands_and_tells_ends_truly() {
 
 #[test]
 fn ssh_forwards_from_inside_the_sandbox() {
-    let bench = Bench::new("ssh_forwarding", &[]);
+    // What listens on the host's loopback is for the jump; more memory than usual for the crowd of connections.
+    let bench = Bench::new("ssh_forwarding", &["-m", "512M", "--net-rule", "allow@host:tcp"]);
     let guest = "mkdir -p /tmp/www && echo inside > /tmp/www/index.html && httpd -p 127.0.0.1:8080 -h /tmp/www; \
                  nc -ll -p 9000 -e cat & sleep 1";
     bench.home.succeeds(&["exec", "box", "--", "sh", "-c", guest]);
@@ -148,6 +150,19 @@ fn ssh_forwards_from_inside_the_sandbox() {
     // A half-close is kept: cat answers after the end of its input.
     let echo = bench.shell("command ssh -F config -i known -W localhost:9000 msb-box").input("to and fro\n").run();
     let _ = echo.succeeds().prints("to and fro\n");
+    // A jump ends in the sandbox, and the next login begins there: on the host, where its own server listens for this once.
+    let mut serving = bench.home.msb(["ssh", "serve", "box", "--port", "0"]).start();
+    serving.wait_for("port ");
+    let printed = serving.printed();
+    let port = printed.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+    let jump = format!(
+        "{{ cat config; echo 'Host *'; echo '  IdentityFile known'; }} > jump && command ssh -F jump -o BatchMode=yes \
+         -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -J msb-box -p {port} root@host.msb.internal 'echo jumped'"
+    );
+    bench.home.shell(&jump).run().succeeds().prints("jumped\n");
+    serving.signal(rustix::process::Signal::INT);
+    let _ = serving.finish();
+    crowd_of_channels(&bench);
     // What is not offered is refused in so many words.
     let remote = bench.shell("ssh -o ExitOnForwardFailure=yes -R 0:localhost:1 msb-box true").run().exits(255);
     let _ = remote.complains("remote port forwarding failed");
@@ -157,6 +172,41 @@ fn ssh_forwards_from_inside_the_sandbox() {
     bench.home.succeeds(&["rm", "-f", "box"]);
     drop(forwarding.finish());
     bench.home.finish();
+}
+
+/// Connections that are open at once over one login; the soak has a thousand.
+fn channels_at_once() -> usize {
+    std::env::var("MSB_TEST_CHANNELS").ok().and_then(|text| text.parse().ok()).unwrap_or(40)
+}
+
+/// Many forwarded connections over one login, all open before the first ends, each with its own answer.
+fn crowd_of_channels(bench: &Bench) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let (count, port) = (channels_at_once(), free_port());
+    let forwarding = bench.shell(&format!("ssh -N -L {port}:localhost:9000 msb-box & echo $!; wait")).start();
+    wait_for_port(port);
+    let mut connections: Vec<TcpStream> = (0..count)
+        .map(|_| {
+            let connection = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+            connection.set_read_timeout(Some(Duration::from_secs(300))).expect("a limit");
+            connection
+        })
+        .collect();
+    for (number, connection) in connections.iter_mut().enumerate() {
+        connection.write_all(format!("line {number}\n").as_bytes()).expect("a line is sent");
+    }
+    for (number, connection) in connections.iter_mut().enumerate() {
+        let wanted = format!("line {number}\n");
+        let mut answer = vec![0; wanted.len()];
+        connection.read_exact(&mut answer).unwrap_or_else(|error| panic!("connection {number} of {count}: {error}"));
+        assert_eq!(String::from_utf8_lossy(&answer), wanted);
+    }
+    println!("{count} forwarded connections were open at once");
+    drop(connections);
+    forwarding.signal(rustix::process::Signal::TERM);
+    drop(forwarding.finish());
 }
 
 /// rsync needs itself on the other side; this machine's one goes along with the libraries it names.

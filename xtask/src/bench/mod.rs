@@ -9,6 +9,7 @@
 mod exact;
 mod images;
 mod metrics;
+mod sessions;
 mod supervision;
 
 use std::io::Write;
@@ -29,7 +30,7 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
-    /// Measure only this part (repeatable): boot, images, metrics, supervision
+    /// Measure only this part (repeatable): boot, images, metrics, sessions, supervision
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
     /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
@@ -71,7 +72,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             tree
         }
     };
-    const PARTS: [&str; 4] = ["boot", "images", "metrics", "supervision"];
+    const PARTS: [&str; 5] = ["boot", "images", "metrics", "sessions", "supervision"];
     if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
         bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
     }
@@ -86,6 +87,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if wanted("metrics") {
         rows.extend(metrics::rows(&tree)?);
+    }
+    if wanted("sessions") {
+        rows.extend(sessions::rows(&tree, rounds)?);
     }
     if wanted("supervision") {
         rows.extend(supervision::rows(&tree, rounds)?);
