@@ -82,6 +82,10 @@ impl Bars {
             self.show(parts, key);
         }
         if let Some(bar) = parts.shown.get(key) {
+            if bar.position() == 0 {
+                // The time for which it waited for its turn is none of its rate.
+                bar.reset_eta();
+            }
             bar.set_position(bytes);
         }
         if parts.is_said {

@@ -10,7 +10,7 @@ use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::vmm::{NetworkCount, Sample};
 
-use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading};
+use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading, counts_at};
 
 /// Label keys whose values are remembered for the cap on cardinality; labels of further keys are left out when there is a cap.
 const KEYS_MAX: usize = 256;
@@ -164,15 +164,9 @@ impl Memory {
     }
 
     /// The reading of one sandbox that was identified; none of a run whose last one was told.
-    fn read(&mut self, sandbox: &SandboxMetrics, taken_ns: u64) -> Option<Reading> {
+    fn read(&mut self, sandbox: &SandboxMetrics, taken_ns: u64, counts: &mut Vec<u64>) -> Option<Reading> {
         let at_ns = sandbox.sample.at_ns;
         let known = self.sandboxes.get_mut(&sandbox.id)?;
-        let mut counts = vec![0; known.identity.counts.len()].into_boxed_slice();
-        for (place, count) in known.told.places.iter().zip(&sandbox.sample.network) {
-            if let Some(value) = place.and_then(|place| counts.get_mut(place)) {
-                *value = count.value;
-            }
-        }
         if known.boot_id != sandbox.boot_id {
             (known.boot_id, known.last_told, known.at_ns, known.interval_ns) = (sandbox.boot_id, false, 0, 0);
         }
@@ -184,13 +178,21 @@ impl Memory {
             known.interval_ns = at_ns - known.at_ns;
         }
         known.at_ns = at_ns;
+        let counts_at = counts_at(counts);
+        let own = counts.len();
+        counts.resize(own + known.identity.counts.len(), 0);
+        for (place, count) in known.told.places.iter().zip(&sandbox.sample.network) {
+            if let Some(value) = place.and_then(|place| counts[own..].get_mut(place)) {
+                *value = count.value;
+            }
+        }
         let old_after_ns = known.interval_ns.saturating_mul(OLD_INTERVALS).max(OLD_MIN_NS);
         Some(Reading {
             who: Arc::clone(&known.identity),
             status: sandbox.status,
             cpu_utilization: sandbox.cpu_utilization,
             sample: Counters::from(&sandbox.sample),
-            counts,
+            counts_at,
             guest: sandbox.guest.map(Guest::from),
             is_last: sandbox.last,
             is_new,
@@ -207,6 +209,7 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
         taken_ns,
         states: snapshot.states.iter().map(|(state, count)| (state.clone(), *count)).collect(),
         readings: Vec::with_capacity(snapshot.sandboxes.len()),
+        counts: Vec::with_capacity(snapshot.sandboxes.iter().map(|sandbox| sandbox.sample.network.len()).sum()),
         attributes_dropped: 0,
     };
     // Sandboxes the daemon no longer reports are forgotten, so that memory follows the fleet.
@@ -214,7 +217,7 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
     memory.sandboxes.retain(|id, _| present.contains(id));
     for sandbox in &snapshot.sandboxes {
         memory.identify(sandbox, choice, &mut collection.attributes_dropped);
-        collection.readings.extend(memory.read(sandbox, taken_ns));
+        collection.readings.extend(memory.read(sandbox, taken_ns, &mut collection.counts));
     }
     collection
 }
@@ -404,7 +407,7 @@ pub(crate) mod tests {
         assert_eq!(of(&collection, Metric::DecisionLogSuppressed).len(), 1);
         assert_eq!(of(&collection, Metric::Sandboxes)[0].value, Value::Unsigned(1));
         let mut points = 0;
-        collection.readings[0].points(|_| points += 1);
+        collection.points_of(&collection.readings[0], |_| points += 1);
         assert!((points..points + 10).contains(&collection.readings[0].points_len()), "{points}");
     }
 

@@ -53,7 +53,7 @@ pub(crate) fn request(
     let mut points = Points::default();
     for reading in &collection.readings[first..next] {
         points.begin(reading);
-        reading.points(|point| points.push(&point));
+        collection.points_of(reading, |point| points.push(&point));
     }
     if first == 0 {
         points.attributes.clear();

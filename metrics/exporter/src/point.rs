@@ -144,8 +144,8 @@ pub(crate) struct Reading {
     pub status: SandboxState,
     pub cpu_utilization: f64,
     pub sample: Counters,
-    /// One for each of [`Identity::counts`].
-    pub counts: Box<[u64]>,
+    /// Where in [`Collection::counts`] its own begin: one for each of [`Identity::counts`].
+    pub counts_at: u32,
     pub guest: Option<Guest>,
     /// The last one of its run.
     pub is_last: bool,
@@ -166,6 +166,8 @@ pub(crate) struct Collection {
     pub states: Vec<(String, u64)>,
     /// The readings.
     pub readings: Vec<Reading>,
+    /// Counters of the network, those of one reading after those of another: a box for each would cost more than what is in it.
+    pub counts: Vec<u64>,
     /// Attributes that the cap on cardinality left out.
     pub attributes_dropped: u64,
 }
@@ -188,9 +190,18 @@ impl Collection {
         let known: BTreeSet<_> = self.readings.iter().map(|reading| reading.who.attributes.as_slice()).collect();
         let ended = before.readings.iter().filter(|reading| reading.is_last);
         // A new run of the same sandbox says more than the end of the one before, and no series may be there twice.
-        let missing: Vec<_> =
-            ended.filter(|reading| !known.contains(reading.who.attributes.as_slice())).cloned().collect();
-        self.readings.extend(missing);
+        let missing: Vec<_> = ended.filter(|reading| !known.contains(reading.who.attributes.as_slice())).collect();
+        for reading in missing {
+            let counts_at = counts_at(&self.counts);
+            self.counts.extend_from_slice(before.counts_of(reading));
+            self.readings.push(Reading { counts_at, ..reading.clone() });
+        }
+    }
+
+    /// The counters of the network of one of its readings.
+    fn counts_of(&self, reading: &Reading) -> &[u64] {
+        let at = usize::try_from(reading.counts_at).unwrap_or(usize::MAX);
+        self.counts.get(at..).and_then(|counts| counts.get(..reading.who.counts.len())).unwrap_or_default()
     }
 
     /// The points about the daemon itself.
@@ -211,10 +222,20 @@ impl Collection {
     /// All points.
     pub(crate) fn points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
         for reading in &self.readings {
-            reading.points(&mut each);
+            self.points_of(reading, &mut each);
         }
         self.daemon_points(each);
     }
+
+    /// The points of one of its readings.
+    pub(crate) fn points_of<'a>(&'a self, reading: &'a Reading, each: impl FnMut(Point<'a>)) {
+        reading.points(self.counts_of(reading), each);
+    }
+}
+
+/// Where the counters of the next reading will be.
+pub(crate) fn counts_at(counts: &[u64]) -> u32 {
+    u32::try_from(counts.len()).unwrap_or(u32::MAX)
 }
 
 /// Points of a reading beside those of its phases and its network's counters, rounded up.
@@ -227,7 +248,7 @@ fn seconds(microseconds: u64) -> Value {
 impl Reading {
     /// How many points it makes, and a few more.
     pub(crate) fn points_len(&self) -> usize {
-        FIXED_POINTS + self.who.phases.len() + self.counts.len()
+        FIXED_POINTS + self.who.phases.len() + self.who.counts.len()
     }
 
     /// What all of its points carry.
@@ -240,8 +261,7 @@ impl Reading {
         self.who.attributes.iter().map(|(key, value)| key.len() + value.len() + 8).sum()
     }
 
-    /// Its points.
-    pub(crate) fn points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
+    fn points<'a>(&'a self, counts: &[u64], mut each: impl FnMut(Point<'a>)) {
         use Value::{Float, Unsigned};
         let sample = &self.sample;
         let mut push_with = |metric: Metric, value: Value, extra: Extra<'a>| {
@@ -253,7 +273,7 @@ impl Reading {
             let (attributes, time_ns, is_last) = (self.who.attributes.as_slice(), sample.at_ns, self.is_last);
             each(Point { metric, value, attributes, extra, start_ns, time_ns, is_last });
         };
-        for ((metric, attributes), value) in self.who.counts.iter().zip(&self.counts) {
+        for ((metric, attributes), value) in self.who.counts.iter().zip(counts) {
             let mut attributes = attributes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
             push_with(*metric, Unsigned(*value), [attributes.next(), attributes.next()]);
         }
