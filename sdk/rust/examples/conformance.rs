@@ -399,10 +399,10 @@ impl Driver {
                 Ok(json!(text))
             }
             "events" => {
-                let mut events = sandbox.client().events(&EventQuery::default()).await?;
+                let mut events = sandbox.events(&EventQuery::default()).await?;
                 let mut states = Vec::new();
                 while let Some(event) = events.next().await? {
-                    if event.sandbox_id == sandbox.detail().summary.id && event.event == "state" {
+                    if event.event == "state" {
                         states.push(json!(event.state));
                     }
                 }

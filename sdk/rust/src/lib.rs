@@ -54,7 +54,7 @@ pub use locate::Locator;
 pub use msb_protocol as protocol;
 pub use msb_protocol::control::{ImageConfigDetail, ImageDetail, ImageLayerDetail};
 pub use msb_protocol::images::PruneReport as ImagePruneReport;
-pub use sandbox::{MetricsStream, Sandbox};
+pub use sandbox::{MetricsStream, Sandbox, SandboxEvents};
 pub use session::{Session, SessionControl, SessionEvent, SessionStdin};
 pub use snapshot::Snapshot;
 pub use ssh::{SshConfig, SshStream};

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use msb_protocol::control::{
-    CreateRequest, HistoryQuery, ListQuery, LogQuery, LogRecord, MetricsHistory, MetricsQuery, MetricsSnapshot,
-    PingReport, SandboxDetail, SandboxList, SandboxMetrics, SandboxSummary, StartRequest, StopRequest,
+    CreateRequest, EventQuery, EventRecord, HistoryQuery, ListQuery, LogQuery, LogRecord, MetricsHistory, MetricsQuery,
+    MetricsSnapshot, PingReport, SandboxDetail, SandboxList, SandboxMetrics, SandboxSummary, StartRequest, StopRequest,
 };
-use msb_protocol::id::SandboxName;
+use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::state::SandboxState;
 
 use crate::builder::SandboxBuilder;
@@ -292,6 +292,14 @@ impl Sandbox {
         self.client.logs(&self.name, query).await
     }
 
+    /// What happened to it, and with `follow` what happens.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn events(&self, query: &EventQuery) -> Result<SandboxEvents, Error> {
+        Ok(SandboxEvents { events: self.client.events(query).await?, id: self.detail.summary.id })
+    }
+
     /// Its newest sample; none before its first one.
     ///
     /// # Errors
@@ -319,6 +327,27 @@ impl Sandbox {
 
     fn metrics_query(&self) -> MetricsQuery {
         MetricsQuery { names: vec![self.name.to_string()], ..MetricsQuery::default() }
+    }
+}
+
+/// The events of one sandbox; another one that had its name before is another one.
+pub struct SandboxEvents {
+    events: JsonLines<EventRecord>,
+    id: SandboxId,
+}
+
+impl SandboxEvents {
+    /// The next event. None at the end, or when the service ends.
+    ///
+    /// # Errors
+    /// The stream broke.
+    pub async fn next(&mut self) -> Result<Option<EventRecord>, Error> {
+        while let Some(event) = self.events.next().await? {
+            if event.sandbox_id == self.id {
+                return Ok(Some(event));
+            }
+        }
+        Ok(None)
     }
 }
 
