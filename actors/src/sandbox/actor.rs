@@ -201,6 +201,8 @@ pub struct SandboxActor {
     restore: Option<RestoreSpec>,
     /// The newest try to write the machine down for its sleep.
     suspension: sleeping::Attempt,
+    /// Tries whose answers are not here: the machine may be standing, whatever state it is in.
+    suspensions: u32,
     /// Runs whose memory no longer counts and is still there.
     forgotten: Vec<BootId>,
     /// Published ports, bound from the boot until the sandbox rests.
@@ -276,6 +278,7 @@ impl SandboxActor {
             image: None,
             restore: None,
             suspension: sleeping::Attempt::default(),
+            suspensions: 0,
             forgotten: Vec::new(),
             ports: BoundPorts::default(),
             port_watch: None,
@@ -579,7 +582,7 @@ impl SandboxActor {
             ctx.cancel_future(timer);
         }
         let now = self.now_ms();
-        let stands = self.disk.is_held();
+        let stands = self.disk.is_held() || self.suspensions > 0;
         let Some(watch) = self.beats.as_mut() else { return };
         if stands {
             // Its machine may be standing to be written down: nothing beats then.

@@ -56,7 +56,7 @@ fn told(home: &Home, kind: &str) -> usize {
 #[test]
 fn a_sandbox_sleeps_with_its_memory_and_goes_on_where_it_was() {
     let home = Home::with_busybox("suspend");
-    let idle = ["--idle-timeout", "2s", "--on-idle", "suspend"];
+    let idle = ["--idle-timeout", "4s", "--on-idle", "suspend"];
     let create = |name: &str, more: &[&str]| {
         let words = [&["create", "--name", name, "-m", "128M"], &idle[..], more].concat();
         home.msb(words).run()
@@ -119,7 +119,7 @@ fn a_sandbox_sleeps_with_its_memory_and_goes_on_where_it_was() {
             home.daemon().signal(Signal::KILL);
             drop(waking);
         } else {
-            std::thread::sleep(Duration::from_millis(2_000 + 30 * number));
+            std::thread::sleep(Duration::from_millis(4_000 + 30 * number));
             home.daemon().signal(Signal::KILL);
         }
         let found = exec(&home, "box", "cat /root/file; test ! -e /dev/shm/file || cat /dev/shm/file");
@@ -137,7 +137,7 @@ fn without_room_for_its_memory_a_sandbox_goes_on() {
     if engine() == "qemu" {
         return;
     }
-    let Some(home) = Home::on_small_disk("suspend_full", 48) else { return };
+    let Some(home) = Home::on_small_disk("suspend_full", 40) else { return };
     home.load("busybox.tar");
     home.succeeds(&[
         "create",
@@ -151,7 +151,7 @@ fn without_room_for_its_memory_a_sandbox_goes_on() {
         "suspend",
         "busybox",
     ]);
-    exec(&home, "box", "head -c 40M /dev/urandom > /dev/shm/file; echo kept > /dev/shm/word");
+    exec(&home, "box", "head -c 30M /dev/urandom > /dev/shm/file && echo kept > /dev/shm/word");
     let until = Instant::now() + PATIENCE;
     while told(&home, "suspend_failed") == 0 {
         assert!(Instant::now() < until, "it is not told that there is no room");

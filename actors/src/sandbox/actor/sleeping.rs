@@ -44,6 +44,7 @@ impl SandboxActor {
         let Some(run) = self.machine.run() else { return };
         self.suspension =
             Attempt { number: self.suspension.number + 1, run: Some(run.boot_id), since_ms: self.now_ms() };
+        self.suspensions += 1;
         let refused = self.can_halt("suspend", MEMORY_GENERATION).err();
         let (attempt, directories) = (self.suspension, self.directories.clone());
         let commands = self.vm.as_ref().map(|vm| vm.commands.clone());
@@ -72,12 +73,18 @@ impl SandboxActor {
     /// The machine is written down, or could not be.
     pub(super) fn suspended(&mut self, attempt: Attempt, outcome: Result<(), ApiError>, ctx: &mut Context<Self>) {
         let own = |run: Run| Some(run.boot_id) == attempt.run;
+        self.suspensions = self.suspensions.saturating_sub(1);
         let is_wanted = attempt.number == self.suspension.number
             && matches!(self.machine.state(), State::Suspending { run, .. } if own(run));
         if !is_wanted {
             // It was told to go on; perhaps before it stood.
             if self.machine.run().is_some_and(own) && !matches!(self.machine.state(), State::Suspending { .. }) {
                 self.command(VmCommand::Release);
+                // It has not beaten while it stood.
+                let now_ms = self.now_ms();
+                if let Some(watch) = self.beats.as_mut() {
+                    watch.forgive(now_ms);
+                }
             }
             self.forgotten.extend(attempt.run.filter(|_| self.machine.memory() != attempt.run));
             return self.forget_memory();
