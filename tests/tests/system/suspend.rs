@@ -146,12 +146,12 @@ fn without_room_for_its_memory_a_sandbox_goes_on() {
         "-m",
         "128M",
         "--idle-timeout",
-        "2s",
+        "4s",
         "--on-idle",
         "suspend",
         "busybox",
     ]);
-    exec(&home, "box", "head -c 30M /dev/urandom > /dev/shm/file && echo kept > /dev/shm/word");
+    exec(&home, "box", "head -c 31457280 /dev/urandom > /dev/shm/file && echo kept > /dev/shm/word");
     let until = Instant::now() + PATIENCE;
     while told(&home, "suspend_failed") == 0 {
         assert!(Instant::now() < until, "it is not told that there is no room");

@@ -191,7 +191,7 @@ cat /tmp/box.json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us
 echo FIGURE stop $(timed 1 msb stop box)
 msb rm box >/dev/null
 msb create --engine kvm -m 128M --name box busybox >/dev/null
-msb exec box -- sh -c 'head -c 20M /dev/zero | tr "\\0" x > /dev/shm/file'
+msb exec box -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
 msb snapshot create mem --from box --memory >/dev/null
 restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null; msb exec copy -- true; }
 for turn in 1 2 3; do a=$EPOCHREALTIME; restored; b=$EPOCHREALTIME; msb rm -f copy >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE restore /'
@@ -204,7 +204,7 @@ sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log; ms
 msb rm -f twin box >/dev/null
 # Asleep with its memory, then needed.
 msb create --engine kvm -m 128M --name nap --idle-timeout 1s --on-idle suspend busybox >/dev/null
-msb exec nap -- sh -c 'head -c 20M /dev/zero | tr "\\0" x > /dev/shm/file'
+msb exec nap -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
 for turn in 1 2 3; do
   until [ "$(msb ls -a | awk '$1 == "nap"' | grep -c asleep)" = 1 ]; do sleep 1; done
   a=$EPOCHREALTIME; msb exec nap -- true; b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} ))
