@@ -21,7 +21,9 @@ use msb_protocol::guest::OpenKind;
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::mount::{VOLUME_SIZE_MIB_DEFAULT, VolumeKind};
-use msb_protocol::spec::{ROOT_SIZE_MIB_MAX, ROOT_SIZE_MIB_MIN, RestartPolicy, Workload};
+use msb_protocol::spec::{
+    EngineChoice, OnIdle, ROOT_SIZE_MIB_MAX, ROOT_SIZE_MIB_MIN, RestartPolicy, SandboxSpec, Workload,
+};
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::NetworkExplanation;
 use msb_protocol::volume::{CreateVolume, VolumeDetail, VolumeUser};
@@ -139,6 +141,13 @@ impl Daemon {
         creator: Option<Creator>,
     ) -> Result<(SandboxRef, Option<PreparedImage>), ApiError> {
         Self::check(&request)?;
+        // Where only the VM process finds out which engine there is, it says the same.
+        if request.spec.on_idle == OnIdle::Suspend
+            && request.spec.engine == EngineChoice::Auto
+            && self.surroundings.host.engine == EngineChoice::Qemu
+        {
+            return Err(SandboxSpec::no_suspension());
+        }
         let creator = if request.spec.detached {
             None
         } else {
@@ -198,12 +207,14 @@ impl Daemon {
             detail.stops_in_ms = Some(timeout_ms.saturating_sub(idle_ms));
         }
         detail.last_activity = sandbox.activity.last_kind().map(|kind| kind.as_str().to_owned());
-        let upper = self.surroundings.directories(&sandbox.name, sandbox.id).upper;
+        let directories = self.surroundings.directories(&sandbox.name, sandbox.id);
+        let memory = sandbox.view.borrow().memory.map(|run| directories.memory(run).memory);
         let allocated = tokio::task::spawn_blocking(move || {
             use std::os::unix::fs::MetadataExt;
-            std::fs::metadata(upper).map_or(0, |file| file.blocks() * 512)
+            let bytes = |path: std::path::PathBuf| std::fs::metadata(path).map_or(0, |file| file.blocks() * 512);
+            (bytes(directories.upper), memory.map(bytes))
         });
-        detail.root_allocated_bytes = allocated.await.unwrap_or_default();
+        (detail.root_allocated_bytes, detail.memory_allocated_bytes) = allocated.await.unwrap_or_default();
         Ok(detail)
     }
 
@@ -433,7 +444,8 @@ impl Daemon {
     pub async fn wake(&self, name: &SandboxName) -> Result<(), ApiError> {
         let sandbox = self.find(name).await?;
         let state = sandbox.view.borrow().state();
-        if state == SandboxState::Asleep { self.start(name, false).await.map(drop) } else { Ok(()) }
+        let needs = state == SandboxState::Asleep || sandbox.view.borrow().falling_asleep;
+        if needs { self.start(name, false).await.map(drop) } else { Ok(()) }
     }
 
     /// The identity of the sandbox that has this name now.
@@ -501,9 +513,22 @@ impl Daemon {
         activity: ActivityKind,
     ) -> Result<(Session, ActivityGuard), ApiError> {
         let mut sandbox = self.find(name).await?;
-        let state = sandbox.view.borrow().state();
+        let mut early = None;
+        let (mut state, mut falling_asleep) = {
+            let view = sandbox.view.borrow();
+            (view.state(), view.falling_asleep)
+        };
+        if state == SandboxState::Running {
+            // Before the last look: from here on it does not fall asleep.
+            early = Some(sandbox.activity.begin(activity));
+            let view = sandbox.view.borrow();
+            (state, falling_asleep) = (view.state(), view.falling_asleep);
+        }
         match state {
             SandboxState::Running => {}
+            _ if falling_asleep => {
+                self.start(name, false).await?;
+            }
             SandboxState::Asleep => {
                 self.start(name, false).await?;
                 sandbox = self.find(name).await?;
@@ -522,7 +547,7 @@ impl Daemon {
         }
         let boot_id = sandbox.view.borrow().detail.boot_id;
         let boot_id = boot_id.ok_or_else(|| not_running(name, sandbox.view.borrow().state()))?;
-        let guard = sandbox.activity.begin(activity);
+        let guard = early.unwrap_or_else(|| sandbox.activity.begin(activity));
         let directories = self.surroundings.directories(&sandbox.name, sandbox.id);
         let session = session::open(&*self.surroundings.launcher, &directories.run, boot_id, kind).await?;
         Ok((session, guard))

@@ -271,6 +271,8 @@ impl SupervisorActor {
             failure: None,
             gone: false,
             recovering: true,
+            memory: None,
+            falling_asleep: false,
             orphaned: false,
         };
         let child = Child {

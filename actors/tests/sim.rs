@@ -13,6 +13,8 @@ mod faults;
 mod load;
 #[path = "sim/pause.rs"]
 mod pause;
+#[path = "sim/sleep.rs"]
+mod sleep;
 
 use std::collections::BTreeSet;
 use std::future::Future;

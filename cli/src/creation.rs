@@ -68,6 +68,8 @@ pub enum Idle {
     Stop,
     /// Start again at once
     Restart,
+    /// Sleep with its memory on disk, and go on from it (engine kvm)
+    Suspend,
 }
 
 /// Options that `run` and `create` share.
@@ -252,6 +254,7 @@ impl CreationArgs {
         spec.idle_timeout_ms = self.idle_timeout;
         spec.on_idle = match self.on_idle {
             Some(Idle::Restart) => OnIdle::Restart,
+            Some(Idle::Suspend) => OnIdle::Suspend,
             Some(Idle::Stop) | None => OnIdle::Stop,
         };
         spec.max_duration_ms = self.max_duration;

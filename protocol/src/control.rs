@@ -372,6 +372,9 @@ pub struct SandboxDetail {
     pub network: NetworkDetail,
     /// Bytes the host allocates for its writable disk.
     pub root_allocated_bytes: u64,
+    /// Bytes the host allocates for the memory that it sleeps with (`on_idle: suspend`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_allocated_bytes: Option<u64>,
     /// Its directory.
     pub directory: String,
     /// Its heartbeat file.

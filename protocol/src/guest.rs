@@ -520,7 +520,11 @@ pub enum OpenKind {
 /// vmm → agent on the link: the machine is about to be saved. The workload is frozen until [`Thaw`], or until [`Renew`] in a machine
 /// made of what was saved; without the link too.
 #[derive(Clone, Copy, PartialEq, Message)]
-pub struct Quiesce {}
+pub struct Quiesce {
+    /// Whether everything held back goes to the disks first.
+    #[prost(bool, tag = "1")]
+    pub flush: bool,
+}
 
 /// agent → vmm, the answer: nothing of the workload runs, or why it still does.
 #[derive(Clone, PartialEq, Message)]

@@ -9,7 +9,7 @@ use crate::error::{ApiError, ErrorCode};
 use crate::health::{HealthCheck, PreStop};
 use crate::id::SandboxName;
 use crate::labels;
-use crate::mount::{self, Mount, Patch};
+use crate::mount::{self, Mount, MountSource, Patch};
 use crate::network::NetworkSpec;
 use crate::security::SecurityProfile;
 
@@ -92,6 +92,8 @@ pub enum OnIdle {
     Stop,
     /// Start again at once, with a new boot id.
     Restart,
+    /// Sleep with its memory on disk and go on from it when somebody needs it. Engine kvm.
+    Suspend,
 }
 
 /// What the read-only part of a sandbox's root is: what `image` names.
@@ -412,6 +414,9 @@ impl SandboxSpec {
         }
         mount::check_mounts(&self.mounts)?;
         mount::check_patches(&self.patches)?;
+        if self.on_idle == OnIdle::Suspend {
+            self.check_suspension()?;
+        }
         if self.snapshot.is_some() && !self.patches.is_empty() {
             return Err(ApiError::new(
                 ErrorCode::InvalidConfig,
@@ -421,6 +426,36 @@ impl SandboxSpec {
         }
         self.security.check_command(self.command.as_deref().unwrap_or_default())?;
         self.network.check()
+    }
+
+    /// Whether its memory can be kept while it sleeps.
+    fn check_suspension(&self) -> Result<(), ApiError> {
+        if self.engine == EngineChoice::Qemu {
+            return Err(Self::no_suspension());
+        }
+        let refuse = |what: &str| {
+            let message = format!("a sandbox with {what} cannot sleep with its memory (on_idle suspend)");
+            Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .with_hint("what is shared with the host or with others cannot be kept with it; on_idle stop can"))
+        };
+        // Memory of the guest is a part of it.
+        if let Some(mount) = self.mounts.iter().find(|mount| !matches!(mount.source, MountSource::Tmpfs { .. })) {
+            return refuse(&format!("a mount ({mount})"));
+        }
+        if self.root.is_local() {
+            return refuse("a root of the host's");
+        }
+        Ok(())
+    }
+
+    /// Why a sandbox on engine qemu cannot sleep with its memory.
+    #[must_use]
+    pub fn no_suspension() -> ApiError {
+        ApiError::new(
+            ErrorCode::UnsupportedOperation,
+            "engine qemu cannot keep a sandbox's memory while it sleeps (on_idle suspend)",
+        )
+        .with_hint("this needs engine kvm: `msb doctor` says what it lacks on this host")
     }
 }
 

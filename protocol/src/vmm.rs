@@ -75,7 +75,11 @@ pub enum Request {
     /// Write the machine down: its workload is frozen, its vCPUs and devices stand, its memory goes into the first of two descriptors that
     /// come along, everything else into the second. Answered with everything standing still, so that its disks can be copied; it goes on with
     /// `Release`, or when this connection ends. Engine kvm, once the agent is ready. Since generation 3.
-    Save,
+    Save {
+        /// Whether the guest first writes to its disks what it holds back.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        flush: bool,
+    },
     /// Let the machine that was written down go on. Since generation 3.
     Release,
     /// The daemon has begun a stop: record this cause when the guest says goodbye.
@@ -473,6 +477,9 @@ pub struct VmSpec {
     /// Go on with this machine in place of booting the kernel. Its disks, processors and memory are as they were; engine kvm.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore: Option<RestoreSpec>,
+    /// It must be possible to write the machine down: an engine that cannot is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspends: bool,
     /// Disks of volumes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,

@@ -342,7 +342,7 @@ fn the_files_of_generation_2_are_frozen_and_read_back() {
 fn the_renewals_of_generation_3_are_frozen_and_read_back() {
     let renew = OpenKind::Renew(Renew { welcome: None });
     let host = [
-        ("quiesce", HostBody::Quiesce(Quiesce {})),
+        ("quiesce", HostBody::Quiesce(Quiesce::default())),
         ("thaw", HostBody::Thaw(Thaw {})),
         ("open_renew", HostBody::Open(Open { generation: 3, boot_id: vec![7; 16], kind: Some(renew) })),
     ];
@@ -411,6 +411,7 @@ fn vm_spec() -> VmSpec {
         shares: Vec::new(),
         disks: Vec::new(),
         restore: None,
+        suspends: false,
     }
 }
 
@@ -476,7 +477,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
 #[test]
 fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
     let json = |request| serde_json::to_string(&RequestFrame { id: 1, request }).unwrap();
-    hold("vmm-gen-3.txt", vec![("save", json(Request::Save)), ("release", json(Request::Release))]);
+    hold("vmm-gen-3.txt", vec![("save", json(Request::Save { flush: false })), ("release", json(Request::Release))]);
     hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
 }
 

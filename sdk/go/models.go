@@ -72,9 +72,11 @@ type SandboxDetail struct {
 	Directory          string          `json:"directory"`
 	HeartbeatFile      string          `json:"heartbeat_file"`
 	NextTryAt          *time.Time      `json:"next_try_at"`
-	IdleForMS          *uint64         `json:"idle_for_ms"`
-	StopsInMS          *uint64         `json:"stops_in_ms"`
-	LastActivity       string          `json:"last_activity"`
+	// MemoryAllocatedBytes is what the memory that it sleeps with takes of the disk; nil while there is none.
+	MemoryAllocatedBytes *uint64 `json:"memory_allocated_bytes"`
+	IdleForMS            *uint64 `json:"idle_for_ms"`
+	StopsInMS            *uint64 `json:"stops_in_ms"`
+	LastActivity         string  `json:"last_activity"`
 }
 
 // LogRecord is a line of a sandbox's log.

@@ -225,6 +225,9 @@ func WithIdleTimeout(timeout time.Duration) Option {
 // WithRestartWhenIdle starts it anew at its idle timeout, in place of letting it sleep.
 func WithRestartWhenIdle() Option { return func(r *createRequest) { r.Spec.OnIdle = "restart" } }
 
+// WithSuspendWhenIdle keeps its memory on disk at its idle timeout; it goes on from it when somebody needs it. Engine kvm.
+func WithSuspendWhenIdle() Option { return func(r *createRequest) { r.Spec.OnIdle = "suspend" } }
+
 // WithMaxDuration ends every run after this time.
 func WithMaxDuration(duration time.Duration) Option {
 	return func(r *createRequest) { r.Spec.MaxDurationMS = milliseconds(duration) }

@@ -46,7 +46,7 @@ fn main() -> anyhow::Result<()> {
     let machine = Machine {
         cpus,
         memory_mib,
-        kernel: KernelFile { path: kernel.clone(), file, format },
+        kernel: KernelFile { path: kernel.clone(), file, format, fingerprint: String::new() },
         initramfs,
         restore: None,
         command_line: format!("{COMMAND_LINE} {append}"),

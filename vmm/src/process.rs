@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::spec::EngineChoice;
+use msb_protocol::spec::{EngineChoice, SandboxSpec};
 use msb_protocol::state::EndCause;
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
@@ -122,6 +122,9 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         if spec.restore.is_some() && chosen.engine == EngineChoice::Qemu {
             let message = "engine qemu cannot go on with a saved machine: this needs engine kvm";
             return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
+        }
+        if spec.suspends && chosen.engine == EngineChoice::Qemu {
+            return Err(SandboxSpec::no_suspension());
         }
         // The control thread gives them to a daemon that adopts this process.
         let kept = duplicate(&listeners)?;

@@ -198,7 +198,7 @@ impl Run {
     ///
     /// # Errors
     /// `unsupported_operation`, `sandbox_not_running`, `sandbox_paused`, `sandbox_busy`, `disk_full`; the machine goes on then.
-    pub fn save(&self, engine: EngineChoice, memory: &File, state: &File) -> Result<Saved, ApiError> {
+    pub fn save(&self, engine: EngineChoice, memory: &File, state: &File, flush: bool) -> Result<Saved, ApiError> {
         let unsupported = || {
             let message = format!("engine {} cannot write a machine down", engine.as_str());
             ApiError::new(ErrorCode::UnsupportedOperation, message)
@@ -215,7 +215,7 @@ impl Run {
         }
         let mut saved =
             Saved { since: Instant::now(), frozen: None, halter: Arc::clone(halter), link: Arc::clone(link) };
-        link.quiesce(facts.agent_generation.unwrap_or(0))?;
+        link.quiesce(facts.agent_generation.unwrap_or(0), flush)?;
         halter.halt().map_err(|error| match error {
             HaltError::Ended => ApiError::new(ErrorCode::SandboxNotRunning, error.to_string()),
             HaltError::Stuck => ApiError::new(ErrorCode::SandboxBusy, error.to_string()),

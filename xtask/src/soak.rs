@@ -110,7 +110,13 @@ const PROOFS: &[Proof] = &[
     Proof {
         name: "memory",
         proves: "engine kvm: what ran goes on in each copy of a machine's memory, and nothing is there twice that must not be",
-        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--", "memory::", "pause::"],
+        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--", "memory::", "pause::", "suspend::"],
+        environment: &[],
+    },
+    Proof {
+        name: "forks",
+        proves: "engine kvm: a hundred copies of one machine at once, each with what its source had and nothing of another's",
+        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--task", "xtask/src/lab/forks.sh"],
         environment: &[],
     },
     Proof {

@@ -13,6 +13,7 @@
 mod care;
 mod pause;
 mod saving;
+mod sleeping;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -150,6 +151,7 @@ impl Handler<LetGo> for SandboxActor {
 enum News {
     Leased(Result<PreparedImage, ApiError>),
     Disks(Result<Option<RestoreSpec>, ApiError>),
+    Suspended(sleeping::Attempt, Result<(), ApiError>),
     Spawned(Result<VmHandle, ApiError>),
     Adopted(Adoption),
     FilesRemoved(Result<(), ApiError>),
@@ -197,6 +199,12 @@ pub struct SandboxActor {
     image: Option<PreparedImage>,
     /// The machine that this start goes on with. Only of the disk that was made in this start: one that ran since fits no memory.
     restore: Option<RestoreSpec>,
+    /// The newest try to write the machine down for its sleep.
+    suspension: sleeping::Attempt,
+    /// Tries whose answers are not here: the machine may be standing, whatever state it is in.
+    suspensions: u32,
+    /// Runs whose memory no longer counts and is still there.
+    forgotten: Vec<BootId>,
     /// Published ports, bound from the boot until the sandbox rests.
     ports: BoundPorts,
     /// Waits for visitors while the sandbox sleeps.
@@ -269,6 +277,9 @@ impl SandboxActor {
             vmm_generation: 0,
             image: None,
             restore: None,
+            suspension: sleeping::Attempt::default(),
+            suspensions: 0,
+            forgotten: Vec::new(),
             ports: BoundPorts::default(),
             port_watch: None,
             visits: 0,
@@ -306,15 +317,21 @@ impl SandboxActor {
         ctx: &mut Context<Self>,
     ) -> Result<(), Denial> {
         let was_running = matches!(self.machine.state(), State::Running { .. });
+        let stood = matches!(self.machine.state(), State::Suspending { .. });
+        let memory = self.machine.memory();
         let at = Moment { now_ms: self.now_ms(), next_boot_id: BootId::generate() };
         let before = self.machine.run();
         let adopted = matches!(event, Event::Adopted { .. });
         let effects = self.machine.step(event, at)?;
+        self.forgotten.extend(memory.filter(|_| self.machine.memory() != memory));
         if let State::Running { run, .. } = self.machine.state()
             && !was_running
         {
             // One that was halted goes on: its time before that still counts, its idleness begins anew.
-            if !matches!(event, Event::Resumed) {
+            if stood {
+                // Whoever asked for it waits to see it up.
+                self.runs_ready += 1;
+            } else if !matches!(event, Event::Resumed) {
                 self.runs_ready += 1;
                 self.failure = None;
                 self.record.started_at = Some(self.surroundings.clock.wall());
@@ -327,7 +344,7 @@ impl SandboxActor {
             self.begin_care(run.boot_id, ctx);
         } else if was_running && !matches!(self.machine.state(), State::Running { .. }) {
             self.end_care(ctx);
-            if matches!(self.machine.state(), State::Paused { .. }) {
+            if matches!(self.machine.state(), State::Paused { .. } | State::Suspending { .. }) {
                 // Nothing beats in a halted VM.
                 self.beats = None;
             }
@@ -339,6 +356,8 @@ impl SandboxActor {
                 _ => {}
             }
         }
+        let is_lost = self.has_lost_memory(before);
+        self.tell_of_sleep(is_lost);
         let change = match effects.first() {
             Some(Effect::Record { by, cause }) => {
                 self.record.machine = self.machine.stored();
@@ -352,6 +371,8 @@ impl SandboxActor {
                         && self.record.last_end.is_none()
                     {
                         "created".into()
+                    } else if is_lost {
+                        "memory_lost".into()
                     } else {
                         "state".into()
                     },
@@ -380,7 +401,9 @@ impl SandboxActor {
         match (event, self.machine.state()) {
             (
                 Event::Tick { .. },
-                State::PreStop { cause: EndCause::Idle, .. } | State::Draining { cause: EndCause::Idle, .. },
+                State::PreStop { cause: EndCause::Idle, .. }
+                | State::Draining { cause: EndCause::Idle, .. }
+                | State::Suspending { .. },
             ) => "idle".into(),
             _ => word.into(),
         }
@@ -450,13 +473,14 @@ impl SandboxActor {
     /// All steps are done: show what is, and wait for what comes.
     fn settle(&mut self, ctx: &mut Context<Self>) {
         self.mind_ports(ctx);
+        self.forget_memory();
         self.publish();
         self.arm(ctx);
     }
 
     /// Published ports are closed when the sandbox rests and watched while it sleeps.
     fn mind_ports(&mut self, ctx: &mut Context<Self>) {
-        let asleep = matches!(self.machine.state(), State::Asleep);
+        let asleep = matches!(self.machine.state(), State::Asleep { .. });
         if !asleep && let Some(watch) = self.port_watch.take() {
             ctx.cancel_future(watch);
         }
@@ -519,6 +543,8 @@ impl SandboxActor {
             // Gone is said when the files are.
             gone: false,
             recovering: matches!(self.machine.state(), State::Recovering { .. } | State::Removed),
+            memory: self.machine.memory().filter(|_| matches!(self.machine.state(), State::Asleep { .. })),
+            falling_asleep: self.machine.is_falling_asleep(),
             orphaned: false,
         };
         self.view.send_replace(Arc::new(view));
@@ -528,7 +554,7 @@ impl SandboxActor {
         if let Some(timer) = self.timer.take() {
             ctx.cancel_future(timer);
         }
-        let last = self.activity.last_ms();
+        let last = self.last_activity_ms();
         let now = self.now_ms();
         let mut due = self.machine.deadline_ms(last);
         // While something is active idleness has no deadline; its end is noticed by looking.
@@ -543,7 +569,7 @@ impl SandboxActor {
         self.timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
             faults::here("sandbox/timer");
             this.timer = None;
-            let last_activity_ms = this.activity.last_ms();
+            let last_activity_ms = this.last_activity_ms();
             this.tell(Event::Tick { last_activity_ms }, ctx);
             if this.timer.is_none() && !this.stepping {
                 this.arm(ctx);
@@ -556,7 +582,7 @@ impl SandboxActor {
             ctx.cancel_future(timer);
         }
         let now = self.now_ms();
-        let stands = self.disk.is_held();
+        let stands = self.disk.is_held() || self.suspensions > 0;
         let Some(watch) = self.beats.as_mut() else { return };
         if stands {
             // Its machine may be standing to be written down: nothing beats then.
@@ -637,6 +663,8 @@ impl SandboxActor {
                 Effect::SpawnVm => self.spawn_vm(ctx),
                 Effect::ReleaseImage => self.image = None,
                 Effect::ResumeVm => self.resume_vm(),
+                Effect::Suspend => self.suspend(ctx),
+                Effect::GoOn => self.command(VmCommand::Release),
                 Effect::RunHook => self.run_hook(ctx),
                 Effect::Shutdown { cause, grace_ms } => self.command(VmCommand::Shutdown { cause, grace_ms }),
                 Effect::KillVm { cause } => self.command(VmCommand::Kill { cause }),
@@ -705,6 +733,7 @@ impl SandboxActor {
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
         let (snapshots, begun_with) = (self.surroundings.snapshots.clone(), self.record.snapshot.clone());
+        let wakes = self.machine.run().and_then(|run| run.wakes);
         self.later(ctx, async move {
             // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
             let snapshot = match &begun_with {
@@ -714,7 +743,7 @@ impl SandboxActor {
             let prepared = {
                 tokio::task::spawn_blocking(move || {
                     directories.prepare()?;
-                    let mut restore = None;
+                    let mut restore = wakes.map(|run| directories.kept_memory(run)).transpose()?;
                     let mut disks = mounts::missing_disks(&spec, &volumes)?;
                     if !directories.upper.exists() {
                         match snapshot {
@@ -882,6 +911,7 @@ impl SandboxActor {
                 self.watch_creator(ctx);
                 return;
             }
+            News::Suspended(attempt, outcome) => return self.suspended(attempt, outcome, ctx),
             News::Examined(boot_id, probed) => return self.examined(boot_id, probed, ctx),
             News::Hooked(boot_id, probed) => return self.hooked(boot_id, &probed, ctx),
             News::FilesRemoved(outcome) => return self.files_removed(outcome, ctx),
@@ -1009,6 +1039,7 @@ impl Actor for SandboxActor {
             }
             None => {
                 let recovering = matches!(self.machine.state(), State::Recovering { .. } | State::Removed);
+                self.sweep_memory(ctx);
                 self.steps.push_back(Step::new(None, effects));
                 self.advance(ctx);
                 if !recovering {

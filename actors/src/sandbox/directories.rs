@@ -1,17 +1,21 @@
 //! The files of one sandbox and how they come and go. Blocking; called on the blocking pool only.
 //!
-//! `<home>/sandboxes/<name>/{upper.img, logs/, heartbeat.json}` and the run directory of sockets, everything 0700/0600.
+//! `<home>/sandboxes/<name>/{upper.img, logs/, heartbeat.json}` and the run directory of sockets, everything 0700/0600. Of a sandbox that
+//! sleeps with its memory also `memory-<boot id>/{memory.img, machine.json}`: which of them counts is the machine's to say, not the disk's.
 
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::id::{SandboxId, SandboxName};
+use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::paths::{HomeLayout, sandbox_run_dir};
-use msb_protocol::vmm::{BootError, END_FILE};
+use msb_protocol::vmm::{BootError, END_FILE, RestoreSpec};
 
+/// What the directory of a run's memory is called, before the run.
+const MEMORY_PREFIX: &str = "memory-";
 /// Evidence of failed boots that is kept, in files.
 pub const BOOT_ERRORS_KEPT: usize = 20;
 
@@ -60,6 +64,89 @@ impl Directories {
             match std::fs::remove_file(stale) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(file_error(stale, &error)),
                 _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the memory of a run is kept, and everything else of its machine.
+    #[must_use]
+    pub fn memory(&self, run: BootId) -> RestoreSpec {
+        let directory = self.root.join(format!("{MEMORY_PREFIX}{run}"));
+        RestoreSpec { memory: directory.join("memory.img"), state: directory.join("machine.json") }
+    }
+
+    /// The same, if it is there.
+    ///
+    /// # Errors
+    /// `snapshot_damaged` naming what is missing.
+    pub fn kept_memory(&self, run: BootId) -> Result<RestoreSpec, ApiError> {
+        let kept = self.memory(run);
+        for path in [&kept.memory, &kept.state] {
+            if !path.exists() {
+                let message = format!("the memory that it slept with is gone: {}", path.display());
+                return Err(ApiError::new(ErrorCode::SnapshotDamaged, message));
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Makes the two empty files that a machine is written into: its memory, everything else.
+    ///
+    /// # Errors
+    /// `disk_full`, `permission_denied` or `home_unusable` naming the path.
+    pub fn create_memory(&self, run: BootId) -> Result<(File, File), ApiError> {
+        let RestoreSpec { memory, state } = self.memory(run);
+        let create = |path: &Path| {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+            file.map_err(|error| file_error(path, &error))
+        };
+        if let Some(directory) = memory.parent() {
+            make_private(directory).map_err(|error| file_error(directory, &error))?;
+        }
+        Ok((create(&memory)?, create(&state)?))
+    }
+
+    /// Makes what was written down of a run durable, and its disk with it: after a power cut the two must fit each other.
+    ///
+    /// # Errors
+    /// As [`Self::create_memory`].
+    pub fn sync_memory(&self, run: BootId) -> Result<(), ApiError> {
+        let RestoreSpec { memory, state } = self.memory(run);
+        let directory = memory.parent().unwrap_or(&self.root);
+        for path in [&memory, &state, &self.upper, directory, &self.root] {
+            File::open(path).and_then(|file| file.sync_all()).map_err(|error| file_error(path, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what was written down of a run.
+    ///
+    /// # Errors
+    /// The path that could not be removed.
+    pub fn remove_memory(&self, run: BootId) -> io::Result<()> {
+        match self.memory(run).memory.parent().map_or(Ok(()), std::fs::remove_dir_all) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the memory of every run but `kept`: what a daemon that died left.
+    ///
+    /// # Errors
+    /// The path that could not be removed.
+    pub fn sweep_memory(&self, kept: Option<BootId>) -> io::Result<()> {
+        let kept = kept.map(|run| format!("{MEMORY_PREFIX}{run}"));
+        let entries = match std::fs::read_dir(&self.root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let is_memory = name.to_str().is_some_and(|name| name.starts_with(MEMORY_PREFIX));
+            if is_memory && name.to_str() != kept.as_deref() {
+                std::fs::remove_dir_all(entry.path())?;
             }
         }
         Ok(())
@@ -116,7 +203,6 @@ pub(crate) fn file_error(path: &Path, error: &io::Error) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use msb_protocol::id::BootId;
 
     #[test]
     fn a_boot_finds_nothing_of_an_earlier_one_and_a_removal_leaves_nothing() {
@@ -138,6 +224,28 @@ mod tests {
         directories.remove().unwrap();
         directories.remove().unwrap();
         assert!(!directories.root.exists() && !directories.run.exists());
+    }
+
+    #[test]
+    fn memory_is_that_of_one_run_and_the_rest_is_swept() {
+        let home = tempfile::tempdir().unwrap();
+        let name = "web".parse().unwrap();
+        let directories = Directories::new(&HomeLayout::new(home.path()), home.path(), &name, SandboxId::generate());
+        directories.sweep_memory(None).unwrap();
+        directories.prepare().unwrap();
+        std::fs::write(&directories.upper, "disk").unwrap();
+        let runs = [BootId::generate(), BootId::generate()];
+        for run in runs {
+            directories.create_memory(run).unwrap();
+            directories.sync_memory(run).unwrap();
+        }
+        assert!(directories.create_memory(runs[0]).is_err(), "it is written down twice");
+        directories.sweep_memory(Some(runs[1])).unwrap();
+        assert!(!directories.memory(runs[0]).memory.exists() && directories.memory(runs[1]).state.exists());
+        directories.remove_memory(runs[0]).unwrap();
+        directories.remove_memory(runs[1]).unwrap();
+        assert!(!directories.memory(runs[1]).state.exists() && directories.upper.exists());
+        assert_eq!(directories.sync_memory(runs[1]).unwrap_err().code, ErrorCode::HomeUnusable);
     }
 
     #[test]

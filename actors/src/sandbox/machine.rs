@@ -17,12 +17,18 @@
 //!     stopped         asleep        restarting       crashed        removed (ephemeral, Remove)
 //!                   (idle; wakes   (backing off,
 //!                    on Start)      then starting)
+//!
+//!   running ── idle, `suspend` ──► suspending ── Suspended ──► stopping ── VmEnded ──► asleep, with memory ── Start ──► starting, from it
+//!      ▲                              │ Start, SuspendFailed                                 (a start from memory that fails begins anew,
+//!      └──────────────────────────────┘ any stop lets it go on first                          from the disk)
 //! ```
 //!
 //! * **starting** is a chain of phases. A failure before the VM exists takes apart what the earlier phases made, newest first,
 //!   and a sandbox that never ran vanishes; a failure after it is an end of a run like any other.
 //! * **draining** begins with the pre-stop hook, if there is one; then the workload has its grace time. **stopping**: the workload is over, the guest flushes and turns itself off.
 //! * **paused** has a VM in which nothing runs: no beats, no checks, no idleness. Its maximum duration goes on.
+//! * **suspending**: the machine stands and is written down. It counts only after the VM that stood is gone: one that went on since has
+//!   changed the disk. What is [kept](Machine::memory) is named by the run it was; every change of state away from it forgets it.
 //! * **settle** is the only place that decides what follows an end ([`Policy`]).
 //! * **recovering** (a daemon that starts finds a record of a live run) shows as the state it was found in.
 //!
@@ -48,6 +54,10 @@ pub const CRASH_BUDGET: u32 = 5;
 pub const FLUSH_LIMIT_MS: u64 = 10_000;
 /// Time in milliseconds for a killed VM process to be gone before the kill is repeated.
 pub const KILL_REPEAT_MS: u64 = 1_000;
+/// Time in milliseconds for a machine to be written down before it goes on instead.
+pub const SUSPEND_LIMIT_MS: u64 = 120_000;
+/// Shortest wait in milliseconds before a suspension that failed is tried again.
+pub const SUSPEND_AGAIN_MS: u64 = 60_000;
 
 /// What of a spec decides about the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +122,9 @@ pub struct Run {
     pub hold_main: bool,
     /// Whether a policy and not a person began it.
     pub by_policy: bool,
+    /// The run whose memory it goes on with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wakes: Option<BootId>,
 }
 
 /// What follows the end that is under way, before policies are asked.
@@ -124,6 +137,10 @@ pub enum Then {
     Start,
     /// Rest until the next daemon, which asks the policies: the host goes down.
     Park,
+    /// Sleep with the memory that was written down.
+    Sleep,
+    /// Go on from it at once: somebody came while the VM was ending.
+    Wake,
 }
 
 /// Where the sandbox is. Variants own what exists in them.
@@ -154,6 +171,15 @@ pub enum State {
         run: Run,
         /// When it became ready, on the machine's clock.
         ready_at_ms: u64,
+    },
+    /// Idle: its machine stands and is written down.
+    Suspending {
+        /// The run.
+        run: Run,
+        /// When it became ready, on the machine's clock.
+        ready_at_ms: u64,
+        /// When it goes on in any case.
+        until_ms: u64,
     },
     /// The pre-stop hook runs; the workload does not know yet.
     PreStop {
@@ -199,7 +225,11 @@ pub enum State {
     /// At rest.
     Stopped,
     /// At rest for idleness; the next need starts it.
-    Asleep,
+    Asleep {
+        /// The run whose memory is kept.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<BootId>,
+    },
     /// At rest after a crash; no further try is due.
     Crashed,
     /// Backing off.
@@ -270,6 +300,10 @@ pub enum Event {
     Paused,
     /// The VM goes on, on request.
     Resumed,
+    /// The machine is written down, durably, and stands.
+    Suspended,
+    /// It could not be.
+    SuspendFailed,
     /// The main workload ended by itself.
     MainExited,
     /// The VM process is gone.
@@ -331,6 +365,8 @@ impl Event {
             | Self::HookDone
             | Self::HostStop
             | Self::AgentSilent
+            | Self::Suspended
+            | Self::SuspendFailed
             | Self::Adopted { .. } => By::Supervisor,
         }
     }
@@ -356,6 +392,10 @@ pub enum Effect {
     ReleaseImage,
     /// Let the halted VM go on.
     ResumeVm,
+    /// Write the machine down; answer with `Suspended` or `SuspendFailed`.
+    Suspend,
+    /// Let the machine that stands to be written down go on.
+    GoOn,
     /// Run the pre-stop hook; answer with `HookDone`.
     RunHook,
     /// Ask the agent to end the workload, flush and turn off.
@@ -426,13 +466,24 @@ pub struct Machine {
     removing: bool,
     /// Whether it was ever up: a sandbox that was not leaves nothing behind when its start fails.
     ever_spawned: bool,
+    /// No suspension before this moment: the last one failed.
+    no_suspension_before_ms: u64,
 }
 
 impl Machine {
     /// A sandbox that has just been asked for.
     #[must_use]
     pub fn new(policy: Policy, detached: bool) -> Self {
-        Self { state: State::Created, policy, restarts: 0, failures: 0, detached, removing: false, ever_spawned: false }
+        Self {
+            state: State::Created,
+            policy,
+            restarts: 0,
+            failures: 0,
+            detached,
+            removing: false,
+            ever_spawned: false,
+            no_suspension_before_ms: 0,
+        }
     }
 
     /// A sandbox as the journal has it. The effects are what must be done first.
@@ -445,9 +496,18 @@ impl Machine {
             }
             State::Running { run, .. } => recovering(run, SandboxState::Running, None),
             State::Paused { run, .. } => recovering(run, SandboxState::Paused, None),
+            // A machine whose writer is gone goes on.
+            State::Suspending { run, .. } => recovering(run, SandboxState::Running, None),
             // The hook runs anew: whether it came to its end is not known.
             State::PreStop { run, cause, then, .. } | State::Draining { run, cause, then, .. } => {
                 recovering(run, SandboxState::Draining, Some((cause, then)))
+            }
+            // Whether it stood until its end is not known: what was written down of it does not count.
+            State::Stopping { run, cause, then: Then::Sleep, .. } => {
+                recovering(run, SandboxState::Stopping, Some((cause, Then::Settle)))
+            }
+            State::Stopping { run, cause, then: Then::Wake, .. } => {
+                recovering(run, SandboxState::Stopping, Some((cause, Then::Start)))
             }
             State::Stopping { run, cause, then, .. } => recovering(run, SandboxState::Stopping, Some((cause, then))),
             // The clock of another boot of the host says nothing here: the wait is over.
@@ -473,6 +533,7 @@ impl Machine {
             detached: stored.detached,
             removing: stored.removing,
             ever_spawned: stored.ever_spawned,
+            no_suspension_before_ms: 0,
         };
         (machine, effects)
     }
@@ -505,9 +566,9 @@ impl Machine {
             State::Running { .. } => SandboxState::Running,
             State::Paused { .. } => SandboxState::Paused,
             State::PreStop { .. } | State::Draining { .. } => SandboxState::Draining,
-            State::Stopping { .. } => SandboxState::Stopping,
+            State::Suspending { .. } | State::Stopping { .. } => SandboxState::Stopping,
             State::Stopped | State::Removed => SandboxState::Stopped,
-            State::Asleep => SandboxState::Asleep,
+            State::Asleep { .. } => SandboxState::Asleep,
             State::Crashed => SandboxState::Crashed,
             State::Restarting { .. } => SandboxState::Restarting,
             State::Recovering { shown, .. } => shown,
@@ -521,12 +582,32 @@ impl Machine {
             State::Starting { run, .. }
             | State::Running { run, .. }
             | State::Paused { run, .. }
+            | State::Suspending { run, .. }
             | State::PreStop { run, .. }
             | State::Draining { run, .. }
             | State::Stopping { run, .. }
             | State::Recovering { run, .. } => Some(run),
             _ => None,
         }
+    }
+
+    /// The run whose memory is kept, is being written down, or is being gone on with. Whatever else is on the disk counts for nothing.
+    #[must_use]
+    pub fn memory(&self) -> Option<BootId> {
+        match self.state {
+            State::Asleep { memory } => memory,
+            State::Suspending { run, .. } | State::Stopping { run, then: Then::Sleep | Then::Wake, .. } => {
+                Some(run.boot_id)
+            }
+            State::Starting { run, .. } | State::Recovering { run, shown: SandboxState::Starting, .. } => run.wakes,
+            _ => None,
+        }
+    }
+
+    /// Whether it is on its way to sleep and a need of it is met: it goes on where it is.
+    #[must_use]
+    pub fn is_falling_asleep(&self) -> bool {
+        matches!(self.state, State::Suspending { .. } | State::Stopping { then: Then::Sleep | Then::Wake, .. })
     }
 
     /// Restarts since somebody last started it.
@@ -558,15 +639,18 @@ impl Machine {
         match self.state {
             State::Running { ready_at_ms, .. } => {
                 let lifetime = self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit));
-                let idle = self
-                    .policy
-                    .idle_timeout_ms
-                    .zip(last_activity_ms)
-                    .map(|(limit, last)| last.max(ready_at_ms).saturating_add(limit));
+                let idle =
+                    self.policy.idle_timeout_ms.zip(last_activity_ms).map(|(limit, last)| {
+                        last.max(ready_at_ms).saturating_add(limit).max(self.no_suspension_before_ms)
+                    });
                 [lifetime, idle].into_iter().flatten().min()
             }
             State::Paused { ready_at_ms, .. } => {
                 self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit))
+            }
+            State::Suspending { ready_at_ms, until_ms, .. } => {
+                let lifetime = self.policy.max_duration_ms.map(|limit| ready_at_ms.saturating_add(limit));
+                Some(lifetime.map_or(until_ms, |lifetime| lifetime.min(until_ms)))
             }
             State::PreStop { until_ms, .. } | State::Draining { until_ms, .. } | State::Stopping { until_ms, .. } => {
                 Some(until_ms)
@@ -603,15 +687,24 @@ impl Machine {
 
             // Up.
             (
-                State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. },
+                State::Created | State::Stopped | State::Asleep { .. } | State::Crashed | State::Restarting { .. },
                 Event::Start { by, hold_main },
             ) => {
                 if by == By::User {
                     (self.restarts, self.failures) = (0, 0);
                 }
-                Ok(self.begin(at, hold_main, by != By::User))
+                let wakes = self.memory();
+                Ok(self.begin_from(wakes, at, hold_main, by != By::User))
             }
             (State::Starting { .. } | State::Running { .. }, Event::Start { .. }) => Ok(Vec::new()),
+            (State::Suspending { run, ready_at_ms, .. }, Event::Start { .. }) => {
+                self.state = State::Running { run, ready_at_ms };
+                Ok(vec![Effect::GoOn])
+            }
+            (State::Stopping { run, cause, then: Then::Sleep | Then::Wake, until_ms, ran_ms }, Event::Start { .. }) => {
+                self.state = stopping(run, cause, Then::Wake, until_ms, ran_ms);
+                Ok(Vec::new())
+            }
             (State::Paused { .. }, Event::Start { .. }) => Err(Denial::Paused),
             (_, Event::Start { .. }) => Err(Denial::Busy(word)),
             (State::Restarting { at_ms }, Event::Tick { .. }) if at.now_ms >= at_ms => {
@@ -640,6 +733,28 @@ impl Machine {
                 } else {
                     Ok(self.undo(run, done, cause))
                 }
+            }
+            // What was to go on boots from its disk instead.
+            (State::Starting { run: run @ Run { wakes: Some(_), .. }, phase, abandon: None }, Event::PhaseFailed) => {
+                let mut effects = vec![Effect::EndRun { boot_id: run.boot_id, cause: EndCause::BootFailed }];
+                if phase >= StartPhase::ImageLeased {
+                    effects.push(Effect::ReleaseImage);
+                }
+                effects.extend(self.begin(at, run.hold_main, run.by_policy));
+                Ok(effects)
+            }
+            (
+                State::Starting { run: run @ Run { wakes: Some(_), .. }, abandon: None, .. }
+                | State::Recovering {
+                    run: run @ Run { wakes: Some(_), .. },
+                    shown: SandboxState::Starting,
+                    ending: None,
+                },
+                Event::VmEnded { cause, .. },
+            ) if !self.removing => {
+                let mut effects = vec![Effect::EndRun { boot_id: run.boot_id, cause }];
+                effects.extend(self.begin(at, run.hold_main, run.by_policy));
+                Ok(effects)
             }
             (State::Starting { run, phase, abandon }, Event::PhaseFailed) => {
                 Ok(self.undo(run, phase, abandon.unwrap_or(EndCause::BootFailed)))
@@ -683,6 +798,46 @@ impl Machine {
                 Ok(effects)
             }
 
+            // To sleep with its memory.
+            (State::Suspending { run, ready_at_ms, .. }, Event::Suspended) => {
+                let ran_ms = at.now_ms.saturating_sub(ready_at_ms);
+                // Its process is given time to end by itself: what it says of its end is what its memory counts by.
+                self.state =
+                    stopping(run, EndCause::Idle, Then::Sleep, at.now_ms.saturating_add(FLUSH_LIMIT_MS), ran_ms);
+                Ok(vec![Effect::KillVm { cause: EndCause::Idle }])
+            }
+            (State::Suspending { run, ready_at_ms, .. }, Event::SuspendFailed) => {
+                self.state = State::Running { run, ready_at_ms };
+                self.no_suspension_before_ms = at.now_ms.saturating_add(SUSPEND_AGAIN_MS);
+                Ok(vec![Effect::GoOn])
+            }
+            (State::Suspending { until_ms, .. }, Event::Tick { .. }) if at.now_ms >= until_ms => {
+                self.transition(Event::SuspendFailed, at)
+            }
+            // A machine that stands cannot be asked for anything: it goes on and is then stopped as a running one.
+            (
+                State::Suspending { run, ready_at_ms, until_ms },
+                Event::Stop { .. }
+                | Event::HostStop
+                | Event::CreatorGone
+                | Event::Tick { .. }
+                | Event::MainExited
+                | Event::Kill
+                | Event::Remove { force: true }
+                | Event::VmEnded { .. },
+            ) => {
+                self.state = State::Running { run, ready_at_ms };
+                let event =
+                    if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
+                let mut effects = self.transition(event, at)?;
+                if let State::Running { .. } = self.state {
+                    self.state = State::Suspending { run, ready_at_ms, until_ms };
+                } else if !matches!(event, Event::VmEnded { .. }) {
+                    effects.insert(0, Effect::GoOn);
+                }
+                Ok(effects)
+            }
+
             // Down, with a flush.
             (State::Running { run, ready_at_ms }, Event::Stop { grace_ms, then }) => {
                 Ok(self.drain(run, ready_at_ms, EndCause::StopRequested, grace_ms, then, at))
@@ -699,6 +854,15 @@ impl Machine {
                 };
                 if over(self.policy.max_duration_ms, Some(ready_at_ms)) {
                     Ok(self.drain(run, ready_at_ms, EndCause::MaxDuration, None, Then::Settle, at))
+                } else if over(self.policy.idle_timeout_ms, last_activity_ms.map(|last| last.max(ready_at_ms)))
+                    && self.policy.on_idle == OnIdle::Suspend
+                {
+                    if at.now_ms < self.no_suspension_before_ms {
+                        return Ok(Vec::new());
+                    }
+                    let until_ms = at.now_ms.saturating_add(SUSPEND_LIMIT_MS);
+                    self.state = State::Suspending { run, ready_at_ms, until_ms };
+                    Ok(vec![Effect::Suspend])
                 } else if over(self.policy.idle_timeout_ms, last_activity_ms.map(|last| last.max(ready_at_ms))) {
                     Ok(self.drain(run, ready_at_ms, EndCause::Idle, None, Then::Settle, at))
                 } else {
@@ -763,17 +927,17 @@ impl Machine {
                 Ok(Vec::new())
             }
             (
-                State::Created | State::Stopped | State::Crashed | State::Asleep | State::Restarting { .. },
+                State::Created | State::Stopped | State::Crashed | State::Asleep { .. } | State::Restarting { .. },
                 Event::Stop { then: Then::Start, .. },
             ) => {
                 (self.restarts, self.failures) = (0, 0);
                 Ok(self.begin(at, false, false))
             }
-            (State::Restarting { .. } | State::Asleep, Event::Stop { .. } | Event::Kill) => {
+            (State::Restarting { .. } | State::Asleep { .. }, Event::Stop { .. } | Event::Kill) => {
                 Ok(self.rest(State::Stopped))
             }
             (State::Restarting { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
-            (State::Asleep, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
+            (State::Asleep { .. }, Event::CreatorGone) if !self.detached => Ok(self.rest(State::Stopped)),
             (State::Created | State::Stopped | State::Crashed, Event::Stop { .. } | Event::Kill) => Ok(Vec::new()),
 
             // Down, at once. A guest that is not up has nothing to flush.
@@ -848,7 +1012,7 @@ impl Machine {
 
             // Away.
             (
-                State::Created | State::Stopped | State::Asleep | State::Crashed | State::Restarting { .. },
+                State::Created | State::Stopped | State::Asleep { .. } | State::Crashed | State::Restarting { .. },
                 Event::Remove { .. },
             ) => {
                 self.removing = true;
@@ -884,6 +1048,8 @@ impl Machine {
                 | Event::HookDone
                 | Event::HostStop
                 | Event::AgentSilent
+                | Event::Suspended
+                | Event::SuspendFailed
                 | Event::Tick { .. }
                 | Event::Adopted { .. },
             ) => Ok(Vec::new()),
@@ -891,7 +1057,11 @@ impl Machine {
     }
 
     fn begin(&mut self, at: Moment, hold_main: bool, by_policy: bool) -> Vec<Effect> {
-        let run = Run { boot_id: at.next_boot_id, hold_main, by_policy };
+        self.begin_from(None, at, hold_main, by_policy)
+    }
+
+    fn begin_from(&mut self, wakes: Option<BootId>, at: Moment, hold_main: bool, by_policy: bool) -> Vec<Effect> {
+        let run = Run { boot_id: at.next_boot_id, hold_main, by_policy, wakes };
         self.state = State::Starting { run, phase: StartPhase::Planned, abandon: None };
         vec![Effect::LeaseImage]
     }
@@ -985,14 +1155,16 @@ impl Machine {
             effects.extend(self.rest(State::Stopped));
             return effects;
         }
-        if then == Then::Start {
+        // Only a machine that stood until its VM process itself ended it is as it was written down.
+        let memory = (seen == EndCause::Idle && matches!(then, Then::Sleep | Then::Wake)).then_some(run.boot_id);
+        if matches!(then, Then::Start | Then::Wake) {
             (self.restarts, self.failures) = (0, 0);
-            effects.extend(self.begin(at, false, false));
+            effects.extend(self.begin_from(memory, at, false, false));
             return effects;
         }
         let verdict = match decisive {
             EndCause::Idle => match self.policy.on_idle {
-                OnIdle::Stop => State::Asleep,
+                OnIdle::Stop | OnIdle::Suspend => State::Asleep { memory },
                 OnIdle::Restart => State::Restarting { at_ms: at.now_ms },
             },
             EndCause::StopRequested | EndCause::Killed | EndCause::MaxDuration | EndCause::CreatorGone => {
@@ -1047,7 +1219,7 @@ impl Machine {
 
     fn rest(&mut self, state: State) -> Vec<Effect> {
         // Sleep is not an end: an ephemeral sandbox that sleeps is still wanted.
-        if self.removing || (self.policy.ephemeral && state != State::Asleep) {
+        if self.removing || (self.policy.ephemeral && !matches!(state, State::Asleep { .. })) {
             self.removing = true;
             self.state = State::Removed;
             return vec![Effect::RemoveFiles];

@@ -28,7 +28,7 @@ fn policy() -> Policy {
 }
 
 fn run() -> Run {
-    Run { boot_id: boot(1), hold_main: false, by_policy: false }
+    Run { boot_id: boot(1), hold_main: false, by_policy: false, wakes: None }
 }
 
 fn all_states() -> Vec<(&'static str, State)> {
@@ -40,8 +40,13 @@ fn all_states() -> Vec<(&'static str, State)> {
         ("starting/disks_made", starting(StartPhase::DisksMade, None)),
         ("starting/disks_made, abandoned", starting(StartPhase::DisksMade, Some(EndCause::StopRequested))),
         ("starting/vm_spawned", starting(StartPhase::VmSpawned, None)),
+        (
+            "starting/vm_spawned, from memory",
+            State::Starting { run: Run { wakes: Some(boot(9)), ..run() }, phase: StartPhase::VmSpawned, abandon: None },
+        ),
         ("running", State::Running { run: run(), ready_at_ms: 0 }),
         ("paused", State::Paused { run: run(), ready_at_ms: 0 }),
+        ("suspending", State::Suspending { run: run(), ready_at_ms: 0, until_ms: 120_000 }),
         (
             "pre_stop/idle",
             State::PreStop {
@@ -59,8 +64,10 @@ fn all_states() -> Vec<(&'static str, State)> {
         ),
         ("stopping/stop_requested", stopping(run(), EndCause::StopRequested, Then::Settle, 8_000, 0)),
         ("stopping/completed", stopping(run(), EndCause::Completed, Then::Settle, 8_000, 0)),
+        ("stopping/idle, then sleep", stopping(run(), EndCause::Idle, Then::Sleep, 8_000, 0)),
         ("stopped", State::Stopped),
-        ("asleep", State::Asleep),
+        ("asleep", State::Asleep { memory: None }),
+        ("asleep, with memory", State::Asleep { memory: Some(boot(9)) }),
         ("restarting", State::Restarting { at_ms: 10_000 }),
         ("crashed", State::Crashed),
         ("recovering/running", State::Recovering { run: run(), shown: SandboxState::Running, ending: None }),
@@ -84,8 +91,11 @@ fn all_events() -> Vec<(&'static str, Event)> {
         ("vm spawned", Event::PhaseDone(StartPhase::VmSpawned)),
         ("phase failed", Event::PhaseFailed),
         ("agent ready", Event::AgentReady),
+        ("suspended", Event::Suspended),
+        ("suspend failed", Event::SuspendFailed),
         ("main exited", Event::MainExited),
         ("vm ended: completed", Event::VmEnded { cause: EndCause::Completed, success: true }),
+        ("vm ended: idle", Event::VmEnded { cause: EndCause::Idle, success: false }),
         ("vm ended: vmm_crash", Event::VmEnded { cause: EndCause::VmmCrash, success: false }),
         ("stop", Event::Stop { grace_ms: None, then: Then::Settle }),
         ("restart", Event::Stop { grace_ms: None, then: Then::Start }),
@@ -118,6 +128,8 @@ fn show_effects(effects: &[Effect]) -> String {
             Effect::Record { .. } => None,
             Effect::RunHook => Some("run_hook".into()),
             Effect::ResumeVm => Some("resume_vm".into()),
+            Effect::Suspend => Some("suspend".into()),
+            Effect::GoOn => Some("go_on".into()),
             Effect::Shutdown { cause, .. } => Some(format!("shutdown({})", cause.as_str())),
             Effect::KillVm { cause } => Some(format!("kill_vm({})", cause.as_str())),
             Effect::EndRun { cause, .. } => Some(format!("end_run({})", cause.as_str())),
@@ -133,24 +145,30 @@ fn show_effects(effects: &[Effect]) -> String {
     words.join(" ")
 }
 
+fn show_then(then: Then) -> &'static str {
+    match then {
+        Then::Start => ", then start",
+        Then::Sleep => ", then sleep",
+        Then::Wake => ", then wake",
+        Then::Settle | Then::Park => "",
+    }
+}
+
 fn show_state(machine: &Machine) -> String {
     match machine.state {
-        State::Starting { phase, abandon, .. } => {
+        State::Starting { run, phase, abandon } => {
             format!(
-                "starting/{}{}",
+                "starting/{}{}{}",
                 serde_json::to_value(phase).unwrap().as_str().unwrap(),
+                if run.wakes.is_some() { ", from memory" } else { "" },
                 if abandon.is_some() { ", abandoned" } else { "" }
             )
         }
-        State::PreStop { cause, then, .. } => {
-            format!("pre_stop/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
-        }
-        State::Draining { cause, then, .. } => {
-            format!("draining/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
-        }
-        State::Stopping { cause, then, .. } => {
-            format!("stopping/{}{}", cause.as_str(), if then == Then::Start { ", then start" } else { "" })
-        }
+        State::PreStop { cause, then, .. } => format!("pre_stop/{}{}", cause.as_str(), show_then(then)),
+        State::Draining { cause, then, .. } => format!("draining/{}{}", cause.as_str(), show_then(then)),
+        State::Stopping { cause, then, .. } => format!("stopping/{}{}", cause.as_str(), show_then(then)),
+        State::Suspending { .. } => "suspending".into(),
+        State::Asleep { memory: Some(_) } => "asleep, with memory".into(),
         State::Recovering { shown, .. } => format!("recovering/{}", shown.as_str()),
         State::Removed => "removed".into(),
         _ => machine.shown().as_str().into(),
@@ -488,8 +506,137 @@ fn a_paused_sandbox_is_neither_idle_nor_started_and_every_stop_resumes_it_first(
     assert_eq!(machine.step(Event::Paused, at(40_002)), Err(Denial::Busy("draining")));
 }
 
+/// A machine that is about to sleep with its memory; the run that is written down.
+fn suspending() -> (Machine, BootId) {
+    let mut machine = running(Policy { on_idle: OnIdle::Suspend, pre_stop_ms: Some(1), ..policy() }, true);
+    let run = machine.run().unwrap().boot_id;
+    let effects = machine.step(Event::Tick { last_activity_ms: Some(0) }, at(5_000)).unwrap();
+    assert!(effects.contains(&Effect::Suspend) && !effects.contains(&Effect::RunHook));
+    assert_eq!((machine.memory(), machine.shown()), (Some(run), SandboxState::Stopping));
+    (machine, run)
+}
+
+/// One that sleeps with it.
+fn asleep() -> (Machine, BootId) {
+    let (mut machine, run) = suspending();
+    assert!(machine.step(Event::Suspended, at(5_001)).unwrap().contains(&Effect::KillVm { cause: EndCause::Idle }));
+    machine.step(ended(EndCause::Idle, false), at(5_002)).unwrap();
+    assert_eq!(machine.state, State::Asleep { memory: Some(run) });
+    (machine, run)
+}
+
+#[test]
+fn a_sandbox_goes_on_from_its_memory_once_and_boots_from_its_disk_if_that_fails() {
+    let (asleep, run) = asleep();
+    // Also after the service and the host were started anew.
+    let policy = Policy { on_idle: OnIdle::Suspend, ..policy() };
+    let (mut machine, effects) = Machine::recover(policy.clone(), &asleep.stored(), 0);
+    assert!(effects.is_empty());
+    let next = |now_ms, number| Moment { now_ms, next_boot_id: boot(number) };
+    machine.step(Event::Start { by: By::User, hold_main: false }, next(6_000, 3)).unwrap();
+    assert_eq!((machine.run().unwrap().wakes, machine.memory()), (Some(run), Some(run)));
+    // A start that was under way with an earlier service, whose VM lives or is gone.
+    let (mut lived, _) = Machine::recover(policy.clone(), &machine.stored(), 0);
+    assert_eq!(lived.memory(), Some(run));
+    lived.step(Event::Adopted { ready: true, paused: false }, at(0)).unwrap();
+    assert_eq!((lived.shown(), lived.memory()), (SandboxState::Running, None));
+    let (mut gone, _) = Machine::recover(policy, &machine.stored(), 0);
+    gone.step(ended(EndCause::VmmCrash, false), next(0, 4)).unwrap();
+    assert_eq!((gone.shown(), gone.run().unwrap().wakes), (SandboxState::Starting, None));
+    let mut ready = machine.clone();
+    bring_up(&mut ready, 6_000);
+    assert_eq!(ready.memory(), None);
+    // Whatever fails on the way: the next try is from the disk, and its failure is a failure.
+    for phases in 0..=3 {
+        let mut machine = machine.clone();
+        for phase in [StartPhase::ImageLeased, StartPhase::DisksMade, StartPhase::VmSpawned].into_iter().take(phases) {
+            machine.step(Event::PhaseDone(phase), at(6_000)).unwrap();
+        }
+        let event = if phases == 3 { ended(EndCause::BootFailed, false) } else { Event::PhaseFailed };
+        let effects = machine.step(event, next(6_001, 5)).unwrap();
+        assert!(effects.contains(&Effect::LeaseImage) && !effects.contains(&Effect::FailStart), "{effects:?}");
+        assert_eq!((machine.run().unwrap().boot_id, machine.memory()), (boot(5), None));
+        assert!(machine.step(Event::PhaseFailed, at(6_002)).unwrap().contains(&Effect::FailStart));
+        assert_eq!(machine.shown(), SandboxState::Crashed);
+    }
+    // A person's stop, removal or restart forgets it.
+    for event in [
+        Event::Stop { grace_ms: None, then: Then::Settle },
+        Event::Stop { grace_ms: None, then: Then::Start },
+        Event::Kill,
+        Event::Remove { force: false },
+    ] {
+        let mut machine = asleep.clone();
+        machine.step(event, at(7_000)).unwrap();
+        assert_eq!(machine.memory(), None, "{event:?}");
+    }
+}
+
+#[test]
+fn a_suspension_gives_way_to_whoever_comes_and_counts_only_if_the_machine_stood_to_its_end() {
+    let (machine, run) = suspending();
+    let start = Event::Start { by: By::User, hold_main: false };
+    // Somebody needs it: it goes on where it is, or, once it is being ended, right after.
+    let mut needed = machine.clone();
+    assert!(needed.step(start, at(5_001)).unwrap().contains(&Effect::GoOn));
+    assert_eq!((needed.shown(), needed.memory()), (SandboxState::Running, None));
+    assert!(needed.step(Event::Suspended, at(5_002)).unwrap().is_empty());
+    let mut late = machine.clone();
+    late.step(Event::Suspended, at(5_001)).unwrap();
+    assert!(late.is_falling_asleep());
+    late.step(start, at(5_002)).unwrap();
+    late.step(ended(EndCause::Idle, false), Moment { now_ms: 5_003, next_boot_id: boot(3) }).unwrap();
+    assert_eq!((late.shown(), late.memory()), (SandboxState::Starting, Some(run)));
+    // Stops let it go on first, so that it can flush.
+    for event in
+        [Event::Stop { grace_ms: None, then: Then::Settle }, Event::HostStop, Event::Tick { last_activity_ms: Some(0) }]
+    {
+        let mut machine = machine.clone();
+        let effects = machine.step(event, at(60_000)).unwrap();
+        assert!(matches!(effects[..], [Effect::Record { .. }, Effect::GoOn, Effect::RunHook]), "{event:?} {effects:?}");
+        assert_eq!(machine.memory(), None);
+    }
+    // No room, or too slow: it goes on, and is left alone for a while.
+    for (event, now_ms) in
+        [(Event::SuspendFailed, 5_001), (Event::Tick { last_activity_ms: Some(0) }, 5_000 + SUSPEND_LIMIT_MS)]
+    {
+        let mut machine = machine.clone();
+        machine.policy.max_duration_ms = None;
+        assert!(machine.step(event, at(now_ms)).unwrap().contains(&Effect::GoOn));
+        let again = now_ms + SUSPEND_AGAIN_MS;
+        assert_eq!(machine.deadline_ms(Some(0)), Some(again));
+        assert!(machine.step(Event::Tick { last_activity_ms: Some(0) }, at(again - 1)).unwrap().is_empty());
+        assert!(machine.step(Event::Tick { last_activity_ms: Some(0) }, at(again)).unwrap().contains(&Effect::Suspend));
+    }
+    // A VM that crashed while it was to end, a service that did not see it end, a person's stop: none of them leaves memory that counts.
+    let mut ending = machine.clone();
+    ending.step(Event::Suspended, at(5_001)).unwrap();
+    let policy = ending.policy.clone();
+    let (mut recovered, _) = Machine::recover(policy.clone(), &ending.stored(), 0);
+    recovered.step(ended(EndCause::Idle, false), at(1)).unwrap();
+    assert_eq!(recovered.state, State::Asleep { memory: None });
+    let (mut recovered, _) = Machine::recover(policy, &machine.stored(), 0);
+    assert_eq!(recovered.memory(), None);
+    recovered.step(Event::Adopted { ready: true, paused: false }, at(1)).unwrap();
+    assert_eq!(recovered.shown(), SandboxState::Running);
+    let mut crashed = ending.clone();
+    crashed.step(ended(EndCause::VmmCrash, false), at(5_002)).unwrap();
+    assert_eq!(crashed.state, State::Asleep { memory: None });
+    ending.step(Event::Stop { grace_ms: None, then: Then::Settle }, at(5_002)).unwrap();
+    ending.step(ended(EndCause::Idle, false), at(5_003)).unwrap();
+    assert_eq!(ending.state, State::Stopped);
+}
+
+#[test]
+fn what_an_older_service_wrote_of_a_sleeper_is_read() {
+    let state: State = serde_json::from_str(r#"{"state":"asleep"}"#).unwrap();
+    assert_eq!(state, State::Asleep { memory: None });
+    assert_eq!(serde_json::to_string(&state).unwrap(), r#"{"state":"asleep"}"#);
+}
+
 fn event_strategy() -> impl Strategy<Value = Event> {
     let causes = prop::sample::select(vec![
+        EndCause::Idle,
         EndCause::Completed,
         EndCause::StopRequested,
         EndCause::Killed,
@@ -514,6 +661,8 @@ fn event_strategy() -> impl Strategy<Value = Event> {
         Just(Event::HookDone),
         Just(Event::Paused),
         Just(Event::Resumed),
+        Just(Event::Suspended),
+        Just(Event::SuspendFailed),
         Just(Event::HostStop),
         Just(Event::AgentSilent),
         prop::option::of(0u64..100_000).prop_map(|last_activity_ms| Event::Tick { last_activity_ms }),
@@ -529,6 +678,11 @@ struct World {
     begun: BTreeSet<BootId>,
     over: BTreeSet<BootId>,
     leased: bool,
+    /// A machine is being written down, or stands because it was.
+    stands: bool,
+    /// The run that was written down and has not gone on since.
+    saved: Option<BootId>,
+    woken: BTreeSet<BootId>,
 }
 
 impl World {
@@ -539,6 +693,10 @@ impl World {
                     assert!(self.phase_under_way.is_none() && !self.vm, "a run begins while another is on");
                     let fresh = self.begun.insert(machine.run().expect("a run").boot_id);
                     assert!(fresh, "a boot id is used twice");
+                    if let Some(memory) = machine.run().and_then(|run| run.wakes) {
+                        assert_eq!(self.saved, Some(memory), "it wakes from memory that does not count");
+                        assert!(self.woken.insert(memory), "memory is used twice");
+                    }
                     self.phase_under_way = Some(StartPhase::ImageLeased);
                 }
                 Effect::MakeDisks => self.phase_under_way = Some(StartPhase::DisksMade),
@@ -550,7 +708,13 @@ impl World {
                 Effect::KillVm { .. } | Effect::Shutdown { .. } | Effect::RunHook | Effect::ResumeVm => {
                     assert!(self.vm, "nobody is there to be stopped")
                 }
+                Effect::Suspend => {
+                    assert!(self.vm && !self.stands, "nobody is there to be written down");
+                    self.stands = true;
+                }
+                Effect::GoOn => (self.stands, self.saved) = (false, None),
                 Effect::EndRun { boot_id, .. } => {
+                    self.stands = false;
                     assert!(
                         self.begun.contains(boot_id) && self.over.insert(*boot_id),
                         "a run ends that never began, or twice"
@@ -576,10 +740,9 @@ proptest! {
         restart in prop::sample::select(vec![
             RestartPolicy::Default, RestartPolicy::No, RestartPolicy::OnFailure { max_retries: Some(2) }, RestartPolicy::Always, RestartPolicy::UnlessStopped,
         ]),
-        idle_restarts in any::<bool>(),
+        on_idle in prop::sample::select(vec![OnIdle::Stop, OnIdle::Restart, OnIdle::Suspend]),
         pre_stop_ms in prop::option::of(1u64..20_000),
     ) {
-        let on_idle = if idle_restarts { OnIdle::Restart } else { OnIdle::Stop };
         let mut machine = Machine::new(Policy { restart, ephemeral, on_idle, pre_stop_ms, ..policy() }, detached);
         let (mut world, mut now, mut boots) = (World::default(), 0, 1u128);
         for (event, pause) in events {
@@ -597,10 +760,14 @@ proptest! {
                 Event::PhaseFailed if world.phase_under_way.take().is_none() => continue,
                 Event::AgentReady | Event::MainExited | Event::Paused | Event::Resumed if !world.vm => continue,
                 Event::VmEnded { .. } if !std::mem::take(&mut world.vm) => continue,
+                Event::Suspended | Event::SuspendFailed if !world.stands => continue,
                 other => other,
             };
             boots += 1;
             let before = machine.clone();
+            if let (Event::Suspended, State::Suspending { run, .. }) = (event, before.state) {
+                world.saved = Some(run.boot_id);
+            }
             match machine.step(event, Moment { now_ms: now, next_boot_id: boot(boots) }) {
                 Ok(effects) => {
                     // Effects happen before a lease is counted as held by the phase that just ended.
@@ -615,7 +782,10 @@ proptest! {
             prop_assert!(!(resting && world.vm), "at rest with a VM: {:?}", machine.state);
             prop_assert_eq!(machine.run().is_some(), world.begun.len() > world.over.len());
             prop_assert!(world.begun.len() - world.over.len() <= 1);
-            if matches!(machine.state, State::PreStop { .. } | State::Draining { .. } | State::Stopping { .. } | State::Restarting { .. }) {
+            if let State::Asleep { memory: Some(memory) } = machine.state {
+                prop_assert_eq!(world.saved, Some(memory), "memory that does not count is kept");
+            }
+            if matches!(machine.state, State::Suspending { .. } | State::PreStop { .. } | State::Draining { .. } | State::Stopping { .. } | State::Restarting { .. }) {
                 prop_assert!(machine.deadline_ms(None).is_some(), "nothing would ever end this state");
             }
         }

@@ -12,7 +12,7 @@ use msb_protocol::guest::{EnvVar, ExecConfig, GuestConfig, MainConfig, ResourceL
 use msb_protocol::id::{SandboxId, SandboxName};
 use msb_protocol::mount::SCRIPTS_DIRECTORY;
 use msb_protocol::network::PublishedPort;
-use msb_protocol::spec::{EngineChoice, RLIMIT_NAMES, Rlimit, RootKind, SandboxSpec, Workload};
+use msb_protocol::spec::{EngineChoice, OnIdle, RLIMIT_NAMES, Rlimit, RootKind, SandboxSpec, Workload};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{DiskPart, LOWER_SERIAL, LOWER_SHARE, UPPER_SERIAL, VmSpec};
 
@@ -105,6 +105,7 @@ pub fn vm_spec(
         shares: mounts.shares,
         disks: mounts.disks,
         restore: None,
+        suspends: spec.on_idle == OnIdle::Suspend,
     })
 }
 
@@ -303,7 +304,7 @@ mod tests {
     }
 
     fn run(hold_main: bool) -> Run {
-        Run { boot_id: BootId(uuid::Uuid::nil()), hold_main, by_policy: false }
+        Run { boot_id: BootId(uuid::Uuid::nil()), hold_main, by_policy: false, wakes: None }
     }
 
     fn config(edit: impl FnOnce(&mut SandboxSpec)) -> Result<GuestConfig, ApiError> {

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use msb_protocol::control::{NetworkDetail, SandboxDetail, SandboxSummary};
 use msb_protocol::error::ApiError;
+use msb_protocol::id::BootId;
 use msb_protocol::network::NetworkSpec;
 use msb_protocol::state::SandboxState;
 
@@ -25,6 +26,10 @@ pub struct View {
     pub gone: bool,
     /// A new daemon does not know yet whether its VM lives.
     pub recovering: bool,
+    /// The run whose memory is kept while it sleeps.
+    pub memory: Option<BootId>,
+    /// It is on its way to sleep with its memory: a start makes it go on.
+    pub falling_asleep: bool,
     /// The actor that published this has died; its next incarnation will say more.
     pub orphaned: bool,
 }
@@ -96,6 +101,7 @@ pub fn detail(
         network: network(&record.spec.network),
         security: record.spec.security.report(),
         root_allocated_bytes: 0,
+        memory_allocated_bytes: None,
         directory: directories.root.display().to_string(),
         heartbeat_file: directories.heartbeat.display().to_string(),
         next_try_at: matches!(machine.state(), State::Restarting { .. }).then_some(next_try_at).flatten(),

@@ -43,6 +43,10 @@ pub struct Faults {
     pub boot_ms: u64,
     /// Time of a flush in milliseconds of the clock.
     pub flush_ms: u64,
+    /// A machine cannot be written down: the disk is full.
+    pub save: bool,
+    /// A machine that was written down cannot go on.
+    pub restore: bool,
     /// The VM processes are of this generation, not of this build's.
     pub vmm_generation: Option<u32>,
 }
@@ -316,6 +320,10 @@ fn status(vm: &FakeVm, state: VmState) -> VmStatus {
     }
 }
 
+fn disk_full() -> ApiError {
+    ApiError::new(ErrorCode::DiskFull, "injected: no room for the memory")
+}
+
 /// A fake machine's memory is a word in it.
 fn write_down(vm: &FakeVm, memory: OwnedFd, state: OwnedFd) -> Result<(), ApiError> {
     use std::io::Write;
@@ -414,7 +422,9 @@ async fn live(
                     next_ms = next_ms.max(clock.now_ms());
                     let _ = reply.send(Ok(()));
                 }
-                VmCommand::Save { memory, state, reply } => drop(reply.send(write_down(&vm, memory, state))),
+                VmCommand::Save { memory, state, reply, .. } => {
+                    drop(reply.send(if faults.save { Err(disk_full()) } else { write_down(&vm, memory, state) }));
+                }
                 VmCommand::Release => {}
                 VmCommand::ConsoleTail(reply) => drop(reply.send(Ok(String::new()))),
                 VmCommand::ExplainNetwork(_, reply) => drop(reply.send(Err(no_policy()))),
@@ -429,7 +439,7 @@ async fn live(
                     break gone;
                 }
                 if !ready {
-                    if faults.boot {
+                    if faults.boot || (faults.restore && vm.spec.restore.is_some()) {
                         break end(EndCause::BootFailed, None);
                     }
                     ready = true;

@@ -231,7 +231,7 @@ impl Make {
             // Let go on in any case: of a machine that does not stand this asks nothing.
             let stands = Release(commands.clone());
             commands
-                .blocking_send(VmCommand::Save { memory: memory.into(), state: machine.into(), reply })
+                .blocking_send(VmCommand::Save { memory: memory.into(), state: machine.into(), flush: false, reply })
                 .map_err(|_| gone())?;
             answer.blocking_recv().map_err(|_| gone())??;
             fault::reached(Step::Saved);

@@ -94,6 +94,8 @@ pub enum VmCommand {
         memory: OwnedFd,
         /// For everything else.
         state: OwnedFd,
+        /// Whether the guest flushes its disks first.
+        flush: bool,
         /// Whether it stands.
         reply: oneshot::Sender<Result<(), ApiError>>,
     },

@@ -348,14 +348,14 @@ impl Driver {
     /// Asks for the machine to be written down; the files go with the request's first byte.
     async fn save(
         &mut self,
-        memory: OwnedFd,
-        state: OwnedFd,
+        (memory, state): (OwnedFd, OwnedFd),
+        flush: bool,
         reply: oneshot::Sender<Result<(), ApiError>>,
     ) -> io::Result<()> {
         let id = self.next_id;
         self.next_id += 1;
         let mut wire = Vec::new();
-        encode_json(&RequestFrame { id, request: Request::Save }, &mut wire).map_err(io::Error::other)?;
+        encode_json(&RequestFrame { id, request: Request::Save { flush } }, &mut wire).map_err(io::Error::other)?;
         let files = [Arc::new(memory), Arc::new(state)];
         let sending = async {
             let (first, rest) = wire.split_at(1);
@@ -563,7 +563,7 @@ impl Driver {
             }
             VmCommand::Pause(reply) => self.request(Request::Pause, Some(Pending::Done(reply))).await,
             VmCommand::Resume(reply) => self.request(Request::Resume, Some(Pending::Done(reply))).await,
-            VmCommand::Save { memory, state, reply } => self.save(memory, state, reply).await,
+            VmCommand::Save { memory, state, flush, reply } => self.save((memory, state), flush, reply).await,
             VmCommand::Release => self.request(Request::Release, None).await,
             VmCommand::ExplainNetwork(target, reply) => {
                 self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await

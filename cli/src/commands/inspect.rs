@@ -129,6 +129,7 @@ pub fn render(detail: &SandboxDetail, zone: &jiff::tz::TimeZone) -> String {
     }
     text.optional("Health command", spec.health.as_ref().map(|check| words(&check.command)));
     text.optional("Pre-stop hook", spec.pre_stop.as_ref().map(|hook| words(&hook.command)));
+    text.optional("Memory kept", detail.memory_allocated_bytes.map(show_bytes));
     text.optional("Idle for", detail.idle_for_ms.map(time::duration));
     text.optional("Stops in", detail.stops_in_ms.map(time::duration));
     text.optional("Last activity", detail.last_activity.clone());

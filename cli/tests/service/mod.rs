@@ -216,6 +216,7 @@ fn detail(summary: SandboxSummary) -> SandboxDetail {
         directory: format!("/home/u/.msb/sandboxes/{}", summary.name),
         heartbeat_file: format!("/home/u/.msb/sandboxes/{}/run/heartbeat.json", summary.name),
         next_try_at: None,
+        memory_allocated_bytes: None,
         idle_for_ms: None,
         stops_in_ms: None,
         last_activity: None,

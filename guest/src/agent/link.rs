@@ -229,7 +229,13 @@ impl Link {
                     };
                     self.push_log(&mut state, &line);
                 }
-                HostBody::Quiesce(_) => {
+                HostBody::Quiesce(quiesce) => {
+                    if quiesce.flush {
+                        // The workload still runs, and its output goes on.
+                        drop(state);
+                        rustix::fs::sync();
+                        state = self.lock();
+                    }
                     // Set before the answer: between the two the machine may become two.
                     state.quiesced = true;
                     let outcome = self.freezer.get().map_or(Ok(()), |freezer| freezer(true));

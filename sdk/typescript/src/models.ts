@@ -76,6 +76,8 @@ export interface SandboxDetail extends SandboxSummary {
   directory: string;
   heartbeat_file: string;
   next_try_at?: string;
+  /** What the memory that it sleeps with takes of the disk. */
+  memory_allocated_bytes?: number;
   idle_for_ms?: number;
   stops_in_ms?: number;
   last_activity?: string;

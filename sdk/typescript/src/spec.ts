@@ -41,7 +41,8 @@ export interface SandboxOptions {
   restart?: "default" | "no" | "on_failure" | "always" | "unless_stopped";
   maxRetries?: number;
   idleTimeoutMs?: number;
-  onIdle?: "stop" | "restart";
+  /** What follows an idle timeout; `suspend` keeps its memory on disk and goes on from it (engine kvm). */
+  onIdle?: "stop" | "restart" | "suspend";
   maxDurationMs?: number;
   /** Made by `Volume.bind`, `Volume.named`, `Volume.tmpfs` and `Volume.disk`. */
   mounts?: readonly Mount[];

@@ -33,6 +33,7 @@ mod session;
 mod snapshots;
 mod ssh;
 mod streams;
+mod suspend;
 mod terminal;
 mod volumes;
 mod workload;

@@ -207,7 +207,8 @@ fn a_snapshot_of_memory_starts_sandboxes_and_is_refused_where_it_does_not_fit() 
         assert!(said.contains(code) && said.contains(words), "{said}");
         home.succeeds(&["rm", "-f", "no"]);
     };
-    tampered(text.replacen("\"format\":1,", "\"format\":9,", 1), "unsupported_operation", "format 9");
+    tampered(text.replacen("\"format\":2,", "\"format\":9,", 1), "unsupported_operation", "format 9");
+    tampered(text.replacen("build-id ", "build-id 00", 1), "unsupported_operation", "guest kernel is build-id 00");
     let mut machine: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let leaves = machine["vcpus"][0]["cpuid"].as_array_mut().expect("leaves");
     // Bytes, as the kernel's structure has them: function, index, flags, eax, ebx, ecx, edx.

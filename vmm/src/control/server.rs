@@ -292,7 +292,7 @@ impl Server {
                             connection.subscribe((sample_interval_ms > 0).then_some(interval), Instant::now());
                         }
                         let result = match frame.request {
-                            Request::Save => self.save(&mut connection),
+                            Request::Save { flush } => self.save(&mut connection, flush),
                             request => self.answer(request),
                         };
                         if adopts && result.is_ok() {
@@ -330,7 +330,7 @@ impl Server {
     }
 
     /// Writes the machine down into the two files that came along; it stands until `Release`, or until the connection ends.
-    fn save(&mut self, connection: &mut Connection) -> Result<Reply, ApiError> {
+    fn save(&mut self, connection: &mut Connection, flush: bool) -> Result<Reply, ApiError> {
         let mut files = connection.take_descriptors().into_iter().map(File::from);
         let (Some(memory), Some(state), None) = (files.next(), files.next(), files.next()) else {
             return Err(ApiError::new(ErrorCode::InvalidRequest, "a machine is written into two files"));
@@ -338,7 +338,7 @@ impl Server {
         if self.saved.is_some() {
             return Err(ApiError::new(ErrorCode::SandboxBusy, "the machine is being written down already"));
         }
-        self.saved = Some(self.run.save(self.engine, &memory, &state)?);
+        self.saved = Some(self.run.save(self.engine, &memory, &state, flush)?);
         connection.has_saved = true;
         Ok(Reply::Done)
     }
@@ -353,9 +353,11 @@ impl Server {
             Request::Kill { cause } => {
                 lock(&self.late).sampler.take();
                 self.run.kill(cause);
+                // A machine that stands ends as it is: its vCPUs never enter the guest again. Its devices must be free for that.
+                self.saved = None;
                 Ok(Reply::Done)
             }
-            Request::Save => Err(ApiError::internal("answered where its files are")),
+            Request::Save { .. } => Err(ApiError::internal("answered where its files are")),
             Request::Release => {
                 self.saved = None;
                 Ok(Reply::Done)

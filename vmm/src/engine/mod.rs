@@ -36,6 +36,8 @@ pub struct KernelFile {
     pub file: File,
     /// What its magic says.
     pub format: KernelFormat,
+    /// What tells it from every other kernel.
+    pub fingerprint: String,
 }
 
 /// The kernel formats both engines take; anything else is refused before an engine starts.

@@ -23,6 +23,14 @@ const BOOT_FLAG_OFFSET: usize = 0x1fe;
 const HEADER_MAGIC_OFFSET: usize = 0x202;
 const VERSION_OFFSET: usize = 0x206;
 const XLOAD_FLAGS_OFFSET: usize = 0x236;
+/// ELF program header of notes, and the note that names a build.
+const PT_NOTE: u64 = 4;
+const NT_GNU_BUILD_ID: u64 = 3;
+/// Most program headers and bytes of notes looked at.
+const SEGMENTS_MAX: u64 = 64;
+const NOTES_BYTES_MAX: usize = 4 << 10;
+/// Bytes at each end of a file that go into its checksum.
+const END_BYTES: usize = 4 << 10;
 /// The first version with `xloadflags`.
 const VERSION_MIN: u16 = 0x20c;
 /// xloadflags: has a 64-bit entry.
@@ -56,9 +64,68 @@ pub fn open(path: &Path) -> Result<KernelFile, ApiError> {
         }
     }
     match recognise(&start[..length]) {
-        Ok(format) => Ok(KernelFile { path: path.to_owned(), file, format }),
+        Ok(format) => match fingerprint(&file, format, &start[..length]) {
+            Ok(fingerprint) => Ok(KernelFile { path: path.to_owned(), file, format, fingerprint }),
+            Err(error) => refuse(&format!("it cannot be read: {error}")),
+        },
         Err(why) => refuse(&why),
     }
+}
+
+/// What tells this kernel from every other: the build id of an ELF file, else its length with a checksum of its two ends (that of a bzImage
+/// has a checksum of everything).
+///
+/// # Errors
+/// What the file says.
+pub fn fingerprint(file: &File, format: KernelFormat, start: &[u8]) -> std::io::Result<String> {
+    if format == KernelFormat::Elf
+        && let Some(id) = build_id(file, start)?
+    {
+        return Ok(format!("build-id {}", id.iter().map(|byte| format!("{byte:02x}")).collect::<String>()));
+    }
+    let length = file.metadata()?.len();
+    let mut checksum = 0xcbf2_9ce4_8422_2325_u64;
+    let mut bytes = [0u8; END_BYTES];
+    for at in [0, length.saturating_sub(END_BYTES as u64)] {
+        let count = file.read_at(&mut bytes, at)?;
+        // FNV-1a: against accidents, not attackers.
+        let add = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        checksum = bytes[..count].iter().fold(checksum, add);
+    }
+    Ok(format!("{length} bytes, checksum {checksum:016x}"))
+}
+
+/// The build id in the notes of an ELF file, if it has one (System V ABI; `man ld`, --build-id).
+fn build_id(file: &File, start: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
+    let number = |bytes: &[u8], at: usize, length: usize| {
+        bytes
+            .get(at..at + length)
+            .map_or(0, |bytes| bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
+    };
+    let (table, size, count) = (number(start, 32, 8), number(start, 54, 2), number(start, 56, 2));
+    let mut notes = [0u8; NOTES_BYTES_MAX];
+    for index in 0..count.min(SEGMENTS_MAX) {
+        let mut header = [0u8; 56];
+        if file.read_at(&mut header, table.saturating_add(index * size))? < header.len() {
+            break;
+        }
+        if number(&header, 0, 4) != PT_NOTE {
+            continue;
+        }
+        let length = number(&header, 32, 8).min(NOTES_BYTES_MAX as u64) as usize;
+        let read = file.read_at(&mut notes[..length], number(&header, 8, 8))?;
+        let mut rest = &notes[..read];
+        while rest.len() >= 12 {
+            let padded = |length: u64| (length as usize).next_multiple_of(4);
+            let (name, content, kind) = (padded(number(rest, 0, 4)), number(rest, 4, 4), number(rest, 8, 4));
+            let Some(description) = rest.get(12 + name..12 + name + content as usize) else { break };
+            if kind == NT_GNU_BUILD_ID && rest[12..].starts_with(b"GNU\0") {
+                return Ok(Some(description.to_vec()));
+            }
+            rest = rest.get(12 + name + padded(content)..).unwrap_or_default();
+        }
+    }
+    Ok(None)
 }
 
 /// Tells the format from the file's start, or says what it is.
@@ -119,6 +186,7 @@ fn machine_name(machine: u16) -> String {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use std::io::Write;
 
     use super::*;
 
@@ -169,6 +237,38 @@ mod tests {
         #[test]
         fn any_bytes_are_judged(bytes in prop::collection::vec(any::<u8>(), 0..1024)) {
             let _ = recognise(&bytes);
+        }
+    }
+
+    /// A vmlinux with one segment of notes.
+    fn with_notes(notes: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0u8; 64 + 56];
+        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        (bytes[16], bytes[18], bytes[32], bytes[54], bytes[56]) = (2, 62, 64, 56, 1);
+        bytes[64] = 4;
+        bytes[64 + 8] = 120;
+        bytes[64 + 32] = u8::try_from(notes.len()).expect("few");
+        bytes.extend_from_slice(notes);
+        bytes
+    }
+
+    fn fingerprint_of(bytes: &[u8]) -> String {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(bytes).expect("written");
+        open(file.path()).expect("a kernel").fingerprint
+    }
+
+    #[test]
+    fn a_kernel_is_known_by_its_build_or_by_its_bytes() {
+        let other = b"\x04\0\0\0\x05\0\0\0\x07\0\0\0Xen\0abcde\0\0\0";
+        let id = b"\x04\0\0\0\x03\0\0\0\x03\0\0\0GNU\0\xab\xcd\x0f\0";
+        assert_eq!(fingerprint_of(&with_notes(&[&other[..], id].concat())), "build-id abcd0f");
+        // Without one, and with notes that lie about their lengths.
+        let huge = b"\x04\0\0\0\xff\xff\xff\xff\x03\0\0\0GNU\0";
+        for notes in [&other[..], huge, b"\xff", b""] {
+            let (one, two) = (with_notes(notes), [with_notes(notes), vec![1]].concat());
+            assert!(fingerprint_of(&one).contains("checksum"), "{}", fingerprint_of(&one));
+            assert_ne!(fingerprint_of(&one), fingerprint_of(&two));
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
 use crate::engine::kvm::saved::{SavedError, SavedMachine};
-use crate::engine::{Machine, Restore};
+use crate::engine::{KernelFile, Machine, Restore};
 use crate::jail::ThreadClass;
 use crate::logs::decisions::DecisionLog;
 use crate::run::Run;
@@ -202,8 +202,8 @@ fn call_agent(socket: &Path) -> std::io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Opens the files of a saved machine and reads the smaller one.
-fn open_saved(spec: &RestoreSpec) -> Result<Restore, ApiError> {
+/// Opens the files of a saved machine and reads the smaller one; `kernel` is the one that it would boot.
+fn open_saved(spec: &RestoreSpec, kernel: &KernelFile) -> Result<Restore, ApiError> {
     let open = |path: &Path| {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
         file.map_err(|error| failed("saved machine", path, &error))
@@ -215,6 +215,16 @@ fn open_saved(spec: &RestoreSpec) -> Result<Restore, ApiError> {
         };
         ApiError::new(code, format!("the saved machine {} cannot go on here: {error}", spec.state.display()))
     })?;
+    if let Some(saved) = state.kernel.as_ref().filter(|saved| **saved != kernel.fingerprint) {
+        // It would run: but what is told of this kernel, and what was mended in it, would not be true of it.
+        let (path, own) = (kernel.path.display(), &kernel.fingerprint);
+        let message = format!(
+            "the saved machine {} cannot go on here: its guest kernel is {saved}, and {path} is {own}",
+            spec.state.display()
+        );
+        return Err(ApiError::new(ErrorCode::UnsupportedOperation, message)
+            .with_hint("take it anew with this kernel, or bring back the one that it was saved with"));
+    }
     Ok(Restore { memory: open(&spec.memory)?, state })
 }
 
@@ -321,6 +331,7 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         loops.push(shared.event_loop);
         devices.push(Box::new(shared.device));
     }
+    let restore = spec.restore.as_ref().map(|saved| open_saved(saved, &kernel)).transpose()?;
     let machine = Machine {
         cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
         memory_mib: spec.memory_mib,
@@ -330,7 +341,7 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         devices,
         console: Box::new(run.console().clone()),
         work_directory: PathBuf::from(&spec.run_dir),
-        restore: spec.restore.as_ref().map(open_saved).transpose()?,
+        restore,
         phases: run.phases().clone(),
     };
     Ok(Prepared { machine, link, meters, loops, shares })

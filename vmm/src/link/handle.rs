@@ -44,8 +44,8 @@ impl LinkHandle {
         self.changed.notify_all();
     }
 
-    /// Makes the agent freeze the workload; answered once nothing of it runs.
-    pub(crate) fn quiesce(&self, generation: u32) -> Result<(), ApiError> {
+    /// Makes the agent freeze the workload, after a flush of the guest's disks if that is asked for; answered once nothing of it runs.
+    pub(crate) fn quiesce(&self, generation: u32, flush: bool) -> Result<(), ApiError> {
         if generation < NEEDS_GENERATION {
             let operation = "memory_snapshot";
             return Err(UnsupportedOperation { operation, needs: NEEDS_GENERATION, peer: generation }.into());
@@ -54,7 +54,7 @@ impl LinkHandle {
             |why: &str| ApiError::new(ErrorCode::SandboxBusy, format!("the workload could not be frozen: {why}"));
         let mut quiesced = self.quiesced.lock().unwrap_or_else(PoisonError::into_inner);
         *quiesced = None;
-        self.send(HostBody::Quiesce(Quiesce {})).map_err(|error| busy(&error.to_string()))?;
+        self.send(HostBody::Quiesce(Quiesce { flush })).map_err(|error| busy(&error.to_string()))?;
         let until = Instant::now() + QUIESCE_LIMIT;
         loop {
             if let Some(outcome) = quiesced.take() {

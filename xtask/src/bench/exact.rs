@@ -57,6 +57,17 @@ const FIGURES: &[Figure] = &[
     figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
     figure("fork", "msb fork box, msb exec -- true", "ms", "–", 60.0, 41.0),
     figure("stood", "standing still for a snapshot of 128 MiB", "ms", "–", 100.0, 50.0),
+    figure("wake", "msb exec of a sandbox that sleeps with its memory", "ms", "0.15 of run", 41.0, 27.0),
+    figure(
+        "python_cold",
+        "msb run of a python that loads its modules: to its first output",
+        "ms",
+        "–",
+        10_000.0,
+        1_000.0,
+    ),
+    figure("python_fork", "the same from a snapshot with that python in memory, 512 MiB", "ms", "–", 100.0, 50.0),
+    figure("python_ratio", "that against the cold one", "%", "10", 10.0, 5.0),
     figure("fork_memory", "resident memory of an idle fork that it does not share", "MiB", "–", 8.0, 4.0),
     figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
 ];
@@ -180,7 +191,7 @@ cat /tmp/box.json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us
 echo FIGURE stop $(timed 1 msb stop box)
 msb rm box >/dev/null
 msb create --engine kvm -m 128M --name box busybox >/dev/null
-msb exec box -- sh -c 'head -c 20M /dev/zero | tr "\\0" x > /dev/shm/file'
+msb exec box -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
 msb snapshot create mem --from box --memory >/dev/null
 restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null; msb exec copy -- true; }
 for turn in 1 2 3; do a=$EPOCHREALTIME; restored; b=$EPOCHREALTIME; msb rm -f copy >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE restore /'
@@ -191,4 +202,29 @@ msb fork box --name twin >/dev/null; sleep 5
 awk '/^RssAnon/ {print "FIGURE fork_memory " $2 * 1000 / 1024}' /proc/$(pidof msb-vmm | tr ' ' '\n' | sort -n | tail -1)/status
 sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log; msb stop twin >/dev/null; tail -3 $MSB_HOME/sandboxes/twin/logs/vmm.log
 msb rm -f twin box >/dev/null
+# Asleep with its memory, then needed.
+msb create --engine kvm -m 128M --name nap --idle-timeout 1s --on-idle suspend busybox >/dev/null
+msb exec nap -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
+for turn in 1 2 3; do
+  until [ "$(msb ls -a | awk '$1 == "nap"' | grep -c asleep)" = 1 ]; do sleep 1; done
+  a=$EPOCHREALTIME; msb exec nap -- true; b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} ))
+done | median | sed 's/^/FIGURE wake /'
+msb rm -f nap >/dev/null; msb snapshot rm mem >/dev/null
+# A python with modules: from nothing, and from a snapshot with it in memory.
+msb image load -q -i /payload/python/python.tar >/dev/null
+imports='import argparse, asyncio, email.message, http.server, json, unittest, urllib.request, xml.dom.minidom'
+cold() { msb run --engine kvm -m 512M python -- python3 -c "$imports; print(1)"; }
+cold >/dev/null
+cold=$(timed 2 cold); echo FIGURE python_cold $cold
+msb create --engine kvm -m 512M --name py python -- python3 -c "$imports, os
+os.mkfifo('/dev/shm/in'); os.mkfifo('/dev/shm/out')
+while True:
+    open('/dev/shm/in').read(); open('/dev/shm/out', 'w').write('1\n')" >/dev/null
+asked() { msb exec $1 -- sh -c 'until [ -p /dev/shm/out ]; do sleep 0.1; done; echo > /dev/shm/in; cat /dev/shm/out'; }
+asked py >/dev/null
+msb snapshot create python-warm --from py --memory >/dev/null
+first_output() { msb create --engine kvm --snapshot python-warm --name pytwin >/dev/null; asked pytwin >/dev/null; }
+fork=$(for turn in 1 2 3; do a=$EPOCHREALTIME; first_output; b=$EPOCHREALTIME; msb rm -f pytwin >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median)
+echo FIGURE python_fork $fork; echo FIGURE python_ratio $(( fork * 100000 / cold ))
+msb rm -f py >/dev/null
 "#;

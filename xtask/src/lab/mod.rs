@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     /// Run this script (bash, as root) inside instead of the whole-system cases
     #[arg(long, value_name = "SCRIPT")]
     task: Option<PathBuf>,
-    /// A folder that appears as /payload when a script is run; without it the install tree does
+    /// A folder that appears as /payload when a script is run; without it the install tree and the small images do
     #[arg(long, value_name = "FOLDER", requires = "task")]
     payload: Option<PathBuf>,
     /// Boot bare kernels only: no daemon, no agent, the first thing to look at when nothing works
@@ -73,7 +73,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             let mut payload = Payload::new()?;
             match &arguments.payload {
                 Some(folder) => payload.add_content(folder)?,
-                None => add_tree(&mut payload, arguments.build)?,
+                None => {
+                    add_tree(&mut payload, arguments.build)?;
+                    payload.add(&images::small()?, "images")?;
+                }
             }
             machine.run(&payload, &script)?
         }
@@ -135,6 +138,7 @@ pub(crate) fn measure(
     let mut payload = bare_payload(build)?;
     add_tree(&mut payload, build)?;
     payload.add(&images::small()?, "images")?;
+    payload.add(&images::python()?, "python")?;
     machine.run_with(&payload, script, each_line)
 }
 

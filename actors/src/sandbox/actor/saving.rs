@@ -42,6 +42,10 @@ impl Handler<HoldMachine> for SandboxActor {
                 format!("sandbox {name} has mounts: what is shared with others cannot be kept with its memory");
             return refuse(ErrorCode::InvalidRequest, message, "run it without volumes and mounts".into());
         }
+        if self.record.spec.kernel.is_some() {
+            let message = format!("sandbox {name} has a kernel of its own, which sandboxes made of it would not have");
+            return refuse(ErrorCode::InvalidRequest, message, "run it with the kernel that msb brings".into());
+        }
         if self.disk.is_held() {
             return refuse(
                 ErrorCode::SandboxBusy,
@@ -57,4 +61,4 @@ impl Handler<HoldMachine> for SandboxActor {
 }
 
 /// The generation of the VMM border that brought it.
-const MEMORY_GENERATION: u32 = 3;
+pub(super) const MEMORY_GENERATION: u32 = 3;

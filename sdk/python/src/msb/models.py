@@ -104,6 +104,7 @@ class SandboxDetail(SandboxSummary):
     directory: str = ""
     heartbeat_file: str = ""
     next_try_at: datetime | None = None
+    memory_allocated_bytes: int | None = None
     idle_for_ms: int | None = None
     stops_in_ms: int | None = None
     last_activity: str | None = None

@@ -51,7 +51,7 @@ class SandboxOptions(TypedDict, total=False):
     restart: Restart
     max_retries: int
     idle_timeout: float
-    on_idle: Literal["stop", "restart"]
+    on_idle: Literal["stop", "restart", "suspend"]
     max_duration: float
     mounts: Sequence[Mount]
     ports: Sequence[str]

@@ -150,7 +150,7 @@ def create_request(
     restart: Restart | None = None,
     max_retries: int | None = None,
     idle_timeout: float | None = None,
-    on_idle: Literal["stop", "restart"] | None = None,
+    on_idle: Literal["stop", "restart", "suspend"] | None = None,
     max_duration: float | None = None,
     mounts: Sequence[Mount] = (),
     ports: Sequence[str] = (),

@@ -52,6 +52,8 @@ struct Booted {
     bus: Arc<Bus>,
     phases: Phases,
     vm: machine::Vm,
+    /// The fingerprint of the guest's kernel.
+    kernel: String,
     /// Devices to be put back before the guest goes on.
     devices: Option<Vec<SavedTransport>>,
 }
@@ -61,6 +63,7 @@ struct KvmSaver {
     ending: Arc<Ending>,
     bus: Arc<Bus>,
     memory: GuestRam,
+    kernel: String,
 }
 
 impl Saver for KvmSaver {
@@ -68,7 +71,7 @@ impl Saver for KvmSaver {
         let (devices, frozen) = self.bus.save_devices().map_err(io::Error::other)?;
         let parts = self.ending.collect().map_err(io::Error::other)?;
         let memory_mib = u32::try_from(self.memory.size_bytes() >> 20).unwrap_or(u32::MAX);
-        let saved = SavedMachine::of(memory_mib, devices, parts).map_err(io::Error::other)?;
+        let saved = SavedMachine::of(memory_mib, self.kernel.clone(), devices, parts).map_err(io::Error::other)?;
         state.write_all(&serde_json::to_vec(&saved)?)?;
         self.memory.save(memory)?;
         Ok(Box::new(frozen))
@@ -98,15 +101,15 @@ impl Engine for KvmEngine {
     fn saver(&self) -> Option<Arc<dyn Saver>> {
         let booted = self.booted.as_ref()?;
         let (ending, bus, memory) = (Arc::clone(&self.ending), Arc::clone(&booted.bus), booted.vm.memory().clone());
-        Some(Arc::new(KvmSaver { ending, bus, memory }))
+        Some(Arc::new(KvmSaver { ending, bus, memory, kernel: booted.kernel.clone() }))
     }
 
     fn boot(&mut self, machine: Machine) -> Result<(), BootError> {
-        let phases = machine.phases.clone();
+        let (phases, kernel) = (machine.phases.clone(), machine.kernel.fingerprint.clone());
         let machine::Built { vm, bus, vcpus, devices } = machine::build(machine)?;
         let threads = VcpuThreads::park(vcpus, &bus, &self.ending)?;
         phases.mark("vcpus_parked");
-        self.booted = Some(Booted { threads, bus, phases, vm, devices });
+        self.booted = Some(Booted { threads, bus, phases, vm, kernel, devices });
         Ok(())
     }
 

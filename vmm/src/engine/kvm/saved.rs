@@ -24,8 +24,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::transport::mmio::saved::SavedTransport;
 
-/// The format that this build writes and reads.
-const FORMAT: u32 = 1;
+/// The format that this build writes: since 2 with the guest's kernel.
+const FORMAT: u32 = 2;
+/// The oldest that it reads.
+const FORMAT_MIN: u32 = 1;
 /// Largest file, in bytes: 32 processors with all their registers, several times over.
 const FILE_BYTES_MAX: u64 = 8 << 20;
 /// Most CPUID leaves and most MSRs of a processor.
@@ -87,7 +89,7 @@ const FLAGS: &[(u32, &str, u32, &str)] = &[
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
     /// Another generation wrote it.
-    #[error("it has format {0}, this msb knows {FORMAT}")]
+    #[error("it has format {0}, this msb knows {FORMAT_MIN} to {FORMAT}")]
     Format(u32),
     /// It is not what was written.
     #[error("{0}")]
@@ -103,6 +105,9 @@ pub struct SavedMachine {
     pub memory_mib: u32,
     /// The host's kernel, for people.
     host_kernel: String,
+    /// The fingerprint of the guest's kernel.
+    #[serde(default)]
+    pub kernel: Option<String>,
     /// In the order of their slots.
     pub devices: Vec<SavedTransport>,
     /// Interrupt controllers, timer, clock.
@@ -218,7 +223,7 @@ impl SavedMachine {
     ///
     /// # Errors
     /// In words: a processor that could not be written down.
-    pub fn of(memory_mib: u32, devices: Vec<SavedTransport>, parts: Vec<Part>) -> Result<Self, String> {
+    pub fn of(memory_mib: u32, kernel: String, devices: Vec<SavedTransport>, parts: Vec<Part>) -> Result<Self, String> {
         let (mut vcpus, mut vm) = (Vec::with_capacity(parts.len()), None);
         for part in parts {
             let (vcpu, own) = part?;
@@ -228,7 +233,7 @@ impl SavedMachine {
         vcpus.sort_by_key(|vcpu| vcpu.id);
         let vm = vm.ok_or("no vCPU wrote the machine down")?;
         let host_kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-        Ok(Self { format: FORMAT, memory_mib, host_kernel, devices, vm, vcpus })
+        Ok(Self { format: FORMAT, memory_mib, host_kernel, kernel: Some(kernel), devices, vm, vcpus })
     }
 
     /// Reads a file of [`SavedMachine`], and checks everything that needs no machine.
@@ -247,7 +252,7 @@ impl SavedMachine {
             return Err(damaged(&format!("it has more than {FILE_BYTES_MAX} bytes")));
         }
         let Versioned { format } = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
-        if format != FORMAT {
+        if !(FORMAT_MIN..=FORMAT).contains(&format) {
             return Err(SavedError::Format(format));
         }
         let saved: Self = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
@@ -402,7 +407,7 @@ mod tests {
         };
         let chip = kvm_irqchip::default;
         let vm = SavedVm { chips: vec![chip(), chip(), chip()], pit: Default::default(), clock: Default::default() };
-        SavedMachine::of(128, Vec::new(), vec![Ok((vcpu, Some(vm)))]).expect("a machine")
+        SavedMachine::of(128, "build-id 00".into(), Vec::new(), vec![Ok((vcpu, Some(vm)))]).expect("a machine")
     }
 
     fn read(text: &str) -> Result<SavedMachine, SavedError> {
@@ -426,12 +431,15 @@ mod tests {
         let text = serde_json::to_string(&machine()).expect("json");
         assert!(read(&text[..text.len() - 9]).is_err());
         assert!(
-            read(&text.replacen("\"format\":1", "\"format\":2", 1))
+            read(&text.replacen("\"format\":2", "\"format\":3", 1))
                 .err()
                 .expect("refused")
                 .to_string()
-                .contains("format 2")
+                .contains("format 3, this msb knows 1 to 2")
         );
+        // What was written before it had the guest's kernel.
+        let older = text.replacen("\"format\":2", "\"format\":1", 1).replacen("\"kernel\":\"build-id 00\",", "", 1);
+        assert_eq!(read(&older).expect("a machine").kernel, None);
         assert!(read(&text.replacen("\"id\":0", "\"id\":1", 1)).is_err());
         assert!(read(&" ".repeat(1 + FILE_BYTES_MAX as usize)).is_err());
         let saved = machine();
