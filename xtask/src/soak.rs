@@ -110,7 +110,19 @@ const PROOFS: &[Proof] = &[
     Proof {
         name: "memory",
         proves: "engine kvm: what ran goes on in each copy of a machine's memory, and nothing is there twice that must not be",
-        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "1500", "--", "memory::", "pause::", "suspend::"],
+        cargo: &[
+            "xtask",
+            "lab",
+            "--fast",
+            "--cpus",
+            "1",
+            "--timeout",
+            "1500",
+            "--",
+            "memory::",
+            "pause::",
+            "suspend::",
+        ],
         environment: &[],
     },
     Proof {
