@@ -489,7 +489,12 @@ fn image() -> ImageSummary {
     }
 }
 
-async fn load(body: Body) -> Response {
+async fn load(Query(pairs): Query<Vec<(String, String)>>, body: Body) -> Response {
+    // What is a file is named and not sent.
+    let body = match pairs.iter().find(|(key, _)| key == "path") {
+        Some((_, path)) => Body::from(std::fs::read(path).unwrap()),
+        None => body,
+    };
     let mut archive = body.into_data_stream();
     let mut bytes = 0u64;
     let mut first = None;
