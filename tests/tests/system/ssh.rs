@@ -185,7 +185,8 @@ fn crowd_of_channels(bench: &Bench) {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
     let (count, port) = (channels_at_once(), free_port());
-    let forwarding = bench.shell(&format!("ssh -N -L {port}:localhost:9000 msb-box & echo $!; wait")).start();
+    let client = format!("exec ssh -F config -i known -o BatchMode=yes -N -L {port}:localhost:9000 msb-box");
+    let forwarding = bench.home.shell(&client).start();
     wait_for_port(port);
     let mut connections: Vec<TcpStream> = (0..count)
         .map(|_| {
