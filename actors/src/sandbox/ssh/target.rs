@@ -26,23 +26,29 @@ use crate::vm::session::{Session, SessionError, SessionReader, SessionWriter};
 /// Messages that wait for either side of a process.
 const QUEUE_LEN: usize = 8;
 
+/// Streams that are being opened in one sandbox at a time. Others wait for their turn: a guest refuses what its agent has not
+/// accepted in time, and a client may ask for a thousand at once.
+const OPENING_MAX: usize = 64;
+
 /// One sandbox, by name and identity: a later one of the same name is another.
 #[derive(Clone)]
 pub(super) struct SandboxTarget {
     daemon: Daemon,
     name: SandboxName,
     id: SandboxId,
+    opening: Arc<Semaphore>,
 }
 
 impl SandboxTarget {
     pub(super) fn new(daemon: Daemon, name: SandboxName, id: SandboxId) -> Self {
-        Self { daemon, name, id }
+        Self { daemon, name, id, opening: Arc::new(Semaphore::new(OPENING_MAX)) }
     }
 
     async fn open(&self, kind: OpenKind, activity: ActivityKind) -> Result<(Session, ActivityGuard), ApiError> {
         if self.daemon.identity(&self.name).await? != self.id {
             return Err(ApiError::new(ErrorCode::SandboxNotFound, format!("sandbox {} was removed", self.name)));
         }
+        let _turn = self.opening.acquire().await.map_err(ApiError::internal)?;
         self.daemon.open(&self.name, kind, activity).await
     }
 }
