@@ -174,11 +174,12 @@ impl Daemon {
         let prepared = || async { self.images().send(Prepare(reference.clone())).await.map_err(mailbox)? };
         match pulled {
             Ok(_) => prepared().await.map(Some),
-            Err(error) => match prepared().await {
+            Err(error) if missing => match prepared().await {
                 // What it says of the image that is not there names those that are.
-                Err(absent) if missing => Err(neither_here_nor_fetched(&absent, error)),
-                _ => Err(error),
+                Err(absent) => Err(neither_here_nor_fetched(&absent, error)),
+                Ok(_) => Err(error),
             },
+            Err(error) => Err(error),
         }
     }
 

@@ -9,6 +9,7 @@ use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,12 +107,12 @@ pub trait ImageStore: Send + Sync + 'static {
     /// Takes an archive in.
     ///
     /// # Errors
-    /// `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`.
+    /// `invalid_archive`, `digest_mismatch`, `limit_exceeded`, `disk_full`; and where `progress` breaks off, because nobody waits any more.
     fn load(
         &self,
         archive: ArchiveSource,
         how: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent) -> Listening,
+        progress: &mut dyn FnMut(LoadEvent) -> ControlFlow<()>,
     ) -> Result<Vec<ImageSummary>, ApiError>;
     /// Writes images as one archive. Nothing is written before every name is known to exist.
     ///
@@ -197,15 +198,6 @@ pub enum ArchiveSource {
     Stream(Box<dyn Read + Send>),
     /// A file of this machine, in which what the store has is passed over.
     File(File),
-}
-
-/// Whether somebody still waits for a load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Listening {
-    /// Go on.
-    Yes,
-    /// The client went away.
-    No,
 }
 
 /// Owns the store.
@@ -387,7 +379,7 @@ impl Handler<LoadImage> for ImageActor {
                     LoadEvent::Progress { .. } => !matches!(progress.try_send(event), Err(TrySendError::Closed(_))),
                     event => progress.blocking_send(event).is_ok(),
                 };
-                if heard { Listening::Yes } else { Listening::No }
+                if heard { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             })
         })
     }

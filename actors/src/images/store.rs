@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,7 +22,7 @@ use msb_protocol::labels::LabelTerm;
 use msb_protocol::vmm::DiskPart;
 use tokio_util::sync::CancellationToken;
 
-use super::{ArchiveSource, ImageStore, ImageUsers, Listening, LoadOptions, PreparedImage};
+use super::{ArchiveSource, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 
 /// The store of a home.
 pub struct ContentStore {
@@ -237,7 +238,7 @@ impl ImageStore for ContentStore {
         &self,
         archive: ArchiveSource,
         how: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent) -> Listening,
+        progress: &mut dyn FnMut(LoadEvent) -> ControlFlow<()>,
     ) -> Result<Vec<ImageSummary>, ApiError> {
         let options = msb_image::LoadOptions {
             tags: how.tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
@@ -250,14 +251,14 @@ impl ImageStore for ContentStore {
         };
         let given_up = Arc::clone(&options.given_up);
         let loaded = self.store.load(source, &options, &mut |event| {
-            let listening = progress(match event {
+            let goes_on = progress(match event {
                 msb_image::LoadEvent::Progress { bytes } => LoadEvent::Progress { bytes },
                 msb_image::LoadEvent::Layer { diff_id, known } => {
                     LoadEvent::Layer { diff_id: diff_id.to_string(), known }
                 }
                 msb_image::LoadEvent::Warning { message } => LoadEvent::Warning { message },
             });
-            if listening == Listening::No {
+            if goes_on.is_break() {
                 given_up.store(true, Ordering::Relaxed);
             }
         })?;

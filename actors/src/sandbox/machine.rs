@@ -784,19 +784,7 @@ impl Machine {
             (
                 State::Paused { run, ready_at_ms },
                 Event::Stop { .. } | Event::HostStop | Event::CreatorGone | Event::Tick { .. } | Event::MainExited,
-            ) => {
-                self.state = State::Running { run, ready_at_ms };
-                // While it is halted nothing is active and nothing is idle.
-                let event =
-                    if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
-                let mut effects = self.transition(event, at)?;
-                if let State::Running { .. } = self.state {
-                    self.state = State::Paused { run, ready_at_ms };
-                } else {
-                    effects.insert(0, Effect::ResumeVm);
-                }
-                Ok(effects)
-            }
+            ) => self.go_on_first(run, ready_at_ms, Effect::ResumeVm, event, at),
 
             // To sleep with its memory.
             (State::Suspending { run, ready_at_ms, .. }, Event::Suspended) => {
@@ -816,7 +804,7 @@ impl Machine {
             }
             // A machine that stands cannot be asked for anything: it goes on and is then stopped as a running one.
             (
-                State::Suspending { run, ready_at_ms, until_ms },
+                State::Suspending { run, ready_at_ms, .. },
                 Event::Stop { .. }
                 | Event::HostStop
                 | Event::CreatorGone
@@ -825,18 +813,7 @@ impl Machine {
                 | Event::Kill
                 | Event::Remove { force: true }
                 | Event::VmEnded { .. },
-            ) => {
-                self.state = State::Running { run, ready_at_ms };
-                let event =
-                    if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
-                let mut effects = self.transition(event, at)?;
-                if let State::Running { .. } = self.state {
-                    self.state = State::Suspending { run, ready_at_ms, until_ms };
-                } else if !matches!(event, Event::VmEnded { .. }) {
-                    effects.insert(0, Effect::GoOn);
-                }
-                Ok(effects)
-            }
+            ) => self.go_on_first(run, ready_at_ms, Effect::GoOn, event, at),
 
             // Down, with a flush.
             (State::Running { run, ready_at_ms }, Event::Stop { grace_ms, then }) => {
@@ -1054,6 +1031,27 @@ impl Machine {
                 | Event::Adopted { .. },
             ) => Ok(Vec::new()),
         }
+    }
+
+    /// Takes an event as if the machine that stands ran. Unless it is to run on as before, it goes on first, where there is still one.
+    fn go_on_first(
+        &mut self,
+        run: Run,
+        ready_at_ms: u64,
+        go_on: Effect,
+        event: Event,
+        at: Moment,
+    ) -> Result<Vec<Effect>, Denial> {
+        let standing = std::mem::replace(&mut self.state, State::Running { run, ready_at_ms });
+        // While it stands nothing is active and nothing is idle.
+        let event = if matches!(event, Event::Tick { .. }) { Event::Tick { last_activity_ms: None } } else { event };
+        let mut effects = self.transition(event, at)?;
+        if let State::Running { .. } = self.state {
+            self.state = standing;
+        } else if !matches!(event, Event::VmEnded { .. }) {
+            effects.insert(0, go_on);
+        }
+        Ok(effects)
     }
 
     fn begin(&mut self, at: Moment, hold_main: bool, by_policy: bool) -> Vec<Effect> {

@@ -9,6 +9,7 @@ mod clock;
 mod launcher;
 
 use std::io::{Read, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub use launcher::{FakeLauncher, Faults};
 
 use crate::clock::Clock;
 use crate::daemon::Daemon;
-use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, Listening, LoadOptions, PreparedImage};
+use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
 use crate::sandbox::heartbeat::HeartbeatWriter;
@@ -159,7 +160,7 @@ impl ImageStore for FakeImages {
         &self,
         archive: ArchiveSource,
         _: &LoadOptions,
-        progress: &mut dyn FnMut(LoadEvent) -> Listening,
+        progress: &mut dyn FnMut(LoadEvent) -> ControlFlow<()>,
     ) -> Result<Vec<ImageSummary>, ApiError> {
         let mut archive: Box<dyn Read> = match archive {
             ArchiveSource::Stream(stream) => stream,

@@ -4,12 +4,12 @@
 //! and end with everything in the page cache; nobody waits for the disk.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Row, median, succeed, timed};
+use super::{Row, Running, median, succeed, timed};
 use crate::home::Home;
 use crate::{binaries, cache, debian, images, program};
 
@@ -130,7 +130,8 @@ fn pulling(tree: &Path, archive: &Path, mib: usize, work: &Path, rounds: usize) 
 /// Debian's registry on loopback.
 struct Registry {
     host: String,
-    child: Child,
+    /// Serves as long as this is there.
+    _serving: Running,
 }
 
 impl Registry {
@@ -148,7 +149,7 @@ impl Registry {
         )?;
         let mut serve = Command::new("docker-registry");
         serve.arg("serve").arg(&settings).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let registry = Self { child: serve.spawn().context("docker-registry")?, host };
+        let registry = Self { _serving: Running(serve.spawn().context("docker-registry")?), host };
         let began = Instant::now();
         while std::net::TcpStream::connect(&registry.host).is_err() {
             if began.elapsed() > Duration::from_secs(60) {
@@ -157,13 +158,6 @@ impl Registry {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(registry)
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

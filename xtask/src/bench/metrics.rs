@@ -4,14 +4,14 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Row, images::peak_mib, processor_time, succeed, timed};
+use super::{Row, Running, images::peak_mib, processor_time, succeed, timed};
 use crate::home::Home;
 use crate::{binaries, cache, images};
 
@@ -148,24 +148,17 @@ pub(super) fn share(processes: &[i32]) -> Result<Vec<f64>> {
 }
 
 /// `msb-metrics otel`, until it is dropped.
-struct Exporter(Child);
+struct Exporter(Running);
 
 impl Exporter {
     fn start(home: &Home, url: &str) -> Result<Self> {
         let mut command = home.command("msb-metrics");
         command.args(["otel", "--endpoint", url]).stdout(Stdio::null()).stderr(Stdio::null());
-        Ok(Self(command.spawn().context("msb-metrics")?))
+        Ok(Self(Running(command.spawn().context("msb-metrics")?)))
     }
 
     fn pid(&self) -> Result<i32> {
-        Ok(i32::try_from(self.0.id())?)
-    }
-}
-
-impl Drop for Exporter {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        Ok(i32::try_from(self.0.0.id())?)
     }
 }
 

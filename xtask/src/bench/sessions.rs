@@ -4,12 +4,12 @@
 //! that `msb ssh config` prints on ours. So both carry the same bytes through the same machine, and what differs is where SSH ends.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Row, median, succeed, timed};
+use super::{Row, Running, median, succeed, timed};
 use crate::home::Home;
 use crate::{cache, debian, images, program};
 
@@ -205,7 +205,7 @@ const HOSTS: [&str; 2] = ["msb-box", "peer"];
 
 /// A client that only forwards, until it is dropped.
 struct Tunnel {
-    child: Child,
+    _client: Running,
     port: u16,
 }
 
@@ -215,7 +215,7 @@ impl Tunnel {
         let forward = format!("127.0.0.1:{port}:127.0.0.1:5201");
         let mut client = scene.client("ssh", &["-N", "-o", "ExitOnForwardFailure=yes", "-L", &forward, host]);
         let child = client.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("ssh")?;
-        let tunnel = Self { child, port };
+        let tunnel = Self { _client: Running(child), port };
         let began = Instant::now();
         // Looked up and not tried: iperf3 serves one client at a time, and a try would be one.
         let listening = format!("0100007F:{port:04X} 00000000:0000 0A");
@@ -229,17 +229,9 @@ impl Tunnel {
     }
 }
 
-impl Drop for Tunnel {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// The host's port of the only published one, shown as ADDRESS:PORT:GUEST.
 fn published(inspected: &serde_json::Value) -> Option<&str> {
-    let sandbox = inspected.get(0).unwrap_or(inspected);
-    sandbox["ports"].get(0)?.as_str()?.split(':').nth(1)
+    inspected["ports"].get(0)?.as_str()?.split(':').nth(1)
 }
 
 fn random_file(path: &Path, mib: usize) -> Result<()> {
