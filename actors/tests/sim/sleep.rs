@@ -77,6 +77,10 @@ fn without_room_for_its_memory_it_goes_on_and_sleeps_when_there_is() {
         world.launcher.fault(|faults| faults.save = true);
         let before = world.create(suspends("web")).await;
         world.turn(6_000).await;
+        // It is written by a thread, which takes real time.
+        while told(&world, "suspend_failed").await.is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
         let awake = world.until("web", SandboxState::Running).await;
         assert_eq!(awake.boot_id, before.boot_id);
         world.turn(30_000).await;
