@@ -226,7 +226,9 @@ impl Unpacker<'_> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let outcome = self.place(entry, &name, |this, parent, name| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o600));
+            // With the bits that it may have from the start: mostly nothing is left to change once it is written.
+            let mode = Mode::from_raw_mode(entry.mode & 0o777);
+            let file = rustix::fs::openat(parent, name, flags, mode);
             let file = match file {
                 Ok(file) => file,
                 Err(errno) => return Ok(Err(errno)),
@@ -381,15 +383,22 @@ impl Unpacker<'_> {
         Ok(())
     }
 
-    /// Owner, mode, attributes and times of what is open.
+    /// Owner, mode, attributes and times of what is open. To look is much cheaper than to set what is so already: each change is one of
+    /// the file system's journal.
     fn dress(&mut self, file: BorrowedFd<'_>, entry: &Entry) -> Result<(), TreeError> {
         let keep = self.options.owner == Owner::Stream;
-        if keep && rustix::fs::fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid))).is_err() {
+        let now = rustix::fs::fstat(file).map_err(TreeError::file("look at", &entry.path))?;
+        let is_owned = (now.st_uid, now.st_gid) == (entry.uid, entry.gid);
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        if keep && !is_owned && rustix::fs::fchown(file, Some(uid), Some(gid)).is_err() {
             self.warn_owner(entry);
         }
         let mode = entry.mode & if keep && !self.owner_warned { 0o7777 } else { 0o1777 };
-        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))
-            .map_err(TreeError::file("change the mode of", &entry.path))?;
+        // A change of the owner takes bits away.
+        if (keep && !is_owned) || now.st_mode & 0o7777 != mode {
+            rustix::fs::fchmod(file, Mode::from_raw_mode(mode))
+                .map_err(TreeError::file("change the mode of", &entry.path))?;
+        }
         for (name, value) in &entry.xattrs {
             if !keep && !name.starts_with(b"user.") {
                 continue;
