@@ -108,6 +108,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_CHANNELS", "1000"), ("RUST_TEST_NOCAPTURE", "1")],
     },
     Proof {
+        name: "kvm",
+        proves: "the whole-system cases with engine kvm, each of them",
+        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "10800"],
+        environment: &[],
+    },
+    Proof {
         name: "memory",
         proves: "engine kvm: what ran goes on in each copy of a machine's memory, and nothing is there twice that must not be",
         cargo: &[
