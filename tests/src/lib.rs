@@ -13,9 +13,11 @@ mod census;
 mod home;
 mod invocation;
 mod program;
+pub mod world;
 
 pub use artifacts::{engine, image, observers, python_image, tree};
 pub use census::Process;
 pub use home::Home;
 pub use invocation::{Finished, Invocation, Running};
 pub use program::{exiting_program, static_program};
+pub use world::World;

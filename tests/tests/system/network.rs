@@ -1,10 +1,26 @@
-//! The network of a real guest: addresses at once, the policy's word, names, published ports.
+//! The network of a real guest: addresses at once, the policy's word, names, published ports, and what hosts do to whoever talks to them.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use msb_tests::Home;
+use msb_tests::world::{self, HOST, HOST_V6, NAME_SERVER, OTHER_HOST};
+use msb_tests::{Home, World};
+
+/// What the name server of the worlds below knows.
+const NAMES: &[(&str, &[IpAddr])] = &[
+    ("api.example.com", &[IpAddr::V4(HOST), IpAddr::V6(HOST_V6)]),
+    ("other.example.com", &[IpAddr::V4(OTHER_HOST)]),
+    ("inside.example.com", &[IpAddr::V4(std::net::Ipv4Addr::new(10, 99, 0, 2))]),
+];
+
+/// Reads a stream to its end and answers with it in capitals.
+fn shout(mut stream: TcpStream) {
+    let mut request = Vec::new();
+    let _ = stream.read_to_end(&mut request);
+    let _ = stream.write_all(&request.to_ascii_uppercase());
+}
 
 /// A server on the host's loopback that answers every connection with its request, in capitals; gives its port.
 fn shouting_host() -> u16 {
@@ -12,12 +28,8 @@ fn shouting_host() -> u16 {
     let port = listener.local_addr().expect("its address").port();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { return };
-            std::thread::spawn(move || {
-                let mut request = Vec::new();
-                let _ = stream.read_to_end(&mut request);
-                let _ = stream.write_all(&request.to_ascii_uppercase());
-            });
+            let Ok(stream) = stream else { return };
+            std::thread::spawn(move || shout(stream));
         }
     });
     port
@@ -92,6 +104,119 @@ fn a_published_port_is_bound_before_the_boot_and_released_by_the_stop() {
     echo(&address, "two");
     home.succeeds(&["stop", "web"]);
     assert!(TcpStream::connect(&address).is_err(), "the port is still open");
+    home.finish();
+}
+
+/// A world with the hosts of [`NAMES`], and a home whose service is in it; none, with a note, where this user may not make one.
+fn home_in_a_world(name: &str) -> Option<(World, Home)> {
+    let Some(world) = World::make() else {
+        println!("skipped: namespaces want root");
+        return None;
+    };
+    world.know(NAMES);
+    for address in [IpAddr::V4(HOST), IpAddr::V6(HOST_V6), IpAddr::V4(OTHER_HOST)] {
+        world.serve(address, 80, move |stream| world::serve_http(stream, &format!("from {address}\n")));
+        world.serve(address, 7, shout);
+    }
+    let home = world.here(|| Home::with_busybox(name));
+    Some((world, home))
+}
+
+#[test]
+fn a_name_rule_opens_what_the_name_leads_to_and_nothing_else() {
+    let Some((_world, home)) = home_in_a_world("network_names") else { return };
+    let server = NAME_SERVER.to_string();
+    let rule = "allow@api.example.com:tcp:80";
+    let words =
+        ["create", "--name", "box", "--net", "none", "--net-rule", rule, "--dns-nameserver", &server, "busybox"];
+    home.succeeds(&words);
+    let shell = |line: &str| home.msb(["exec", "box", "--", "sh", "-c", line]).run();
+
+    // Before the name was looked up its address is one like any other.
+    let early = shell(&format!("wget -T 30 -O - http://{HOST}/")).exits(1);
+    assert!(early.complaint().contains("refused"), "{}", early.account());
+    shell("wget -q -O - http://api.example.com/").succeeds().prints(&format!("from {HOST}\n"));
+    shell(&format!("wget -q -O - http://{HOST}/")).succeeds().prints(&format!("from {HOST}\n"));
+    shell(&format!("wget -q -O - 'http://[{HOST_V6}]/'")).succeeds().prints(&format!("from {HOST_V6}\n"));
+
+    // Another port of it, another host, another name.
+    for line in [format!("nc -w 30 {HOST} 7 </dev/null"), format!("wget -T 30 -O - http://{OTHER_HOST}/")] {
+        let refused = shell(&line).exits(1);
+        assert!(refused.complaint().contains("refused"), "{}", refused.account());
+    }
+    for name in ["other.example.com", "nobody.example.com"] {
+        let unknown = shell(&format!("nslookup {name}")).exits(1);
+        assert!(unknown.text().contains("NXDOMAIN"), "{}", unknown.account());
+    }
+    let log = home.msb(["net", "log", "box", "--format", "json"]).run().succeeds().text();
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let denied = |key: &str, value: &str| lines.iter().any(|line| line[key] == value && line["verdict"] == "deny");
+    assert!(denied("address", &OTHER_HOST.to_string()) && denied("name", "other.example.com"), "{log}");
+    let explained = home.json(&["net", "explain", "box", "http://api.example.com"]);
+    assert_eq!(explained["action"], "allow", "{explained}");
+    home.finish();
+}
+
+#[test]
+fn what_a_host_does_is_what_the_guest_sees() {
+    let Some((world, home)) = home_in_a_world("network_world") else { return };
+    let server = NAME_SERVER.to_string();
+    home.succeeds(&["create", "--name", "box", "--dns-nameserver", &server, "busybox"]);
+    let shell = |line: &str| home.msb(["exec", "box", "--", "sh", "-c", line]).run();
+
+    // A name that leads inwards leads nowhere.
+    let inwards = shell("nslookup inside.example.com").exits(1);
+    assert!(inwards.text().contains("NXDOMAIN"), "{}", inwards.account());
+    shell("wget -q -O - http://other.example.com/").succeeds().prints(&format!("from {OTHER_HOST}\n"));
+
+    // The guest's end of a stream reaches the host, and the host's answer after it reaches the guest; so do echoes, in both families.
+    for address in [HOST.to_string(), HOST_V6.to_string()] {
+        shell(&format!("echo hello | nc {address} 7")).succeeds().prints("HELLO\n");
+        let _ = shell(&format!("ping -c 1 -W 20 {address}")).succeeds();
+    }
+    // Nobody listens, and somebody hangs up.
+    let refused = shell(&format!("nc -w 30 {HOST} 9 </dev/null")).exits(1);
+    assert!(refused.complaint().contains("refused"), "{}", refused.account());
+    world.serve(HOST, 13, |mut stream| {
+        let _ = stream.read(&mut [0]);
+        let _ = rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+    });
+    let reset = shell(&format!("(echo x; sleep 20) | nc {HOST} 13")).exits(1);
+    assert!(reset.complaint().contains("reset"), "{}", reset.account());
+
+    // Datagrams there and back: a file of one block (RFC 1350).
+    world.answer(HOST, 69, |request| request.starts_with(&[0, 1]).then(|| b"\x00\x03\x00\x01one block\n".to_vec()));
+    shell(&format!("cd /tmp && tftp -g -r file {HOST} && cat file")).succeeds().prints("one block\n");
+
+    // Many at once, each with its own.
+    let many = format!("for n in $(seq 1 64); do (echo n$n | nc {HOST} 7) & done; wait");
+    let answers = shell(&many).succeeds().text();
+    let wanted: BTreeSet<String> = (1..=64).map(|number| format!("N{number}")).collect();
+    assert_eq!(answers.lines().map(str::to_owned).collect::<BTreeSet<_>>(), wanted);
+    home.finish();
+}
+
+#[test]
+fn the_first_visitor_wakes_a_sandbox_that_sleeps() {
+    let home = Home::with_busybox("network_wake");
+    let serve = "while :; do nc -l -p 80 -e cat; done";
+    let words = ["create", "--name", "web", "-p", "0:80", "--idle-timeout", "4s", "busybox", "--", "sh", "-c", serve];
+    home.succeeds(&words);
+    let detail = home.inspect("web");
+    let address = detail["ports"][0].as_str().expect("a port").trim_end_matches(":80").to_owned();
+    home.wait_until("web", "asleep");
+    // It waits for the machine and its server; what it sent meanwhile is not lost.
+    let mut answer = String::new();
+    let mut stream = TcpStream::connect(&address).expect("the port of a sandbox that sleeps");
+    stream.set_read_timeout(Some(Duration::from_secs(120))).expect("a limit");
+    stream.write_all(b"good morning").expect("the request");
+    stream.shutdown(std::net::Shutdown::Write).expect("its end");
+    stream.read_to_string(&mut answer).expect("the answer");
+    assert_eq!(answer, "good morning");
+    assert_ne!(home.inspect("web")["boot_id"], detail["boot_id"], "it is the same run");
+    home.wait_until("web", "asleep");
+    home.succeeds(&["stop", "web"]);
+    assert!(TcpStream::connect(&address).is_err(), "the port of a stopped sandbox is open");
     home.finish();
 }
 
