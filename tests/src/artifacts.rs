@@ -40,6 +40,12 @@ pub fn python_image() -> Option<PathBuf> {
     std::env::var_os("MSB_TEST_PYTHON").map(PathBuf::from)
 }
 
+/// The archive with whole programs (curl, dig, iperf3, python3), for the long proofs.
+#[must_use]
+pub fn tools_image() -> Option<PathBuf> {
+    std::env::var_os("MSB_TEST_TOOLS").map(PathBuf::from)
+}
+
 /// Programs that others wrote and that watch what we tell: `python/` with a collector and the protobuf definitions, `debian/` with
 /// Prometheus. Where they could be fetched.
 #[must_use]

@@ -15,7 +15,7 @@ mod invocation;
 mod program;
 pub mod world;
 
-pub use artifacts::{engine, image, observers, python_image, tree};
+pub use artifacts::{engine, image, observers, python_image, tools_image, tree};
 pub use census::Process;
 pub use home::Home;
 pub use invocation::{Finished, Invocation, Running};

@@ -108,6 +108,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_CHANNELS", "1000"), ("RUST_TEST_NOCAPTURE", "1")],
     },
     Proof {
+        name: "network",
+        proves: "curl, dig and iperf3 from Debian do in a sandbox what they do anywhere, in both directions and both families",
+        cargo: &["xtask", "test", "--only", "e2e", "--fast", "--filter", "whole_programs_talk_over_the_network"],
+        environment: &[("MSB_TEST_TOOLS", "1"), ("RUST_TEST_NOCAPTURE", "1")],
+    },
+    Proof {
         name: "kvm",
         proves: "the whole-system cases with engine kvm, each of them",
         cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "10800"],

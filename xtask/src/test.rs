@@ -188,6 +188,11 @@ fn whole_system(arguments: &Arguments) -> Result<Outcome> {
             "note: this user cannot become root, so the cases with the python image and those with a full disk are skipped"
         );
     }
+    // Half a gigabyte and some minutes to make: only `cargo xtask soak` asks for it.
+    if std::env::var_os("MSB_TEST_TOOLS").is_some() {
+        debian::ensure(&[debian::TRAFFIC])?;
+        tests.env("MSB_TEST_TOOLS", images::tools()?.join("tools.tar"));
+    }
     match observers::fetch() {
         Ok(folder) => drop(tests.env("MSB_TEST_OBSERVERS", folder)),
         Err(error) => println!("note: no collector, so the case that asks one is skipped: {error:#}"),

@@ -220,6 +220,78 @@ fn the_first_visitor_wakes_a_sandbox_that_sleeps() {
     home.finish();
 }
 
+#[test]
+fn whole_programs_talk_over_the_network() {
+    let Some(archive) = msb_tests::tools_image() else {
+        println!("skipped: the image with whole programs is made for `cargo xtask soak --only network`");
+        return;
+    };
+    let Some((world, home)) = home_in_a_world("network_programs") else { return };
+    let archive = archive.to_str().expect("a UTF-8 path").to_owned();
+    let _ = home.msb(["image", "load", "-q", "-i", &archive]).patience(Duration::from_secs(600)).run().succeeds();
+    let server = NAME_SERVER.to_string();
+    let rules = ["--net-rule", "deny@other.example.com", "--dns-nameserver", &server];
+    let ports = ["-p", "0:5201", "-p", "0:8000"];
+    let size = ["create", "--name", "box", "-c", "2", "-m", "1G"];
+    home.succeeds(&[&size[..], &rules[..], &ports[..], &["tools", "--", "iperf3", "-s"][..]].concat());
+    let shell = |line: &str| {
+        let finished = home.msb(["exec", "box", "--", "sh", "-c", line]).patience(Duration::from_secs(300)).run();
+        println!("$ {line}\n{}", finished.account());
+        finished
+    };
+
+    // curl: both families, a name that is denied.
+    shell("curl -s http://api.example.com/").succeeds().prints(&format!("from {HOST}\n"));
+    shell("curl -s -6 http://api.example.com/").succeeds().prints(&format!("from {HOST_V6}\n"));
+    let _ = shell("curl -sS http://other.example.com/").exits(6);
+    // dig: whichever server it asks, over UDP and TCP; a denied name has its reason (RFC 8914).
+    for line in ["dig +short api.example.com", "dig +tcp +short api.example.com", "dig +short @8.8.8.8 api.example.com"]
+    {
+        shell(line).succeeds().prints(&format!("{HOST}\n"));
+    }
+    shell("dig +short AAAA api.example.com").succeeds().prints(&format!("{HOST_V6}\n"));
+    let denied = shell("dig other.example.com").succeeds().text();
+    for part in ["status: NXDOMAIN", "EDE: 15", "SOA"] {
+        assert!(denied.contains(part), "no {part} in {denied}");
+    }
+    // iperf3: out and back, several streams, datagrams, both families.
+    for host in [IpAddr::V4(HOST), IpAddr::V6(HOST_V6)] {
+        let host = host.to_string();
+        let mut command = std::process::Command::new("iperf3");
+        command.args(["-s", "-B", &host]).stdout(std::process::Stdio::null());
+        let mut listening = world.there(|| command.spawn().expect("iperf3"));
+        for how in ["", "-R", "-P 8", "-P 8 -R", "-u -b 20M", "-u -b 20M -R"] {
+            let said = shell(&format!("iperf3 -c {host} -t 3 {how}")).succeeds().text();
+            assert!(said.contains("receiver"), "{said}");
+        }
+        let _ = listening.kill();
+        let _ = listening.wait();
+    }
+    // And inwards, through published ports: iperf3's server, and one of HTTP.
+    let ports = home.inspect("box")["ports"].clone();
+    let address = |index: usize| {
+        let port = ports[index].as_str().expect("a port");
+        port.rsplit_once(':').expect("a published port").0.to_owned()
+    };
+    let (host, port) =
+        address(0).split_once(':').map(|(host, port)| (host.to_owned(), port.to_owned())).expect("a port");
+    for how in ["-P1", "-R", "-P8"] {
+        let words = ["-c", &host, "-p", &port, "-t", "3", how];
+        let output = world.here(|| std::process::Command::new("iperf3").args(words).output().expect("iperf3"));
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("$ iperf3 {}\n{said}", words.join(" "));
+        assert!(output.status.success() && said.contains("receiver"), "{said}");
+    }
+    let serve = "import socket\nlistener = socket.create_server(('', 8000))\nwhile True:\n    stream = listener.accept()[0]\n    \
+                 stream.recv(4096)\n    stream.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nfrom the guest\\n')\n    stream.close()";
+    let _ = home.msb(["exec", "box", "--", "sh", "-c", "python3 -c \"$0\" >/dev/null 2>&1 &", serve]).run().succeeds();
+    let url = format!("http://{}/", address(1));
+    let words = ["-s", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", &url];
+    let output = world.here(|| std::process::Command::new("curl").args(words).output().expect("curl"));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "from the guest\n");
+    home.finish();
+}
+
 /// Sends a line through a published port and reads it back. The guest's server may have to start first.
 fn echo(address: &str, line: &str) {
     let deadline = std::time::Instant::now() + Duration::from_secs(60);
