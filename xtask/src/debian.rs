@@ -85,6 +85,7 @@ pub(crate) const CLIENTS: &[Package] = &[
     package("openssh-client", "ssh", "logs in, copies and forwards through the sandbox's SSH server"),
     package("rsync", "rsync", "copies over SSH"),
     package("curl", "curl", "speaks through a forwarded SOCKS port"),
+    package("sshfs", "sshfs", "mounts a sandbox's directory over SSH"),
     package("iproute2", "ip", "makes the network that a sandbox of a test is in"),
 ];
 

@@ -15,7 +15,7 @@ struct Bench {
 
 impl Bench {
     fn new(name: &str, create: &[&str]) -> Self {
-        for tool in ["ssh", "scp", "sftp", "rsync", "curl"] {
+        for tool in ["ssh", "scp", "sftp", "rsync", "curl", "sshfs"] {
             let found = Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().expect("a shell");
             assert!(found.status.success(), "{tool} is not installed: cargo xtask setup");
         }
@@ -253,7 +253,26 @@ fn sftp_scp_and_rsync_copy_both_ways() {
     let _ =
         bench.shell(&format!("{rsync} tree/ msb-box:/tmp/tree/ && {rsync} msb-box:/tmp/tree/ again/")).run().succeeds();
     let _ = bench.shell("diff -r tree again").run().succeeds().is_quiet();
+    mount_over_ssh(&bench);
     bench.home.finish();
+}
+
+/// The directory that rsync filled, as a file system of this machine.
+fn mount_over_ssh(bench: &Bench) {
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        println!("skipped: sshfs wants root and /dev/fuse");
+        return;
+    }
+    std::fs::create_dir(bench.file("mnt")).expect("a folder");
+    let options = format!("IdentitiesOnly=yes,BatchMode=yes,IdentityFile={}", bench.file("known").display());
+    let mount = format!("sshfs -F {} -o {options} msb-box:/tmp/tree mnt", bench.file("config").display());
+    let _ = bench.shell(&mount).run().succeeds();
+    let work = "diff -r tree mnt && echo new > mnt/new && mv mnt/new mnt/renamed && mkdir mnt/d && rmdir mnt/d && rm mnt/file-1 && sync mnt";
+    let worked = bench.shell(work).run();
+    let _ = bench.shell("fusermount3 -u mnt").run().succeeds();
+    let _ = worked.succeeds();
+    let seen = "cd /tmp/tree; cat renamed; test ! -e file-1 && test ! -e d && echo gone";
+    bench.home.msb(["exec", "box", "--", "sh", "-c", seen]).run().succeeds().prints("new\ngone\n");
 }
 
 #[test]
