@@ -21,6 +21,9 @@ pub(crate) const HOST: &[(&str, &str)] =
 /// Package and binary of the static ones.
 pub(crate) const STATIC: &[(&str, &str)] = &[("msb-vmm", "msb-vmm"), ("msb-guest", "msb-agent")];
 
+/// What makes the template of the writable disk. Compiled in one call with the programs, so that no library is compiled for it alone.
+const UPPER_TEMPLATE: (&str, &str) = ("msb-image", "msb-upper-template");
+
 // No group of its own: it is part of other commands' arguments, which have the same name.
 #[derive(clap::Args, Clone, Copy, Default)]
 #[group(skip)]
@@ -49,6 +52,11 @@ impl Binaries {
         let host = HOST.iter().map(|(_, name)| (*name, self.host.join(name)));
         host.chain(STATIC.iter().map(|(_, name)| (*name, self.linked_statically.join(name))))
     }
+
+    /// The program that makes the template of the writable disk.
+    pub(crate) fn upper_template(&self) -> PathBuf {
+        self.host.join(UPPER_TEMPLATE.1)
+    }
 }
 
 /// Compiles all programs; cargo decides what is up to date.
@@ -59,6 +67,7 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
     let mut host = cargo();
     host.args(["build", "--locked", "--profile", host_profile]);
     name_all(&mut host, HOST);
+    name_all(&mut host, &[UPPER_TEMPLATE]);
     program::run(&mut host)?;
 
     let mut linked_statically = cargo();
@@ -76,7 +85,7 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
 }
 
 /// The features of this package that the programs linking the product need. Checks and tests have them all, so that none of them breaks unseen.
-pub(crate) const COMPANION_FEATURES: &str = "xtask/reference,xtask/upper,xtask/machine";
+pub(crate) const COMPANION_FEATURES: &str = "xtask/reference,xtask/machine";
 
 /// Runs `xtask-<name>`, a program of this package that links a part of the product, with these words.
 ///

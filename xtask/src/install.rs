@@ -120,17 +120,17 @@ pub(crate) fn install(prefix: &Path, build: binaries::Arguments) -> Result<()> {
     for name in ["vmlinux", "System.map"] {
         cache::place_file(&kernel.join(name), &share.join(name), 0o644)?;
     }
-    cache::place_file(&upper_template()?, &share.join("upper.ext4.zst"), 0o644)
+    cache::place_file(&upper_template(&programs)?, &share.join("upper.ext4.zst"), 0o644)
 }
 
 /// The packed template of the writable disk, made anew when the code that says how changes.
-fn upper_template() -> Result<PathBuf> {
+fn upper_template(programs: &binaries::Binaries) -> Result<PathBuf> {
     debian::ensure(&[debian::BUILD])?;
     let recipe =
         std::fs::read(cache::repository().join("image/src/upper.rs")).context("cannot read image/src/upper.rs")?;
     let place = cache::entry("upper", &cache::key([recipe.as_slice()]), |result| {
         let packed = result.join("upper.ext4.zst");
-        binaries::companion("upper", &[packed.to_str().context("a cache path that is not UTF-8")?])
+        program::run(program::command(programs.upper_template()).arg(packed))
     })?;
     Ok(place.join("upper.ext4.zst"))
 }

@@ -1,8 +1,8 @@
 //! `cargo xtask …`: every chore of this repository, from a fresh machine to a finished test run.
 //!
 //! Called by people and by `.ci/run`. One module per subcommand; each says in its header what it makes and where it keeps it.
-//! It never links the product: what needs the product's own types is in two more programs of this package, `xtask-reference` (generated
-//! documents) and `xtask-upper` (the disk template), so that the first `cargo xtask` on a new machine compiles in seconds.
+//! It never links the product: what needs the product's own types is in programs of their own, `xtask-reference` (generated documents) and
+//! `xtask-machine` (a fake VM process for benches), so that the first `cargo xtask` on a new machine compiles in seconds.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
