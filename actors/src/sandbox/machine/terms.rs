@@ -7,8 +7,6 @@ use msb_protocol::spec::{OnIdle, RestartPolicy, SandboxSpec};
 use msb_protocol::state::{EndCause, SandboxState};
 use serde::{Deserialize, Serialize};
 
-use super::CRASH_BUDGET;
-
 /// What of a spec decides about the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
