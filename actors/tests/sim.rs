@@ -31,8 +31,10 @@ use msb_actors::simulation::{FakeLauncher, TurnedClock, daemon};
 use msb_protocol::control::{CreateRequest, SandboxDetail};
 use msb_protocol::error::ErrorCode;
 use msb_protocol::guest::{ExecConfig, OpenKind};
+
 use msb_protocol::id::SandboxName;
 use msb_protocol::images::PullPolicy;
+use msb_protocol::paths::HomeLayout;
 use msb_protocol::spec::{OnIdle, RestartPolicy, SandboxSpec, Workload};
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 
@@ -119,7 +121,15 @@ impl World {
         self.daemon.let_go().await;
         let Self { directory, clock, launcher, daemon: old } = self;
         drop(old);
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // Its actors end in turns of this very thread, and ten thousand of them have many.
+        let journal = std::fs::File::open(HomeLayout::new(directory.path()).journal()).unwrap();
+        for _ in 0..3_000 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if journal.try_lock().is_ok() {
+                break;
+            }
+        }
+        drop(journal);
         let daemon = daemon(directory.path(), clock.clone(), launcher.clone());
         Self { directory, clock, launcher, daemon }
     }

@@ -35,7 +35,7 @@ use super::directories::Directories;
 use super::disk_hold::DiskHolds;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
 use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, StartPhase, State, Then};
-use super::network::BoundPorts;
+use super::network::{BoundPorts, PortWatch};
 use super::probe::Probed;
 use super::ssh::SshForwarder;
 use super::view::{self, View};
@@ -208,7 +208,7 @@ pub struct SandboxActor {
     /// Published ports, bound from the boot until the sandbox rests.
     ports: BoundPorts,
     /// Waits for visitors while the sandbox sleeps.
-    port_watch: Option<SpawnHandle>,
+    port_watch: Option<(PortWatch, SpawnHandle)>,
     /// Connections through published ports that were opened, as of the last sample.
     visits: u64,
     beats: Option<BeatWatch>,
@@ -481,8 +481,8 @@ impl SandboxActor {
     /// Published ports are closed when the sandbox rests and watched while it sleeps.
     fn mind_ports(&mut self, ctx: &mut Context<Self>) {
         let asleep = matches!(self.machine.state(), State::Asleep { .. });
-        if !asleep && let Some(watch) = self.port_watch.take() {
-            ctx.cancel_future(watch);
+        if !asleep && let Some((_, visit)) = self.port_watch.take() {
+            ctx.cancel_future(visit);
         }
         if !view::holds_ports(self.machine.shown()) {
             self.ports = BoundPorts::default();
@@ -500,16 +500,20 @@ impl SandboxActor {
                 }
             }
         }
-        let visited = self.ports.clone().visited();
-        self.port_watch = Some(ctx.spawn(visited.into_actor(self).map(|outcome, this, ctx| {
-            this.port_watch = None;
-            match outcome {
-                Ok(()) => this.tell(Event::Start { by: By::User, hold_main: false }, ctx),
-                Err(error) => {
-                    tracing::error!(sandbox = %this.record.name, %error, "published ports cannot be watched");
-                }
+        let watch = match self.ports.watch() {
+            Ok(watch) => watch,
+            Err(error) => {
+                tracing::error!(sandbox = %self.record.name, %error, "published ports cannot be watched");
+                return;
             }
-        })));
+        };
+        let visit = ctx.spawn(watch.visited().into_actor(self).map(|visited, this, ctx| {
+            if visited {
+                this.port_watch = None;
+                this.tell(Event::Start { by: By::User, hold_main: false }, ctx);
+            }
+        }));
+        self.port_watch = Some((watch, visit));
     }
 
     /// Binds the published ports unless they are bound.

@@ -9,10 +9,12 @@
 //!
 //! Called by `sandbox::actor` and `sandbox::plan`. It never accepts a connection and never reads a datagram.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::task::Poll;
 
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::GuestNetwork;
@@ -93,21 +95,30 @@ impl BoundPorts {
     }
 
     #[expect(deprecated, reason = "the other way is unsafe code; each socket is owned here and outlives its watcher")]
-    /// Waits until somebody is at one of them, without letting anybody in.
+    /// Watches for a visitor at one of them, without letting anybody in.
     ///
     /// # Errors
     /// A socket that cannot be watched.
-    pub async fn visited(self) -> io::Result<()> {
-        let watched = self
-            .listeners
-            .into_iter()
-            .map(|listener| AsyncFd::with_interest(listener, Interest::READABLE))
-            .collect::<io::Result<Vec<_>>>()?;
-        if watched.is_empty() {
-            return std::future::pending().await;
-        }
-        let waits = watched.iter().map(|socket| Box::pin(async move { socket.readable().await.map(drop) }));
-        futures_util::future::select_all(waits).await.0
+    pub fn watch(&self) -> io::Result<PortWatch> {
+        let watched =
+            self.listeners.iter().map(|listener| AsyncFd::with_interest(listener.clone(), Interest::READABLE));
+        Ok(PortWatch(Arc::new(watched.collect::<io::Result<_>>()?)))
+    }
+}
+
+/// Ports that are watched. Once this and the [`BoundPorts`] are dropped they are closed, whoever still waits for a visitor.
+#[derive(Debug)]
+pub struct PortWatch(Arc<Vec<AsyncFd<Arc<OwnedFd>>>>);
+
+impl PortWatch {
+    /// Waits until somebody is at one of them: true. False, some time after, if nobody is to be waited for any more.
+    pub fn visited(&self) -> impl Future<Output = bool> + Send + use<> {
+        let watched = Arc::downgrade(&self.0);
+        poll_fn(move |cx| match watched.upgrade() {
+            Some(sockets) if sockets.iter().any(|socket| socket.poll_read_ready(cx).is_ready()) => Poll::Ready(true),
+            Some(_) => Poll::Pending,
+            None => Poll::Ready(false),
+        })
     }
 }
 
@@ -271,12 +282,25 @@ mod tests {
     async fn a_visitor_is_noticed_and_left_waiting() {
         let bound = BoundPorts::bind(&[port("0:80"), port("0:81")], &[]).unwrap();
         let address = bound.ports()[1].listen_address();
-        let visit = tokio::spawn(bound.clone().visited());
+        let watch = bound.watch().unwrap();
+        let visit = tokio::spawn(watch.visited());
         let visitor = tokio::net::TcpStream::connect(address).await.unwrap();
-        visit.await.unwrap().unwrap();
+        assert!(visit.await.unwrap());
         let listener = std::net::TcpListener::from(bound.listeners()[1].try_clone().unwrap());
         let (_, from) = listener.accept().unwrap();
         assert_eq!(from, visitor.local_addr().unwrap());
+    }
+
+    #[tokio::test]
+    async fn ports_that_are_let_go_of_are_closed_whoever_waits_for_a_visitor() {
+        let bound = BoundPorts::bind(&[port("0:80")], &[]).unwrap();
+        let address = bound.ports()[0].listen_address();
+        let watch = bound.watch().unwrap();
+        let visited = watch.visited();
+        drop((watch, bound));
+        let refused = std::net::TcpStream::connect(address).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(!visited.await);
     }
 
     #[test]

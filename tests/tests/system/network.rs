@@ -133,15 +133,15 @@ fn a_name_rule_opens_what_the_name_leads_to_and_nothing_else() {
     let shell = |line: &str| home.msb(["exec", "box", "--", "sh", "-c", line]).run();
 
     // Before the name was looked up its address is one like any other.
-    let early = shell(&format!("wget -T 30 -O - http://{HOST}/")).exits(1);
+    let early = shell(&format!("nc -w 30 {HOST} 80 </dev/null")).exits(1);
     assert!(early.complaint().contains("refused"), "{}", early.account());
     shell("wget -q -O - http://api.example.com/").succeeds().prints(&format!("from {HOST}\n"));
     shell(&format!("wget -q -O - http://{HOST}/")).succeeds().prints(&format!("from {HOST}\n"));
     shell(&format!("wget -q -O - 'http://[{HOST_V6}]/'")).succeeds().prints(&format!("from {HOST_V6}\n"));
 
     // Another port of it, another host, another name.
-    for line in [format!("nc -w 30 {HOST} 7 </dev/null"), format!("wget -T 30 -O - http://{OTHER_HOST}/")] {
-        let refused = shell(&line).exits(1);
+    for place in [format!("{HOST} 7"), format!("{OTHER_HOST} 80")] {
+        let refused = shell(&format!("nc -w 30 {place} </dev/null")).exits(1);
         assert!(refused.complaint().contains("refused"), "{}", refused.account());
     }
     for name in ["other.example.com", "nobody.example.com"] {
