@@ -40,6 +40,7 @@ use tokio_util::io::ReaderStream;
 
 use crate::archive;
 use crate::connection::{self, Connection, RequestBody};
+use crate::direct;
 use crate::error::Error;
 use crate::image::ARCHIVE_CHUNK_LEN;
 use crate::locate::Locator;
@@ -756,6 +757,9 @@ impl Client {
     }
 
     async fn session(&self, path: &str, first: &ClientMessage, stdin: bool) -> Result<Session, Error> {
+        if let Some((reader, writer)) = direct::open(self.fresh().await?, path, first).await? {
+            return Ok(Session::direct(reader, writer, stdin));
+        }
         let socket = connection::upgrade(self.fresh().await?, path).await?;
         Session::open(socket, first, stdin).await
     }
