@@ -26,8 +26,6 @@ const SHARED: &[&str] = &[
     "cgroup_no_v1=all",
     // A sandbox's clock comes from one source; the watchdog would only add timer interrupts.
     "tsc=nowatchdog",
-    // One processor would have the lock prefixes of 8,000 instructions taken out one by one, each by a mapping of its own.
-    "noreplace-smp",
     // Who waits for a grace period waits some microseconds in place of some ticks: cgroups, mounts and namespaces come and go here.
     "rcupdate.rcu_expedited=1",
 ];
