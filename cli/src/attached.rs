@@ -136,12 +136,13 @@ pub async fn join(
 async fn pump_stdin(mut stdin: SessionStdin, mut filter: Option<DetachFilter>) -> bool {
     let (sender, mut typed) = mpsc::channel::<Bytes>(1);
     std::thread::spawn(move || {
-        let mut buffer = vec![0u8; DATA_LEN_MAX];
         loop {
-            match rustix::io::read(std::io::stdin(), &mut buffer[..]) {
+            // Sent on as it is. What is not filled was never touched, and costs nothing.
+            let mut buffer = Vec::with_capacity(DATA_LEN_MAX);
+            match rustix::io::read(std::io::stdin(), rustix::buffer::spare_capacity(&mut buffer)) {
                 Ok(0) => return,
-                Ok(len) => {
-                    if sender.blocking_send(Bytes::copy_from_slice(&buffer[..len])).is_err() {
+                Ok(_) => {
+                    if sender.blocking_send(Bytes::from(buffer)).is_err() {
                         return;
                     }
                 }

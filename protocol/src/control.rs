@@ -72,6 +72,12 @@
 //! On a WebSocket, text messages are JSON ([`ClientMessage`], [`ServerMessage`]); a binary message of the client is stdin, one of
 //! the server is a byte ([`STDOUT_TAG`], [`STDERR_TAG`]) and then output. The client sends stdin only within its credit
 //! ([`crate::guest::STDIN_WINDOW`] at first, then what `stdin_credit` adds), so that signals are never stuck behind it.
+//!
+//! A client on the same host may take the stream itself, so that its bytes pass through nobody's hands: the same routes with
+//! `Upgrade:` [`STREAM_UPGRADE`] in place of a WebSocket's. It sends one frame ([`crate::frame`]) with its first [`ClientMessage`] and gets
+//! one with a [`StreamAnswer`]; with `opened` come the descriptor of the stream to the agent (SCM_RIGHTS) and a second frame with what
+//! was read of that stream already. On the stream it speaks [`crate::guest`]. The connection stays open meanwhile: its end, by either
+//! side, is the end of the session.
 
 use std::collections::BTreeMap;
 
@@ -143,6 +149,22 @@ pub struct CreateRequest {
     /// When to fetch the image from its registry.
     #[serde(default)]
     pub pull: crate::images::PullPolicy,
+}
+
+/// The protocol of `Upgrade` by which a client takes a stream to the agent itself.
+pub const STREAM_UPGRADE: &str = "msb-stream";
+
+/// daemon → client on a connection upgraded to [`STREAM_UPGRADE`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum StreamAnswer {
+    /// The stream comes with this frame, what was read of it in the next one.
+    Opened,
+    /// There is none; nothing follows.
+    Refused {
+        /// Why.
+        error: ApiError,
+    },
 }
 
 /// The protocol of `Upgrade` on the route of SSH connections.

@@ -3,6 +3,8 @@
 //! Pure: it works on buffers, its callers do the reading and writing. It never allocates more than [`FRAME_LEN_MAX`]
 //! for a frame, whatever length the peer claims.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 /// Bytes of the length prefix.
@@ -61,11 +63,13 @@ pub fn body_len(prefix: [u8; PREFIX_LEN]) -> Result<usize, FrameError> {
 
 /// Collects bytes as they arrive and gives back whole bodies.
 ///
-/// Holds at most one frame beyond what its caller pushed at once: callers push what one read gave them.
+/// Holds at most one frame beyond what its caller pushed or read at once: callers push what one read gave them.
 #[derive(Debug)]
 pub struct Decoder {
+    /// Bytes that arrived are at `start..end`; what is behind is room for more.
     buffer: Vec<u8>,
     start: usize,
+    end: usize,
     len_max: usize,
 }
 
@@ -85,22 +89,38 @@ impl Decoder {
     /// An empty decoder that takes bodies of up to `len_max` bytes: for the border of a VM process ([`SPEC_LEN_MAX`]).
     #[must_use]
     pub fn with_limit(len_max: usize) -> Self {
-        Self { buffer: Vec::new(), start: 0, len_max }
+        Self { buffer: Vec::new(), start: 0, end: 0, len_max }
     }
 
     /// Takes bytes that arrived.
     pub fn push(&mut self, bytes: &[u8]) {
-        if self.start > 0 && (self.start == self.buffer.len() || self.start >= DATA_LEN_MAX) {
-            self.buffer.drain(..self.start);
-            self.start = 0;
+        self.room(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+        self.took(bytes.len());
+    }
+
+    /// At least `len` bytes of room to read into, so that nothing is copied here; [`Self::took`] says how many came.
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > 0 && self.buffer.len() - self.end < len {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
         }
-        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() - self.end < len {
+            self.buffer.resize(self.end + len, 0);
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    /// So many bytes were put into the room.
+    pub fn took(&mut self, len: usize) {
+        self.end = (self.end + len).min(self.buffer.len());
     }
 
     /// Whether a whole body has arrived (or one that is too long, which [`Self::next_body`] says).
     #[must_use]
     pub fn holds_body(&self) -> bool {
-        let waiting = &self.buffer[self.start..];
+        let waiting = &self.buffer[self.start..self.end];
         waiting.first_chunk::<PREFIX_LEN>().is_some_and(|prefix| {
             let len = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
             len > self.len_max || waiting.len() - PREFIX_LEN >= len
@@ -112,7 +132,14 @@ impl Decoder {
     /// # Errors
     /// [`FrameError::TooLong`]: the connection cannot be read any further.
     pub fn next_body(&mut self) -> Result<Option<&[u8]>, FrameError> {
-        let waiting = &self.buffer[self.start..];
+        let Some(body) = self.waiting_body()? else { return Ok(None) };
+        self.start = body.end;
+        Ok(Some(&self.buffer[body]))
+    }
+
+    /// Where the next whole body is.
+    fn waiting_body(&self) -> Result<Option<Range<usize>>, FrameError> {
+        let waiting = &self.buffer[self.start..self.end];
         let Some(prefix) = waiting.first_chunk::<PREFIX_LEN>() else { return Ok(None) };
         let len = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
         if len > self.len_max {
@@ -122,13 +149,30 @@ impl Decoder {
             return Ok(None);
         }
         let body_start = self.start + PREFIX_LEN;
-        self.start = body_start + len;
-        Ok(Some(&self.buffer[body_start..body_start + len]))
+        Ok(Some(body_start..body_start + len))
+    }
+
+    /// The next whole body as `look` sees it; it stays where it is if `look` sees nothing.
+    ///
+    /// # Errors
+    /// As [`Self::next_body`].
+    pub fn next_body_if<'a, T>(
+        &'a mut self,
+        look: impl FnOnce(&'a [u8]) -> Option<T>,
+    ) -> Result<Option<T>, FrameError> {
+        let Some(body) = self.waiting_body()? else { return Ok(None) };
+        let end = body.end;
+        let seen = look(&self.buffer[body]);
+        if seen.is_some() {
+            self.start = end;
+        }
+        Ok(seen)
     }
 
     /// What arrived after the last whole body, for a stream that carries no frames from here on.
     #[must_use]
     pub fn into_rest(mut self) -> Vec<u8> {
+        self.buffer.truncate(self.end);
         self.buffer.drain(..self.start);
         self.buffer
     }
@@ -138,7 +182,7 @@ impl Decoder {
     /// # Errors
     /// [`FrameError::Truncated`] if it may not.
     pub fn finish(&self) -> Result<(), FrameError> {
-        if self.start == self.buffer.len() { Ok(()) } else { Err(FrameError::Truncated) }
+        if self.start == self.end { Ok(()) } else { Err(FrameError::Truncated) }
     }
 }
 

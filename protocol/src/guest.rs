@@ -848,6 +848,12 @@ impl Assembler {
         Self::default()
     }
 
+    /// Whether the next body begins a message: one between the parts of another cannot be understood.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// Takes one frame's body from the host; gives the message when it is whole.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ pub mod labels;
 pub mod mount;
 pub mod network;
 pub mod paths;
+pub mod piece;
 pub mod quantity;
 pub mod security;
 pub mod selector;

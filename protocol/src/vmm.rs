@@ -289,6 +289,7 @@ pub enum Event {
         sample: Box<Sample>,
     },
     /// The VM ended; the process exits after this. Also in `end.json`.
+    /// With it may come a descriptor (SCM_RIGHTS): what of the machine takes long to close, to be kept until the process is gone.
     Ended {
         /// The record.
         record: Box<EndRecord>,

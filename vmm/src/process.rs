@@ -61,7 +61,7 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     tracing::info!(boot_id = %spec.boot_id, sandbox = %spec.name, cpus = spec.cpus, memory_mib = spec.memory_mib, "launch");
 
     let outcome = boot_and_run(spec, &run, &mut launcher);
-    let (end, control, engine) = match outcome {
+    let (end, control, mut engine) = match outcome {
         Ok(Outcome { end, control, engine }) => (end, Some(control), Some(engine)),
         Err(error) => {
             let stage = match error.code {
@@ -94,10 +94,7 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     let _ = std::fs::remove_file(spec.run_dir.join(CONTROL_SOCKET));
     let ended = Event::Ended { record: Box::new(record) };
     match (control, launcher) {
-        (Some(control), _) => {
-            run.announce(ended);
-            control.finish();
-        }
+        (Some(control), _) => control.finish(ended, engine.as_mut().and_then(|engine| engine.take_remains())),
         (None, Some(mut launcher)) => {
             launcher.connection.send(&Message::Event { event: ended });
         }
@@ -208,7 +205,7 @@ fn duplicate(listeners: &[OwnedFd]) -> Result<Vec<OwnedFd>, ApiError> {
 struct Outcome {
     end: EngineEnd,
     control: Control,
-    /// Dropped last: closing a VM takes KVM tens of milliseconds, and whoever waits for the end should not.
+    /// Dropped last. Closing a VM takes KVM tens of milliseconds, which is left to the daemon, if there is one.
     engine: Box<dyn Engine>,
 }
 

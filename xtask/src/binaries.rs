@@ -14,6 +14,9 @@ use crate::{cache, debian, program};
 /// What the static programs are compiled for.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// What links them statically.
+pub(crate) const STATIC_FLAGS: &str = "-C target-feature=+crt-static";
+
 /// Package and binary of the programs that run as services and commands.
 pub(crate) const HOST: &[(&str, &str)] =
     &[("msb-cli", "msb"), ("msb-supervisor", "msbd"), ("msb-metrics-exporter", "msb-metrics")];
@@ -73,7 +76,7 @@ pub(crate) fn build(arguments: Arguments) -> Result<Binaries> {
     let mut linked_statically = cargo();
     linked_statically
         .args(["build", "--locked", "--profile", static_profile, "--target", TARGET])
-        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+        .env("RUSTFLAGS", STATIC_FLAGS);
     name_all(&mut linked_statically, STATIC);
     program::run(&mut linked_statically)?;
 

@@ -15,7 +15,7 @@ pub mod session;
 pub mod unhurried;
 
 use std::future::Future;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -48,11 +48,17 @@ pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {
     /// # Errors
     /// What the reactor says; the stream is lost then.
     fn unhurried(self: Box<Self>, interval: Duration) -> std::io::Result<Box<dyn AgentIo>>;
+    /// The socket it is, if it is one that can be handed to another process.
+    fn socket(&self) -> Option<BorrowedFd<'_>>;
 }
 
 impl AgentIo for UnixStream {
     fn unhurried(self: Box<Self>, interval: Duration) -> std::io::Result<Box<dyn AgentIo>> {
         Ok(Box::new(unhurried::Unhurried::new(*self, interval)?))
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
     }
 }
 
@@ -60,12 +66,20 @@ impl AgentIo for unhurried::Unhurried {
     fn unhurried(self: Box<Self>, _: Duration) -> std::io::Result<Box<dyn AgentIo>> {
         Ok(self)
     }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl AgentIo for tokio::io::DuplexStream {
     fn unhurried(self: Box<Self>, _: Duration) -> std::io::Result<Box<dyn AgentIo>> {
         Ok(self)
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 }
 

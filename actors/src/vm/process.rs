@@ -398,7 +398,8 @@ impl Driver {
         boot_limit: Option<Duration>,
     ) {
         tokio::pin!(end);
-        let mut buffer = Vec::with_capacity(4 << 10);
+        let mut buffer = vec![0; 4 << 10];
+        let mut remains = Vec::new();
         let mut link_open = true;
         let mut commands_open = true;
         let boot_limit = tokio::time::sleep(boot_limit.unwrap_or(Duration::from_secs(u64::from(u32::MAX))));
@@ -411,12 +412,13 @@ impl Driver {
             tokio::select! {
                 // What the VM process said before it ended is heard before its end.
                 biased;
-                read = self.control.read_buf(&mut buffer), if link_open => {
+                read = descriptors::receive(&self.control, &mut buffer, &mut remains), if link_open => {
+                    // One comes with the end.
+                    close_apart(remains.split_off(remains.len().min(1)));
                     match read {
                         Ok(0) | Err(_) => link_open = false,
-                        Ok(_) => {
-                            self.decoder.push(&buffer);
-                            buffer.clear();
+                        Ok(len) => {
+                            self.decoder.push(&buffer[..len]);
                             loop {
                                 let message = match self.decoder.next_body() {
                                     Ok(Some(body)) => decode_json::<Message>(body),
@@ -450,6 +452,7 @@ impl Driver {
                 () = events.closed() => return,
             }
         };
+        close_apart(remains);
         let identity = None;
         let mut gone = match ended {
             Some(record) => from_record(*record, &self.log_dir),
@@ -575,6 +578,13 @@ impl Driver {
         if let Err(error) = sent {
             tracing::debug!(boot_id = %self.boot_id, %error, "the VM process's control link is broken");
         }
+    }
+}
+
+/// Closes what a VM process leaves to its daemon: KVM's machine, whose closing waits for tens of milliseconds. On a thread that may wait.
+fn close_apart(remains: Vec<OwnedFd>) {
+    if !remains.is_empty() {
+        tokio::task::spawn_blocking(move || drop(remains));
     }
 }
 

@@ -4,6 +4,7 @@
 //! hostile: bounded by the frame codec, parsed to types, an error ends the stream.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -20,8 +21,10 @@ use super::{AgentIo, Launcher};
 
 /// Time for the agent to answer an `Open`.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
-/// Bytes of one read.
-const READ_LEN: usize = 256 << 10;
+/// Bytes of one read at most.
+const READ_LEN: usize = 64 << 10;
+/// Bytes of the first read: most streams bring a few words and no more.
+const READ_LEN_FIRST: usize = 4 << 10;
 
 /// Why a stream to the agent ended early.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +46,7 @@ impl From<SessionError> for ApiError {
 /// The receiving half.
 pub struct SessionReader {
     io: ReadHalf<Box<dyn AgentIo>>,
-    buffer: Vec<u8>,
+    read_len: usize,
     decoder: Decoder,
     assembler: Assembler,
 }
@@ -79,7 +82,7 @@ pub async fn open(
         let (read, write) = tokio::io::split(io);
         let mut writer = SessionWriter { io: write, buffer: Vec::new() };
         let mut reader =
-            SessionReader { io: read, buffer: Vec::new(), decoder: Decoder::new(), assembler: Assembler::new() };
+            SessionReader { io: read, read_len: READ_LEN_FIRST, decoder: Decoder::new(), assembler: Assembler::new() };
         let open = Open { generation: GUEST_GENERATION, boot_id: boot_id.0.as_bytes().to_vec(), kind: Some(kind) };
         writer.send(HostBody::Open(open)).await?;
         match reader.next().await? {
@@ -107,6 +110,19 @@ impl Session {
         let (mut reader, mut writer) = (self.reader, self.writer);
         (reader.io, writer.io) = tokio::io::split(reader.io.unsplit(writer.io).unhurried(interval)?);
         Ok(Self { opened: self.opened, reader, writer })
+    }
+
+    /// The stream itself, for a process that speaks with the agent in our place, and what was read of it already.
+    ///
+    /// # Errors
+    /// `unsupported_operation` for a stream that is no socket; what the system says.
+    pub fn hand_over(self) -> Result<(OwnedFd, Vec<u8>), ApiError> {
+        let io = self.reader.io.unsplit(self.writer.io);
+        let socket = io.socket().ok_or_else(|| {
+            ApiError::new(ErrorCode::UnsupportedOperation, "this stream to the agent cannot be handed over")
+        })?;
+        let socket = socket.try_clone_to_owned().map_err(|error| ApiError::from(SessionError::Io(error)))?;
+        Ok((socket, self.reader.decoder.into_rest()))
     }
 
     /// The stream without frames, for kinds that carry bare bytes after the answer.
@@ -165,13 +181,19 @@ impl SessionReader {
                     None => continue,
                 }
             }
-            self.buffer.clear();
-            self.buffer.reserve(READ_LEN.min(64 << 10));
-            if self.io.read_buf(&mut self.buffer).await? == 0 {
-                self.decoder.finish()?;
-                return Ok(None);
+            // Where it is read to is where it is decoded from; a read that is given up has taken nothing.
+            match self.io.read(self.decoder.room(self.read_len)).await? {
+                0 => {
+                    self.decoder.finish()?;
+                    return Ok(None);
+                }
+                len => {
+                    self.decoder.took(len);
+                    if len >= self.read_len {
+                        self.read_len = (self.read_len * 2).min(READ_LEN);
+                    }
+                }
             }
-            self.decoder.push(&self.buffer);
         }
     }
 }

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Agent, STACK_LEN, VERSION, control, renewal};
 use crate::failure::GuestError;
-use crate::session::stream::{FrameStream, READ_LEN, StreamError};
+use crate::session::stream::{FrameStream, StreamError};
 use crate::session::workload::Caller;
 use crate::session::{self, exec};
 
@@ -117,7 +117,6 @@ fn read_open(stream: &mut FrameStream) -> Result<Open, StreamError> {
 /// # Errors
 /// [`StreamError`]; a peer that is silent for too long has closed.
 pub(crate) fn next_message(stream: &mut FrameStream, until: Instant) -> Result<HostBody, StreamError> {
-    let mut scratch = vec![0; READ_LEN];
     loop {
         if let Some(message) = stream.next_message()? {
             return Ok(message);
@@ -125,7 +124,7 @@ pub(crate) fn next_message(stream: &mut FrameStream, until: Instant) -> Result<H
         if !wait_for(stream, PollFlags::IN, until) {
             return Err(StreamError::Closed);
         }
-        stream.receive(&mut scratch)?;
+        stream.receive()?;
     }
 }
 

@@ -14,7 +14,7 @@ use super::Agent;
 use super::clock::uptime_us;
 use super::ending::Reason;
 use crate::root::{self, memory_field};
-use crate::session::stream::{FrameStream, READ_LEN, StreamError};
+use crate::session::stream::{FrameStream, StreamError};
 
 /// The control streams of this boot.
 #[derive(Debug)]
@@ -63,7 +63,6 @@ pub(crate) fn serve(agent: &Agent, mut stream: FrameStream, opened: Opened) {
     let number = agent.controls.take_over(&stream);
     let mut told_end = opened.main_exited.is_some();
     stream.send(GuestBody::Opened(opened));
-    let mut scratch = vec![0; READ_LEN];
     let mut next_beat = Instant::now();
     while agent.controls.newest.load(Ordering::Acquire) == number {
         let now = Instant::now();
@@ -82,7 +81,7 @@ pub(crate) fn serve(agent: &Agent, mut stream: FrameStream, opened: Opened) {
             told_end = true;
         }
         // Heard before the wait: what came together with the opening is announced by no event.
-        if hear(agent, &mut stream, &mut scratch).and_then(|()| stream.flush()).is_err() {
+        if hear(agent, &mut stream).and_then(|()| stream.flush()).is_err() {
             break;
         }
         wait(agent, &stream, next_beat);
@@ -104,8 +103,8 @@ fn wait(agent: &Agent, stream: &FrameStream, until: Instant) {
     let _ = rustix::io::read(&agent.controls.wake, &mut [0u8; 8]);
 }
 
-fn hear(agent: &Agent, stream: &mut FrameStream, scratch: &mut [u8]) -> Result<(), StreamError> {
-    stream.receive(scratch)?;
+fn hear(agent: &Agent, stream: &mut FrameStream) -> Result<(), StreamError> {
+    stream.receive()?;
     while let Some(message) = stream.next_message()? {
         match message {
             HostBody::Ping(ping) if stream.has_room() => stream.send(GuestBody::Pong(Pong { token: ping.token })),

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 
 use super::clock::{self, Correction};
 use crate::session::pump::{Door, OutputLog};
-use crate::session::stream::{FrameStream, READ_LEN, StreamError};
+use crate::session::stream::{FrameStream, StreamError};
 use crate::session::workload::Host;
 
 /// Bytes of waiting log lines above which further ones are dropped: a guest can make the agent talk.
@@ -176,7 +176,6 @@ impl Link {
 
     /// Serves the link until it is lost.
     pub fn serve(&self) -> StreamError {
-        let mut scratch = vec![0; READ_LEN];
         loop {
             let write = if self.lock().stream.backlog() > 0 { PollFlags::OUT } else { PollFlags::empty() };
             let socket = self.socket();
@@ -189,7 +188,7 @@ impl Link {
             }
             let events = fds[0].revents();
             let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
-            let outcome = self.turn(events, &mut scratch);
+            let outcome = self.turn(events);
             if let Err(error) = outcome {
                 let mut state = self.lock();
                 state.lost = true;
@@ -208,7 +207,7 @@ impl Link {
         }
     }
 
-    fn turn(&self, events: PollFlags, scratch: &mut [u8]) -> Result<(), StreamError> {
+    fn turn(&self, events: PollFlags) -> Result<(), StreamError> {
         let mut state = self.lock();
         state.stream.flush()?;
         if state.stream.backlog() == 0 {
@@ -218,7 +217,7 @@ impl Link {
         if !events.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
             return Ok(());
         }
-        state.stream.receive(scratch)?;
+        state.stream.receive()?;
         while let Some(message) = state.stream.next_message()? {
             match message {
                 HostBody::ClockSync(sync) => {

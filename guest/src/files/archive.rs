@@ -18,19 +18,12 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::failure::GuestError;
 use crate::session::input::Credit;
-use crate::session::stream::{FrameStream, READ_LEN};
+use crate::session::stream::FrameStream;
 
 /// Packs or unpacks as the calling thread's user, and tells the end.
 pub fn serve(stream: &mut FrameStream, action: &ArchiveAction) {
     let mut warnings = Vec::new();
-    let mut wire = Wire {
-        stream,
-        scratch: vec![0; READ_LEN],
-        credit: Credit::default(),
-        input: Vec::new(),
-        read: 0,
-        input_ended: false,
-    };
+    let mut wire = Wire { stream, credit: Credit::default(), input: Vec::new(), read: 0, input_ended: false };
     // What was queued before, the opening, does not wait for the first piece.
     if wire.drain().is_err() {
         return;
@@ -81,7 +74,6 @@ fn failed(error: TreeError) -> GuestError {
 /// The stream as blocking bytes.
 struct Wire<'a> {
     stream: &'a mut FrameStream,
-    scratch: Vec<u8>,
     credit: Credit,
     /// The piece of input that is being read, and how much of it was.
     input: Vec<u8>,
@@ -143,7 +135,7 @@ impl Wire<'_> {
                     self.give_credit(true)?;
                     let mut fds = [PollFd::from_borrowed_fd(self.stream.socket(), PollFlags::IN)];
                     let _ = poll(&mut fds, None);
-                    self.stream.receive(&mut self.scratch).map_err(io::Error::other)?;
+                    self.stream.receive().map_err(io::Error::other)?;
                 }
             }
         }

@@ -10,13 +10,12 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::operations::Operations;
 use super::person::Place;
 use super::watch::Watches;
-use crate::session::stream::{FrameStream, READ_LEN};
+use crate::session::stream::FrameStream;
 
 /// Serves until the host goes away or breaks the protocol.
 pub(super) fn serve(stream: &mut FrameStream, place: Place) {
     let mut operations = Operations::new(place);
     let mut watches = Watches::default();
-    let mut scratch = vec![0; READ_LEN];
     loop {
         while stream.has_room() {
             match stream.next_message() {
@@ -60,7 +59,7 @@ pub(super) fn serve(stream: &mut FrameStream, place: Place) {
         let heard = fds[0].revents();
         let changed = fds.get(1).is_some_and(|fd| fd.revents().intersects(PollFlags::IN));
         drop(fds);
-        if heard.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) && stream.receive(&mut scratch).is_err() {
+        if heard.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) && stream.receive().is_err() {
             return;
         }
         if changed {

@@ -19,7 +19,7 @@ use crate::command::{self, Command};
 use crate::failure::GuestError;
 use crate::sys::{self, Spawn, SpawnError, Step};
 
-/// Size of a pipe for output: fewer switches between process and agent than the default of 64 KiB.
+/// Size of a pipe: fewer switches between process and agent than the default of 64 KiB.
 const PIPE_LEN: usize = 256 << 10;
 
 /// A process with the agent's ends of its streams, all non-blocking.
@@ -95,6 +95,7 @@ impl Process {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|errno| GuestError::exec("cannot make a pipe", errno));
         let (stdin_read, stdin_write) = if stdin {
             let (read, write) = pipe()?;
+            let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_LEN);
             (read, Some(nonblocking(write)?))
         } else {
             (guest.null_device()?, None)

@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use msb_protocol::frame::FrameError;
 use msb_protocol::guest::{Exited, GuestBody, HostBody, OutputLost, OutputStream, StdinCredit, TerminalSize};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -440,7 +441,7 @@ impl<'a> Pump<'a> {
             return;
         }
         if let Some(client) = self.clients.get_mut(index) {
-            let outcome = client.stream.receive(&mut self.scratch);
+            let outcome = client.stream.receive();
             self.obey_all(index, outcome);
         }
     }
@@ -448,6 +449,14 @@ impl<'a> Pump<'a> {
     /// Obeys every message of a client that has arrived whole; the client is lost if one cannot be understood.
     fn obey_all(&mut self, index: usize, mut outcome: Result<(), StreamError>) {
         while outcome.is_ok() {
+            match self.take_stdin(index) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            }
             let message = match self.clients.get_mut(index).map(|client| client.stream.next_message()) {
                 Some(Ok(Some(message))) => message,
                 Some(Err(error)) => {
@@ -465,10 +474,41 @@ impl<'a> Pump<'a> {
         }
     }
 
+    /// Takes the next message of a client if it is stdin: written from where it lies, and only what the process does not take is kept.
+    fn take_stdin(&mut self, index: usize) -> Result<bool, StreamError> {
+        let Some(client) = self.clients.get_mut(index) else { return Ok(false) };
+        let Some(data) = client.stream.next_stdin()? else { return Ok(false) };
+        client.credit.take(data.len()).map_err(|_| StreamError::Protocol(FrameError::Malformed))?;
+        let (number, wanted) = (client.number, client.sends_stdin && !self.input.is_ended());
+        let mut taken = data.len();
+        if let (true, Some(stdin)) = (wanted, &self.process.stdin) {
+            if self.input.front().is_some() {
+                taken = 0;
+            } else {
+                match rustix::io::write(stdin, data) {
+                    Ok(len) => taken = len,
+                    Err(Errno::AGAIN | Errno::INTR) => taken = 0,
+                    // Nobody reads any more, and nothing waits.
+                    Err(_) => {
+                        self.process.stdin = None;
+                        self.input.abandon();
+                    }
+                }
+            }
+            self.input.push(number, data[taken..].to_vec());
+        }
+        if taken > 0 {
+            let idle = self.input.front().is_none();
+            self.give_credit(number, taken, idle);
+        }
+        Ok(true)
+    }
+
     fn obey(&mut self, index: usize, message: HostBody) -> Result<(), StreamError> {
         let malformed = || StreamError::Protocol(msb_protocol::frame::FrameError::Malformed);
         let Some(client) = self.clients.get_mut(index) else { return Ok(()) };
         match message {
+            // In an encoding that `take_stdin` does not know.
             HostBody::Stdin(data) => {
                 let len = data.data.len();
                 client.credit.take(len).map_err(|_| malformed())?;

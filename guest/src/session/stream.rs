@@ -3,14 +3,19 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use msb_protocol::frame::{self, Decoder, FrameError};
+use std::io::IoSlice;
+
+use msb_protocol::frame::{DATA_LEN_MAX, Decoder, FrameError};
 use msb_protocol::guest::{Assembler, GuestBody, HostBody, OutputStream, encode_guest};
+use msb_protocol::piece::{self, MAIN_OUTPUT_TAG, OUTPUT_TAG};
 use rustix::io::Errno;
 
 /// Bytes of the outbox above which an owner must stop producing output.
 pub const OUTBOX_HIGH: usize = 128 << 10;
-/// Bytes that one read takes.
+/// Bytes that one read takes at most.
 pub const READ_LEN: usize = 64 << 10;
+/// Bytes that the first read takes: most streams bring a few words and no more.
+const READ_LEN_FIRST: usize = 4 << 10;
 
 /// Why a stream is over.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +37,7 @@ pub struct FrameStream {
     socket: OwnedFd,
     decoder: Decoder,
     assembler: Assembler,
+    read_len: usize,
     outbox: Vec<u8>,
     written: usize,
 }
@@ -43,7 +49,8 @@ impl FrameStream {
     /// As fcntl(2).
     pub fn new(socket: OwnedFd) -> Result<Self, Errno> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket, decoder: Decoder::new(), assembler: Assembler::new(), outbox: Vec::new(), written: 0 })
+        let (decoder, assembler) = (Decoder::new(), Assembler::new());
+        Ok(Self { socket, decoder, assembler, read_len: READ_LEN_FIRST, outbox: Vec::new(), written: 0 })
     }
 
     /// The socket, to poll it.
@@ -61,20 +68,36 @@ impl FrameStream {
         self.backlog() < OUTBOX_HIGH
     }
 
-    /// Reads once; afterwards [`Self::next_message`] gives what has arrived.
+    /// Reads once; afterwards [`Self::next_stdin`] and [`Self::next_message`] give what has arrived.
     ///
     /// # Errors
     /// [`StreamError::Closed`] at the end, [`StreamError::Socket`].
-    pub fn receive(&mut self, scratch: &mut [u8]) -> Result<(), StreamError> {
-        match rustix::io::read(&self.socket, &mut *scratch) {
+    pub fn receive(&mut self) -> Result<(), StreamError> {
+        let room = self.decoder.room(self.read_len);
+        let room_len = room.len().min(READ_LEN);
+        match rustix::io::read(&self.socket, &mut room[..room_len]) {
             Ok(0) => Err(StreamError::Closed),
             Ok(len) => {
-                self.decoder.push(&scratch[..len]);
+                self.decoder.took(len);
+                if len == room_len {
+                    self.read_len = (self.read_len * 2).min(READ_LEN);
+                }
                 Ok(())
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// The bytes of the next message that has arrived whole, if it is stdin: where they lie, without a copy.
+    ///
+    /// # Errors
+    /// [`StreamError::Protocol`]: nothing after it can be understood.
+    pub fn next_stdin(&mut self) -> Result<Option<&[u8]>, StreamError> {
+        if !self.assembler.is_idle() {
+            return Ok(None);
+        }
+        Ok(self.decoder.next_body_if(|body| piece::stdin_in(body).map(|range| &body[range]))?)
     }
 
     /// The next message that has arrived whole.
@@ -101,14 +124,28 @@ impl FrameStream {
         let _ = encode_guest(body, &mut self.outbox);
     }
 
-    /// Queues output of a process, at most [`frame::DATA_LEN_MAX`] bytes.
+    /// Sends output of a process, at most [`DATA_LEN_MAX`] bytes; what the socket does not take is queued.
     pub fn send_output(&mut self, stream: OutputStream, data: &[u8]) {
-        encode_output(OUTPUT_TAG, stream, data, &mut self.outbox);
+        self.send_piece(OUTPUT_TAG, stream, data);
     }
 
-    /// Queues output of the main workload for the log, at most [`frame::DATA_LEN_MAX`] bytes.
+    /// The same with output of the main workload for the log.
     pub fn send_main_output(&mut self, stream: OutputStream, data: &[u8]) {
-        encode_output(MAIN_OUTPUT_TAG, stream, data, &mut self.outbox);
+        self.send_piece(MAIN_OUTPUT_TAG, stream, data);
+    }
+
+    fn send_piece(&mut self, tag: u32, stream: OutputStream, data: &[u8]) {
+        let data = &data[..data.len().min(DATA_LEN_MAX)];
+        let head = piece::output_head(tag, stream, data.len());
+        let head = head.as_ref();
+        let sent = if self.backlog() > 0 {
+            0
+        } else {
+            // From where it lies. What failed fails again at the next flush, which tells it.
+            rustix::io::writev(&self.socket, &[IoSlice::new(head), IoSlice::new(data)]).unwrap_or(0)
+        };
+        self.outbox.extend_from_slice(&head[sent.min(head.len())..]);
+        self.outbox.extend_from_slice(&data[sent.saturating_sub(head.len())..]);
     }
 
     /// Writes what the socket takes.
@@ -149,55 +186,41 @@ impl FrameStream {
     }
 }
 
-/// Field number of `GuestBody::Output`.
-pub const OUTPUT_TAG: u32 = 13;
-/// Field number of `GuestBody::MainOutput`.
-pub const MAIN_OUTPUT_TAG: u32 = 5;
-
-/// Appends the frame of one piece of output: what `encode_guest` would write, with one copy of the data in place of three.
-pub fn encode_output(tag: u32, stream: OutputStream, data: &[u8], out: &mut Vec<u8>) {
-    use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
-    let data = &data[..data.len().min(frame::DATA_LEN_MAX)];
-    // Lengths are at most DATA_LEN_MAX and a few bytes, so the conversions below lose nothing.
-    let stream_len = if stream == OutputStream::Stdout { 0 } else { 2 };
-    let data_len = if data.is_empty() { 0 } else { key_len(2) + encoded_len_varint(data.len() as u64) + data.len() };
-    let output_len = stream_len + data_len;
-    let body_len = key_len(tag) + encoded_len_varint(output_len as u64) + output_len;
-    out.reserve(frame::PREFIX_LEN + body_len);
-    out.extend_from_slice(&u32::try_from(body_len).unwrap_or(u32::MAX).to_be_bytes());
-    encode_key(tag, WireType::LengthDelimited, out);
-    encode_varint(output_len as u64, out);
-    if stream != OutputStream::Stdout {
-        encode_key(1, WireType::Varint, out);
-        encode_varint(stream as u64, out);
-    }
-    if !data.is_empty() {
-        encode_key(2, WireType::LengthDelimited, out);
-        encode_varint(data.len() as u64, out);
-        out.extend_from_slice(data);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use msb_protocol::guest::{HostMessage, Output};
+    use msb_protocol::frame;
+    use msb_protocol::guest::HostMessage;
     use proptest::prelude::*;
 
     proptest! {
         #[test]
-        fn output_is_encoded_as_prost_does(len in prop_oneof![Just(0usize), 1usize..300, Just(frame::DATA_LEN_MAX)], error in any::<bool>()) {
-            let stream = if error { OutputStream::Stderr } else { OutputStream::Stdout };
-            let data = vec![0xa5; len];
-            for (tag, body) in [
-                (OUTPUT_TAG, GuestBody::Output(Output { stream: stream as i32, data: data.clone() })),
-                (MAIN_OUTPUT_TAG, GuestBody::MainOutput(Output { stream: stream as i32, data: data.clone() })),
-            ] {
-                let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-                encode_output(tag, stream, &data, &mut ours);
-                encode_guest(body, &mut theirs).unwrap();
-                prop_assert_eq!(ours, theirs);
+        fn output_arrives_whole_however_little_the_socket_takes(lens in prop::collection::vec(0usize..=DATA_LEN_MAX, 1..12)) {
+            let (ours, host) = std::os::unix::net::UnixStream::pair().unwrap();
+            host.set_nonblocking(true).unwrap();
+            let mut stream = FrameStream::new(ours.into()).unwrap();
+            let (mut decoder, mut assembler, mut seen, mut read) = (Decoder::new(), Assembler::new(), Vec::new(), vec![0; 50_000]);
+            let mut hear = || {
+                while let Ok(len) = rustix::io::read(&host, &mut read[..]) {
+                    decoder.push(&read[..len]);
+                    while let Some(body) = decoder.next_body().unwrap() {
+                        match assembler.guest(body).unwrap() {
+                            Some(GuestBody::Output(output)) => seen.push(output.data),
+                            other => panic!("{other:?}"),
+                        }
+                    }
+                }
+            };
+            let sent: Vec<Vec<u8>> = lens.iter().enumerate().map(|(at, len)| vec![u8::try_from(at).unwrap(); *len]).collect();
+            for data in &sent {
+                stream.send_output(OutputStream::Stdout, data);
             }
+            while stream.backlog() > 0 {
+                hear();
+                stream.flush().unwrap();
+            }
+            hear();
+            prop_assert_eq!(seen, sent);
         }
 
         #[test]
@@ -205,8 +228,7 @@ mod tests {
             let (ours, host) = std::os::unix::net::UnixStream::pair().unwrap();
             let mut stream = FrameStream::new(ours.into()).unwrap();
             rustix::io::write(&host, &bytes).unwrap();
-            let mut scratch = vec![0; READ_LEN];
-            stream.receive(&mut scratch).unwrap();
+            stream.receive().unwrap();
             while let Ok(Some(_)) = stream.next_message() {}
         }
     }
@@ -215,18 +237,17 @@ mod tests {
     fn the_end_and_garbage_are_told_apart() {
         let (ours, host) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut stream = FrameStream::new(ours.into()).unwrap();
-        let mut scratch = vec![0; READ_LEN];
-        stream.receive(&mut scratch).unwrap();
+        stream.receive().unwrap();
         assert!(matches!(stream.next_message(), Ok(None)));
         let mut wire = Vec::new();
         let ping = HostBody::Ping(msb_protocol::guest::Ping { token: 9 });
         frame::encode_message(&HostMessage::from(ping.clone()), &mut wire).unwrap();
         wire.extend_from_slice(&[0xff; 8]);
         rustix::io::write(&host, &wire).unwrap();
-        stream.receive(&mut scratch).unwrap();
+        stream.receive().unwrap();
         assert_eq!(stream.next_message().unwrap(), Some(ping));
         assert!(matches!(stream.next_message(), Err(StreamError::Protocol(_))));
         drop(host);
-        assert!(matches!(stream.receive(&mut scratch), Err(StreamError::Closed)));
+        assert!(matches!(stream.receive(), Err(StreamError::Closed)));
     }
 }

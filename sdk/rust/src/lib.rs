@@ -30,6 +30,7 @@ pub mod builder;
 pub mod client;
 mod connection;
 pub mod copy;
+mod direct;
 mod error;
 pub mod exec;
 pub mod fs;

@@ -1,10 +1,14 @@
 //! A running command seen from the client: its output, its stdin within the service's credit, its signals.
 //!
 //! ```text
-//!            text: signal, resize, stdin_eof      ┌─────────┐   Session::next ──► events
-//!  caller ── binary: stdin, within the Window ──► │ WebSocket│ ◄─ text: started, stdin_credit, exited, error
-//!            (SessionControl, SessionStdin)       └─────────┘ ◄─ binary: tag byte, then output
+//!            signal, resize, stdin_eof            ┌────────────────┐   Session::next ──► events
+//!  caller ── stdin, within the Window ──────────► │ agent's stream │ ◄─ started, stdin_credit, exited, error
+//!            (SessionControl, SessionStdin)       │ or a WebSocket │ ◄─ output
+//!                                                 └────────────────┘
 //! ```
+//!
+//! The agent's own stream ([`crate::direct`]) where the service hands it over; else a WebSocket of the service, on which text messages are
+//! JSON and binary ones bytes. Both say the same.
 //!
 //! Credit keeps stdin from filling the pipe, so a signal is never stuck behind it. A caller that stops reading stops the command's
 //! output (back-pressure), nothing grows. Dropping the session ends the connection, and with it an exec, never the main workload.
@@ -17,13 +21,14 @@ use futures_util::{SinkExt, StreamExt};
 use msb_protocol::control::{ClientMessage, STDERR_TAG, STDOUT_TAG, ServerMessage, TerminalSize};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::frame::DATA_LEN_MAX;
-use msb_protocol::guest::STDIN_WINDOW;
+use msb_protocol::guest::{GuestBody, OutputStream, STDIN_WINDOW};
 use msb_protocol::state::ProcessEnd;
 use tokio::sync::Mutex;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use crate::connection::Socket;
+use crate::direct::{DirectReader, DirectWriter, Incoming};
 use crate::error::Error;
 use crate::exec::ExecOutput;
 use crate::window::Window;
@@ -49,9 +54,21 @@ pub enum SessionEvent {
     Exited(ProcessEnd),
 }
 
+/// Where a session hears from.
+enum Reader {
+    WebSocket(SplitStream<Socket>),
+    Direct(DirectReader),
+}
+
+/// Where a session speaks to.
+enum Writer {
+    WebSocket(SplitSink<Socket, Message>),
+    Direct(DirectWriter),
+}
+
 /// A running command.
 pub struct Session {
-    reader: SplitStream<Socket>,
+    reader: Reader,
     control: SessionControl,
     window: Arc<Window>,
     stdin: Option<SessionStdin>,
@@ -62,11 +79,21 @@ impl Session {
     /// Opens a session on a fresh socket: `first` is its first message, `stdin` whether that forwards stdin.
     pub(crate) async fn open(socket: Socket, first: &ClientMessage, stdin: bool) -> Result<Self, Error> {
         let (sink, reader) = socket.split();
-        let control = SessionControl { sink: Arc::new(Mutex::new(sink)) };
-        control.send(first).await?;
+        let session = Self::over(Reader::WebSocket(reader), Writer::WebSocket(sink), stdin);
+        session.control.send(first).await?;
+        Ok(session)
+    }
+
+    /// A session on a stream that was opened already.
+    pub(crate) fn direct(reader: DirectReader, writer: DirectWriter, stdin: bool) -> Self {
+        Self::over(Reader::Direct(reader), Writer::Direct(writer), stdin)
+    }
+
+    fn over(reader: Reader, writer: Writer, stdin: bool) -> Self {
+        let control = SessionControl { writer: Arc::new(Mutex::new(writer)) };
         let window = Arc::new(Window::new(u64::from(STDIN_WINDOW)));
         let stdin = stdin.then(|| SessionStdin { control: control.clone(), window: Arc::clone(&window) });
-        Ok(Self { reader, control, window, stdin, over: false })
+        Self { reader, control, window, stdin, over: false }
     }
 
     /// What happens next; `None` after the end. Dropping the future loses nothing.
@@ -75,16 +102,46 @@ impl Session {
     /// The service's error, after which nothing follows; `exec_lost` if the connection ends before the command does.
     pub async fn next(&mut self) -> Result<Option<SessionEvent>, Error> {
         while !self.over {
-            let message = match self.reader.next().await {
-                Some(Ok(message)) => message,
-                Some(Err(error)) => return Err(self.lost(&reason(&error))),
-                None => return Err(self.lost("the service closed it")),
+            let event = match &mut self.reader {
+                Reader::WebSocket(reader) => match reader.next().await {
+                    Some(Ok(message)) => self.take(message)?,
+                    Some(Err(error)) => return Err(self.lost(&reason(&error))),
+                    None => return Err(self.lost("the service closed it")),
+                },
+                Reader::Direct(reader) => match reader.next().await {
+                    Ok(Incoming::Output(OutputStream::Stdout, data)) => Some(SessionEvent::Stdout(data)),
+                    Ok(Incoming::Output(OutputStream::Stderr, data)) => Some(SessionEvent::Stderr(data)),
+                    Ok(Incoming::Message(message)) => self.take_guest(message)?,
+                    Err(why) => return Err(self.lost(&why)),
+                },
             };
-            if let Some(event) = self.take(message)? {
-                return Ok(Some(event));
+            if event.is_some() {
+                return Ok(event);
             }
         }
         Ok(None)
+    }
+
+    fn take_guest(&mut self, message: GuestBody) -> Result<Option<SessionEvent>, Error> {
+        match message {
+            GuestBody::Started(begun) => Ok(Some(SessionEvent::Started { pid: begun.pid })),
+            GuestBody::StdinCredit(credit) => {
+                self.window.add(u64::from(credit.bytes));
+                Ok(None)
+            }
+            GuestBody::Output(output) if output.stream == i32::from(OutputStream::Stderr) => {
+                Ok(Some(SessionEvent::Stderr(output.data.into())))
+            }
+            GuestBody::Output(output) => Ok(Some(SessionEvent::Stdout(output.data.into()))),
+            GuestBody::OutputLost(lost) => Ok(Some(SessionEvent::OutputLost { bytes: lost.bytes })),
+            GuestBody::Exited(end) => {
+                self.end();
+                Ok(Some(SessionEvent::Exited(end.into())))
+            }
+            GuestBody::Refused(failure) => Err(self.ended_by(Error::Api(failure.into()))),
+            // What a later agent says beyond that is not for this client.
+            _ => Ok(None),
+        }
     }
 
     fn take(&mut self, message: Message) -> Result<Option<SessionEvent>, Error> {
@@ -187,6 +244,11 @@ impl Session {
     }
 }
 
+fn unsent(error: &dyn std::fmt::Display) -> Error {
+    let message = format!("the connection to the running command was lost: {error}");
+    Error::Client(ApiError::new(ErrorCode::ExecLost, message))
+}
+
 /// What happened to the connection, without the words of its protocol.
 fn reason(error: &WsError) -> String {
     match error {
@@ -207,7 +269,7 @@ impl Drop for Session {
 /// Sends signals and terminal sizes to a running command.
 #[derive(Clone)]
 pub struct SessionControl {
-    sink: Arc<Mutex<SplitSink<Socket, Message>>>,
+    writer: Arc<Mutex<Writer>>,
 }
 
 impl SessionControl {
@@ -228,15 +290,22 @@ impl SessionControl {
     }
 
     async fn send(&self, message: &ClientMessage) -> Result<(), Error> {
-        let text = serde_json::to_string(message).map_err(Error::protocol)?;
-        self.write(Message::text(text)).await
+        match &mut *self.writer.lock().await {
+            Writer::WebSocket(sink) => {
+                let text = serde_json::to_string(message).map_err(Error::protocol)?;
+                sink.send(Message::text(text)).await.map_err(|error| unsent(&error))
+            }
+            Writer::Direct(writer) => writer.send(message).await.map_err(|error| unsent(&error)),
+        }
     }
 
-    async fn write(&self, message: Message) -> Result<(), Error> {
-        self.sink.lock().await.send(message).await.map_err(|error| {
-            let message = format!("the connection to the running command was lost: {error}");
-            Error::Client(ApiError::new(ErrorCode::ExecLost, message))
-        })
+    async fn stdin(&self, data: &[u8]) -> Result<(), Error> {
+        match &mut *self.writer.lock().await {
+            Writer::WebSocket(sink) => {
+                sink.send(Message::binary(Bytes::copy_from_slice(data))).await.map_err(|error| unsent(&error))
+            }
+            Writer::Direct(writer) => writer.stdin(data).await.map_err(|error| unsent(&error)),
+        }
     }
 }
 
@@ -258,7 +327,7 @@ impl SessionStdin {
                 return Err(Error::Client(ApiError::new(ErrorCode::ExecLost, "the command has ended")));
             };
             let (now, later) = rest.split_at(granted);
-            self.control.write(Message::binary(Bytes::copy_from_slice(now))).await?;
+            self.control.stdin(now).await?;
             rest = later;
         }
         Ok(())

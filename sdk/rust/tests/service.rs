@@ -12,14 +12,23 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use futures_util::StreamExt;
-use msb_protocol::control::{ClientMessage, LoadEvent, STDERR_TAG, STDOUT_TAG, ServerMessage, VersionInfo};
+use hyper_util::rt::TokioIo;
+use hyper_util::server::conn::auto::upgrade::downcast;
+use msb_protocol::control::{
+    ClientMessage, LoadEvent, STDERR_TAG, STDOUT_TAG, STREAM_UPGRADE, ServerMessage, StreamAnswer, VersionInfo,
+};
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::guest::STDIN_WINDOW;
+use msb_protocol::frame;
+use msb_protocol::guest::{
+    Assembler, Exited, GuestBody, HostBody, Output, OutputStream, STDIN_WINDOW, Started, encode_guest,
+};
 use msb_protocol::id::SandboxName;
 use msb_protocol::state::ProcessEnd;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
 use msb_sdk::client::LoadOptions;
 use msb_sdk::{Client, Error, Exec, SessionEvent};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 fn version(api_version: u32) -> VersionInfo {
     VersionInfo {
@@ -251,4 +260,109 @@ async fn one_client_makes_many_calls_at_once() {
     for result in futures_util::future::join_all(calls).await {
         assert!(result.unwrap().images.is_empty());
     }
+}
+
+/// A service that hands the agent's stream over, with `Started` in what it has read already, and then plays the agent.
+fn handing_over<F, R>(agent: F) -> Router
+where
+    F: Fn(std::os::unix::net::UnixStream, UnixStream) -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let answer = move |request: axum::extract::Request| async move {
+        assert_eq!(request.headers()["upgrade"], STREAM_UPGRADE);
+        let upgrade = hyper::upgrade::on(request);
+        tokio::spawn(async move {
+            let parts = downcast::<TokioIo<UnixStream>>(upgrade.await.unwrap()).unwrap();
+            let mut client = parts.io.into_inner();
+            let mut decoder = frame::Decoder::new();
+            decoder.push(&parts.read_buf);
+            while !decoder.holds_body() {
+                let len = client.read(decoder.room(4096)).await.unwrap();
+                decoder.took(len);
+            }
+            let first: ClientMessage = frame::decode_json(decoder.next_body().unwrap().unwrap()).unwrap();
+            assert!(matches!(first, ClientMessage::Exec { .. }));
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (mut read, mut wire) = (Vec::new(), Vec::new());
+            encode_guest(GuestBody::Started(Started { pid: 7 }), &mut read).unwrap();
+            frame::encode_json(&StreamAnswer::Opened, &mut wire).unwrap();
+            frame::encode(&read, &mut wire).unwrap();
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+            let descriptors = [std::os::fd::AsFd::as_fd(&theirs)];
+            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&descriptors)));
+            let flags = rustix::net::SendFlags::NOSIGNAL;
+            let sent = rustix::net::sendmsg(&client, &[std::io::IoSlice::new(&wire)], &mut control, flags).unwrap();
+            assert_eq!(sent, wire.len());
+            drop(theirs);
+            agent(ours, client).await;
+        });
+        let answer = Response::builder().status(StatusCode::SWITCHING_PROTOCOLS).header("upgrade", STREAM_UPGRADE);
+        answer.header("connection", "upgrade").body(Body::empty()).unwrap()
+    };
+    Router::new().route("/v1/sandboxes/box/exec", get(answer))
+}
+
+#[tokio::test]
+async fn a_stream_that_is_handed_over_carries_output_stdin_and_the_end() {
+    let service = serve(handing_over(|agent, client| async move {
+        agent.set_nonblocking(true).unwrap();
+        let mut agent = UnixStream::from_std(agent).unwrap();
+        let (mut decoder, mut assembler) = (frame::Decoder::new(), Assembler::new());
+        let mut stdin = Vec::new();
+        loop {
+            let len = agent.read(decoder.room(4096)).await.unwrap();
+            decoder.took(len);
+            let Some(body) = decoder.next_body().unwrap() else { continue };
+            match assembler.host(body).unwrap() {
+                Some(HostBody::Stdin(data)) => stdin.extend(data.data),
+                Some(HostBody::StdinEof(_)) => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        let mut wire = Vec::new();
+        for (stream, data) in [(OutputStream::Stdout, stdin), (OutputStream::Stderr, b"err".to_vec())] {
+            let output = Output { stream: stream as i32, data };
+            encode_guest(GuestBody::Output(output), &mut wire).unwrap();
+        }
+        encode_guest(GuestBody::Exited(Exited { code: 3, ..Exited::default() }), &mut wire).unwrap();
+        // In pieces, as a stream may.
+        for piece in wire.chunks(7) {
+            agent.write_all(piece).await.unwrap();
+        }
+        drop(client);
+    }));
+    let client = Client::at(&service.socket).await.unwrap();
+    let mut session = client.exec(&name(), Exec::new(["cat"]).stdin_open().into_request()).await.unwrap();
+    let mut stdin = session.take_stdin().unwrap();
+    stdin.write_all(b"in").await.unwrap();
+    stdin.finish().await.unwrap();
+    let mut events = Vec::new();
+    while let Some(event) = session.next().await.unwrap() {
+        events.push(event);
+    }
+    assert_eq!(
+        events,
+        [
+            SessionEvent::Started { pid: 7 },
+            SessionEvent::Stdout("in".into()),
+            SessionEvent::Stderr("err".into()),
+            SessionEvent::Exited(ProcessEnd::exited(3)),
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_handed_over_session_ends_with_its_service() {
+    let service = serve(handing_over(|agent, client| async move {
+        drop(client);
+        std::future::pending::<()>().await;
+        drop(agent);
+    }));
+    let client = Client::at(&service.socket).await.unwrap();
+    let mut session = client.exec(&name(), Exec::new(["sleep", "9"]).into_request()).await.unwrap();
+    assert_eq!(session.next().await.unwrap(), Some(SessionEvent::Started { pid: 7 }));
+    let error = session.next().await.unwrap_err();
+    assert!(error.to_string().contains("the service closed it"), "{error}");
+    assert_eq!(session.next().await.unwrap(), None);
 }

@@ -7,6 +7,7 @@ mod archives;
 mod events;
 mod failure;
 mod files;
+mod handover;
 mod host;
 mod images;
 mod log_files;

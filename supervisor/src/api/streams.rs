@@ -5,6 +5,8 @@
 //!  client ◄─ text: started, stdin_credit, exited; binary ────── down ◄─ agent    down waits while the client does not take it
 //! ```
 //!
+//! A client that takes the stream to the agent itself is served by [`super::handover`].
+//!
 //! Losing the client ends the exec (the agent's stream is dropped); losing the agent's stream is told as `exec_lost`. Neither ever
 //! touches the main workload or the sandbox's actor.
 
@@ -12,8 +14,8 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{Path, State};
-use axum::response::Response;
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::response::{IntoResponse, Response};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use msb_actors::sandbox::activity::ActivityKind;
@@ -33,17 +35,18 @@ use tokio::sync::watch;
 
 use super::ApiState;
 use super::failure::Failure;
+use super::handover;
 use super::sandboxes::name;
 
 /// Time for a client to say what it wants.
-const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time for a client to take the end of its stream.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest message of a client: stdin, or an exec with the largest environment.
 const MESSAGE_LEN_MAX: usize = 4 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Exec,
     Main,
     Attach,
@@ -54,40 +57,47 @@ enum Kind {
 pub(crate) async fn exec(
     State(state): State<ApiState>,
     Path(sandbox): Path<String>,
-    upgrade: WebSocketUpgrade,
+    request: Request,
 ) -> Result<Response, Failure> {
-    upgraded(state, &sandbox, upgrade, Kind::Exec)
+    upgraded(state, &sandbox, request, Kind::Exec).await
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/main", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
 pub(crate) async fn main(
     State(state): State<ApiState>,
     Path(sandbox): Path<String>,
-    upgrade: WebSocketUpgrade,
+    request: Request,
 ) -> Result<Response, Failure> {
-    upgraded(state, &sandbox, upgrade, Kind::Main)
+    upgraded(state, &sandbox, request, Kind::Main).await
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/attach", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
 pub(crate) async fn attach(
     State(state): State<ApiState>,
     Path(sandbox): Path<String>,
-    upgrade: WebSocketUpgrade,
+    request: Request,
 ) -> Result<Response, Failure> {
-    upgraded(state, &sandbox, upgrade, Kind::Attach)
+    upgraded(state, &sandbox, request, Kind::Attach).await
 }
 
 #[utoipa::path(get, path = "/v1/sandboxes/{name}/archive", params(("name" = String, Path)), responses((status = 101, description = "a WebSocket: ClientMessage and ServerMessage"), (status = "4XX", body = ApiError)))]
 pub(crate) async fn archive(
     State(state): State<ApiState>,
     Path(sandbox): Path<String>,
-    upgrade: WebSocketUpgrade,
+    request: Request,
 ) -> Result<Response, Failure> {
-    upgraded(state, &sandbox, upgrade, Kind::Archive)
+    upgraded(state, &sandbox, request, Kind::Archive).await
 }
 
-fn upgraded(state: ApiState, sandbox: &str, upgrade: WebSocketUpgrade, kind: Kind) -> Result<Response, Failure> {
+async fn upgraded(state: ApiState, sandbox: &str, request: Request, kind: Kind) -> Result<Response, Failure> {
     let sandbox = name(sandbox)?;
+    if handover::is_asked_for(&request) {
+        return handover::upgraded(state, sandbox, request, kind);
+    }
+    let upgrade = match WebSocketUpgrade::from_request(request, &state).await {
+        Ok(upgrade) => upgrade,
+        Err(refused) => return Ok(refused.into_response()),
+    };
     let upgrade = upgrade.max_message_size(MESSAGE_LEN_MAX).max_frame_size(MESSAGE_LEN_MAX);
     Ok(upgrade.on_upgrade(move |socket| async move {
         let (mut client, from_client) = socket.split();
@@ -110,9 +120,20 @@ async fn run(
     mut from_client: SplitStream<WebSocket>,
 ) -> Result<(), ApiError> {
     let first = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, next_text(&mut from_client)).await;
-    let first =
-        first.map_err(|_| ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants"))??;
-    let (open, activity) = match (kind, first) {
+    let first = first.map_err(|_| silent())??;
+    let (open, activity) = opening(kind, first)?;
+    let (session, _activity) = state.daemon.open(sandbox, open, activity).await?;
+    bridge(session, client, from_client).await
+}
+
+/// Nothing came for [`FIRST_MESSAGE_TIMEOUT`].
+pub(super) fn silent() -> ApiError {
+    ApiError::new(ErrorCode::InvalidRequest, "the client did not say what it wants")
+}
+
+/// What a client's first message asks the agent for.
+pub(super) fn opening(kind: Kind, first: ClientMessage) -> Result<(OpenKind, ActivityKind), ApiError> {
+    Ok(match (kind, first) {
         (Kind::Exec, ClientMessage::Exec { exec }) => (OpenKind::Exec(exec_config(exec)?), ActivityKind::Exec),
         (Kind::Archive, ClientMessage::Archive { archive }) => {
             (OpenKind::Archive(open_archive(archive)), ActivityKind::Files)
@@ -128,9 +149,7 @@ async fn run(
             return Err(ApiError::new(ErrorCode::InvalidRequest, "only the main stream takes a timeout"));
         }
         _ => return Err(ApiError::new(ErrorCode::InvalidRequest, "the first message does not fit this route")),
-    };
-    let (session, _activity) = state.daemon.open(sandbox, open, activity).await?;
-    bridge(session, client, from_client).await
+    })
 }
 
 async fn bridge(session: Session, client: &mut Client, from_client: SplitStream<WebSocket>) -> Result<(), ApiError> {

@@ -69,7 +69,7 @@ impl Connection {
         for descriptor in descriptors {
             match descriptor.try_clone() {
                 Ok(copy) => self.outgoing_descriptors.push(copy),
-                Err(error) => tracing::error!(%error, "a listener cannot be given to the daemon"),
+                Err(error) => tracing::error!(%error, "a descriptor cannot be given to the daemon"),
             }
         }
     }

@@ -58,6 +58,8 @@ pub struct ControlOptions {
 /// What becomes known while the thread runs.
 struct Late {
     jail: JailReport,
+    /// For the daemon that hears of the end.
+    remains: Option<OwnedFd>,
     sampler: Sampler,
 }
 
@@ -83,7 +85,7 @@ impl Control {
         let ending = Arc::new(AtomicBool::new(false));
         let network = options.meters.network.clone();
         let sampler = Sampler::new(options.run.clone(), options.meters);
-        let late = Arc::new(Mutex::new(Late { jail: JailReport::default(), sampler }));
+        let late = Arc::new(Mutex::new(Late { jail: JailReport::default(), remains: None, sampler }));
         let run = options.run.clone();
         let mut server = Server {
             listener: options.listener,
@@ -121,8 +123,10 @@ impl Control {
         lock(&self.late).sampler.take()
     }
 
-    /// Sends what waits (the `Ended` event) and ends the thread.
-    pub fn finish(self) {
+    /// Sends the `Ended` event, and with it what of the machine takes long to close, and ends the thread.
+    pub fn finish(self, ended: Event, remains: Option<OwnedFd>) {
+        lock(&self.late).remains = remains;
+        self.run.announce(ended);
         self.ending.store(true, Ordering::SeqCst);
         let _ = self.run.wake().notify();
         if self.thread.join().is_err() {
@@ -416,6 +420,12 @@ impl Server {
             return;
         }
         for event in self.run.take_events() {
+            let remains = if matches!(event, Event::Ended { .. }) { lock(&self.late).remains.take() } else { None };
+            if let (Some(remains), Some(daemon)) =
+                (remains, self.connections.iter_mut().find(|connection| connection.wants_events))
+            {
+                daemon.attach(&[remains]);
+            }
             let message = Message::Event { event };
             self.connections.retain_mut(|connection| !connection.wants_events || connection.send(&message));
         }

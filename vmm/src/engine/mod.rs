@@ -18,6 +18,7 @@ pub mod qemu;
 use std::any::Any;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -220,6 +221,11 @@ pub trait Engine: Send {
 
     /// Virtio slots this engine has.
     fn device_slots(&self) -> usize;
+
+    /// What of a machine that has ended takes long to close, for somebody who has the time. Nothing runs in it any more.
+    fn take_remains(&mut self) -> Option<OwnedFd> {
+        None
+    }
 
     /// Process ids outside this process that belong to the machine (QEMU), for accounting by the daemon.
     fn child_pids(&self) -> Vec<u32> {

@@ -40,18 +40,13 @@ const FIGURES: &[Figure] = &[
     figure("run", "msb run busybox -- true", "ms", "microsandbox 973", 240.0, 160.0),
     figure("exec", "msb exec box -- true", "ms", "microsandbox 53", 12.0, 7.0),
     figure("ls", "msb ls", "ms", "microsandbox 36", 7.0, 4.0),
+    figure("stop_first", "msb stop box, the first one of a service", "ms", "microsandbox 153", 50.0, 25.0),
     figure("stop", "msb stop box", "ms", "microsandbox 153", 50.0, 25.0),
     figure("load", "msb image load of the 2 MB archive", "ms", "microsandbox 2371", 250.0, 80.0),
     figure("block_read", "guest reads 64 MiB from a file on its root disk", "ms", "Firecracker 120", 110.0, 100.0),
     figure("block_write", "guest writes 64 MiB to its root disk, with fsync", "ms", "–", 150.0, 120.0),
-    figure(
-        "exec_out",
-        "64 MiB from the guest through `msb exec` (raw vsock there)",
-        "ms",
-        "Firecracker 100",
-        80.0,
-        70.0,
-    ),
+    figure("vsock_out", "64 MiB from the guest over bare vsock in 64 KiB writes", "ms", "Firecracker 100", 80.0, 70.0),
+    figure("exec_out", "64 MiB from the guest through `msb exec`", "ms", "1.2 of bare vsock", 80.0, 70.0),
     figure("exec_in", "64 MiB into the guest through `msb exec -i`", "ms", "–", 100.0, 80.0),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
     figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
@@ -74,21 +69,31 @@ const FIGURES: &[Figure] = &[
 
 /// What is counted beside the times.
 const COUNTS: &[(&str, &str)] = &[
-    ("run_exits", "VM exits of one `msb run busybox -- true`"),
     ("exec_exits", "VM exits of one `msb exec box -- true`"),
     ("exec_calls", "system calls of the client of one `msb exec`"),
     ("ls_calls", "system calls of one `msb ls`"),
+    ("vsock_out_exits", "VM exits of 64 MiB over bare vsock"),
     ("exec_out_exits", "VM exits of 64 MiB through `msb exec`"),
+    ("exec_in_exits", "VM exits of 64 MiB through `msb exec -i`"),
     ("idle_exits", "VM exits of an idle sandbox in one second"),
 ];
 
 /// Measures and prints; fails only when something cannot be measured at all.
-pub(super) fn run(build: binaries::Arguments) -> Result<()> {
+///
+/// `rows` are the keys of those that are wanted, none for all.
+pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
+    if let Some(unknown) = rows.iter().find(|row| FIGURES.iter().all(|figure| figure.key != row.as_str())) {
+        let known: Vec<&str> = FIGURES.iter().map(|figure| figure.key).collect();
+        bail!("there is no row {unknown}; there are: {}", known.join(", "));
+    }
     debian::ensure(lab::PACKAGES)?;
     let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: System::Bare };
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
-    let code = lab::measure(&machine, build, SCRIPT, &mut |line| {
+    let wanted: String = rows.iter().map(|row| format!(",{row}")).collect();
+    let script = format!("ROWS={wanted},\n{SCRIPT}");
+    let with_python = rows.is_empty() || rows.iter().any(|row| row.starts_with("python"));
+    let code = lab::measure(&machine, build, &script, with_python, &mut |line| {
         // As they come: a machine that ends early has still said something.
         println!("{line}");
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -110,7 +115,7 @@ pub(super) fn run(build: binaries::Arguments) -> Result<()> {
         "\n{:<58} {:>10}  {:<18} {:>8} {:>8}",
         "engine kvm, lab that counts instructions", "measured", "peer", "reach", "better"
     );
-    for figure in FIGURES {
+    for figure in FIGURES.iter().filter(|figure| rows.is_empty() || figures.contains_key(figure.key)) {
         let measured = figures.get(figure.key).map(|value| value / 1000.0);
         let shown = measured.map_or_else(|| "–".to_owned(), |value| format!("{value:.1} {}", figure.unit));
         let verdict = match measured {
@@ -139,92 +144,134 @@ pub(super) fn run(build: binaries::Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Runs inside. Times are microseconds of the lab's clock, the median of the rounds.
+/// Runs inside. Times are microseconds of the lab's clock, the median of the rounds. `ROWS` has the wanted keys between commas, none for all.
 const SCRIPT: &str = r#"set -u
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
 mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME; mount -t debugfs debug /sys/kernel/debug
-median() { sort -n | awk '{v[NR]=$1} END {print v[int((NR+1)/2)]}'; }
-timed() { local rounds=$1 i; shift
-  for ((i = 0; i < rounds; i++)); do
-    local a=$EPOCHREALTIME; "$@" >/tmp/out 2>/tmp/err || { echo "failed: $*" >&2; cat /tmp/err >&2; }; local b=$EPOCHREALTIME
-    echo $(( ${b/./} - ${a/./} ))
-  done | median; }
+want() { local key; [ "$ROWS" = , ] && return 0; for key in "$@"; do [[ $ROWS == *,$key,* ]] && return 0; done; return 1; }
+median() { sort -n | awk '{v[NR]=$1} END {if (NR) print v[int((NR+1)/2)]}'; }
+figure() { [ -n "$2" ] && echo "FIGURE $1 $2"; }
+# took COMMAND...: microseconds, nothing if it failed.
+took() { local a=$EPOCHREALTIME b; if "$@" >/tmp/out 2>/tmp/err; then b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
+timed() { local rounds=$1 i; shift; for ((i = 0; i < rounds; i++)); do took "$@"; done | median; }
+# Of the machines that there are: those of one that has ended are gone with it.
 exits() { cat /sys/kernel/debug/kvm/exits 2>/dev/null || echo 0; }
-calls() { strace -f -c -o /tmp/calls "$@" >/dev/null 2>&1; awk '$NF == "total" {print $(NF-1) ~ /^[0-9]+$/ && NF > 5 ? $(NF-2) : $(NF-1)}' /tmp/calls; }
+calls() { strace -f -c -o /tmp/calls "$@" >/dev/null 2>&1; awk '$NF == "total" {print NF > 5 ? $(NF-2) : $(NF-1)}' /tmp/calls; }
+# What each program of the host has run meanwhile, in microseconds: before a measurement without words, after it with its key.
+shares() { local pid thread name sum
+  for pid in /proc/[0-9]*; do
+    name=$(cat $pid/comm 2>/dev/null); case $name in msbd | msb-vmm) ;; *) continue ;; esac
+    for thread in $pid/task/*; do [ -r $thread/schedstat ] && echo "$name/$(cat $thread/comm) $(cut -d' ' -f1 $thread/schedstat)"; done
+  done | awk '{sum[$1] += $2} END {for (name in sum) print name, sum[name]}' | sort > /tmp/shares.new
+  [ $# = 1 ] && join /tmp/shares.old /tmp/shares.new | awk -v key=$1 '$3 - $2 > 500000 {printf "SHARE %s %s %d us\n", key, $1, ($3 - $2) / 1000}'
+  mv /tmp/shares.new /tmp/shares.old; }
+box() { [ -e /tmp/box ] && return; touch /tmp/box
+  msb create --engine kvm -m 128M --name box busybox >/dev/null
+  timed 2 msb exec box -- true >/dev/null; }
+unbox() { [ -e /tmp/box ] || return; rm /tmp/box; msb rm -f box >/dev/null; }
 
 # Whatever comes from the machine's disk for the first time takes as long as that disk does, which is not what is measured.
 cat /payload/msb/bin/* /payload/msb/share/msb/* /payload/images/* /payload/vmlinux > /dev/null
-for turn in 1 2 3; do a=$EPOCHREALTIME; /payload/bare /payload/vmlinux /payload/initramfs.cpio >/tmp/out 2>&1; b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE bare /'
+want bare && figure bare $(timed 3 /payload/bare /payload/vmlinux /payload/initramfs.cpio)
 msb ls >/dev/null || { cat $MSB_HOME/*.log; exit 1; }
-echo FIGURE load $(timed 1 msb image load -q -i /payload/images/busybox.tar)
-timed 1 msb run --engine kvm -m 128M busybox -- true >/dev/null
-before=$(exits)
-echo FIGURE run $(timed 3 msb run --engine kvm -m 128M busybox -- true)
-after=$(exits); echo FIGURE run_exits $(( (after - before) / 3 ))
-msb create --engine kvm -m 128M --name box busybox >/dev/null
-timed 2 msb exec box -- true >/dev/null
-before=$(exits)
-echo FIGURE exec $(timed 5 msb exec box -- true)
-after=$(exits); echo FIGURE exec_exits $(( (after - before) / 5 ))
-echo FIGURE ls $(timed 5 msb ls)
-echo FIGURE exec_calls $(calls msb exec box -- true); echo FIGURE ls_calls $(calls msb ls)
-before=$(exits); sleep 5; after=$(exits); echo FIGURE idle_exits $(( (after - before) / 5 ))
-pid=$(pidof msb-vmm)
-# The lab's clock is one nanosecond for each instruction; samples are taken and sent by the thread of the control socket.
-control=$(for thread in /proc/$pid/task/*; do [ "$(cat $thread/comm)" = control ] && echo $thread; done)
-before=$(cut -d' ' -f1 $control/schedstat); sleep 20; after=$(cut -d' ' -f1 $control/schedstat); echo FIGURE sample $(( (after - before) / 20 ))
-awk '/^[0-9a-f]+-[0-9a-f]+ /{big=0} /^Size:/{big=($2 >= 120000)} /^Private_/{if (!big) sum += $2} END {print "FIGURE memory " sum * 1000 / 1024}' /proc/$pid/smaps
-msb inspect box --format json > /tmp/box.json
-# The guest's own clock, which is the lab's: dd's last words.
-seconds() { msb exec box -- sh -c "$1" 2>&1 | awk '/copied/ {for (i = 1; i <= NF; i++) if ($i ~ /^seconds/) print int($(i-1) * 1000000)}'; }
-echo FIGURE block_write $(seconds 'dd if=/dev/zero of=/root/file bs=1M count=64 conv=fsync')
-echo FIGURE block_read $(seconds 'sync; echo 3 > /proc/sys/vm/drop_caches; dd if=/root/file of=/dev/null bs=1M')
-msb exec box -- rm /root/file
-before=$(exits)
-echo FIGURE exec_out $(timed 3 msb exec box -- dd if=/dev/zero bs=64K count=1024)
-after=$(exits); echo FIGURE exec_out_exits $(( (after - before) / 3 ))
-head -c 64M /dev/zero > /tmp/zeros
-into() { msb exec -i box -- sh -c 'cat > /dev/null' < /tmp/zeros; }
-echo FIGURE exec_in $(timed 3 into)
-awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); if (name != "setup") sum += part[2]} END {print "FIGURE hello " sum}' < <(tr ',{' '\n\n' < /tmp/box.json)
-cat /tmp/box.json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]}'
-echo FIGURE stop $(timed 1 msb stop box)
-msb rm box >/dev/null
-msb create --engine kvm -m 128M --name box busybox >/dev/null
-msb exec box -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
-msb snapshot create mem --from box --memory >/dev/null
-restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null; msb exec copy -- true; }
-for turn in 1 2 3; do a=$EPOCHREALTIME; restored; b=$EPOCHREALTIME; msb rm -f copy >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE restore /'
-forked() { msb fork box --name twin >/dev/null; msb exec twin -- true; }
-for turn in 1 2; do a=$EPOCHREALTIME; forked; b=$EPOCHREALTIME; msb rm -f twin >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median | sed 's/^/FIGURE fork /'
-sed -n 's/.*stood_us=\([0-9]*\).*/\1/p' $MSB_HOME/sandboxes/box/logs/vmm.log | median | sed 's/^/FIGURE stood /'
-msb fork box --name twin >/dev/null; sleep 5
-awk '/^RssAnon/ {print "FIGURE fork_memory " $2 * 1000 / 1024}' /proc/$(pidof msb-vmm | tr ' ' '\n' | sort -n | tail -1)/status
-sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log; msb stop twin >/dev/null; tail -3 $MSB_HOME/sandboxes/twin/logs/vmm.log
-msb rm -f twin box >/dev/null
-# Asleep with its memory, then needed.
-msb create --engine kvm -m 128M --name nap --idle-timeout 1s --on-idle suspend busybox >/dev/null
-msb exec nap -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
-for turn in 1 2 3; do
-  until [ "$(msb ls -a | awk '$1 == "nap"' | grep -c asleep)" = 1 ]; do sleep 1; done
-  a=$EPOCHREALTIME; msb exec nap -- true; b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} ))
-done | median | sed 's/^/FIGURE wake /'
-msb rm -f nap >/dev/null; msb snapshot rm mem >/dev/null
-# A python with modules: from nothing, and from a snapshot with it in memory.
-msb image load -q -i /payload/python/python.tar >/dev/null
-imports='import argparse, asyncio, email.message, http.server, json, unittest, urllib.request, xml.dom.minidom'
-cold() { msb run --engine kvm -m 512M python -- python3 -c "$imports; print(1)"; }
-cold >/dev/null
-cold=$(timed 2 cold); echo FIGURE python_cold $cold
-msb create --engine kvm -m 512M --name py python -- python3 -c "$imports, os
+load=$(timed 1 msb image load -q -i /payload/images/busybox.tar); figure load $load
+msb run --engine kvm -m 128M busybox -- true >/dev/null 2>&1
+if want run; then
+  figure run $(timed 3 msb run --engine kvm -m 128M busybox -- true)
+fi
+if want exec; then
+  box; before=$(exits); shares
+  figure exec $(timed 5 msb exec box -- true)
+  after=$(exits); shares exec; echo FIGURE exec_exits $(( (after - before) / 5 ))
+  echo FIGURE exec_calls $(calls msb exec box -- true)
+fi
+if want ls; then
+  box; figure ls $(timed 5 msb ls); echo FIGURE ls_calls $(calls msb ls)
+fi
+if want sample; then
+  box; before=$(exits); sleep 5; after=$(exits); echo FIGURE idle_exits $(( (after - before) / 5 ))
+  # The lab's clock is one nanosecond for each instruction; samples are taken and sent by the thread of the control socket.
+  control=$(for thread in /proc/$(pidof msb-vmm)/task/*; do [ "$(cat $thread/comm)" = control ] && echo $thread; done)
+  before=$(cut -d' ' -f1 $control/schedstat); sleep 20; after=$(cut -d' ' -f1 $control/schedstat); echo FIGURE sample $(( (after - before) / 20 ))
+fi
+want memory && { box; awk '/^[0-9a-f]+-[0-9a-f]+ /{big=0} /^Size:/{big=($2 >= 120000)} /^Private_/{if (!big) sum += $2} END {print "FIGURE memory " sum * 1000 / 1024}' /proc/$(pidof msb-vmm)/smaps; }
+if want hello; then
+  box; msb inspect box --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]; if (name != "setup") sum += part[2]} END {print "FIGURE hello " sum}'
+fi
+if want block_write block_read; then
+  box
+  # The guest's own clock, which is the lab's: dd's last words.
+  seconds() { msb exec box -- sh -c "$1" 2>&1 | awk '/copied/ {for (i = 1; i <= NF; i++) if ($i ~ /^seconds/) print int($(i-1) * 1000000)}'; }
+  figure block_write $(seconds 'dd if=/dev/zero of=/root/file bs=1M count=64 conv=fsync')
+  figure block_read $(seconds 'sync; echo 3 > /proc/sys/vm/drop_caches; dd if=/root/file of=/dev/null bs=1M')
+  msb exec box -- rm /root/file
+fi
+if want vsock_out; then
+  box; msb cp /payload/vsock box:/vsock
+  msb exec box -- /vsock send 5005 64 & sender=$!
+  socket=$(find $XDG_RUNTIME_DIR $MSB_HOME -name vsock.sock | head -1)
+  sleep 1; before=$(exits); shares
+  /payload/vsock receive $socket 5005 64
+  after=$(exits); shares vsock_out; echo FIGURE vsock_out_exits $(( after - before ))
+  wait $sender
+fi
+if want exec_out; then
+  box; before=$(exits); shares
+  figure exec_out $(timed 3 msb exec box -- dd if=/dev/zero bs=64K count=1024)
+  after=$(exits); shares exec_out; echo FIGURE exec_out_exits $(( (after - before) / 3 ))
+fi
+if want exec_in; then
+  box; head -c 64M /dev/zero > /tmp/zeros
+  into() { msb exec -i box -- sh -c 'cat > /dev/null' < /tmp/zeros; }
+  before=$(exits); shares
+  figure exec_in $(timed 3 into)
+  after=$(exits); shares exec_in; echo FIGURE exec_in_exits $(( (after - before) / 3 ))
+fi
+if want stop; then
+  box; figure stop_first $(took msb stop box)
+  msb start box >/dev/null; msb exec box -- true; figure stop $(took msb stop box)
+fi
+unbox
+if want restore fork stood fork_memory; then
+  msb create --engine kvm -m 128M --name box busybox >/dev/null
+  msb exec box -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
+  msb snapshot create mem --from box --memory >/dev/null
+  restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null && msb exec copy -- true; }
+  figure restore $(for turn in 1 2 3; do took restored; msb rm -f copy >/dev/null; done | median)
+  forked() { msb fork box --name twin >/dev/null && msb exec twin -- true; }
+  figure fork $(for turn in 1 2; do took forked; msb rm -f twin >/dev/null; done | median)
+  figure stood $(sed -n 's/.*stood_us=\([0-9]*\).*/\1/p' $MSB_HOME/sandboxes/box/logs/vmm.log | median)
+  msb fork box --name twin >/dev/null; sleep 5
+  awk '/^RssAnon/ {print "FIGURE fork_memory " $2 * 1000 / 1024}' /proc/$(pidof msb-vmm | tr ' ' '\n' | sort -n | tail -1)/status
+  sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log
+  msb rm -f twin box >/dev/null; msb snapshot rm mem >/dev/null
+fi
+if want wake; then
+  # Asleep with its memory, then needed.
+  msb create --engine kvm -m 128M --name nap --idle-timeout 1s --on-idle suspend busybox >/dev/null
+  msb exec nap -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
+  asleep() { local i; for ((i = 0; i < 60; i++)); do msb ls -a | grep -q '^nap .*asleep' && return; sleep 1; done; msb ls -a >&2; msb events --since 5m nap >&2; return 1; }
+  figure wake $(for turn in 1 2 3; do asleep && took msb exec nap -- true; done | median)
+  msb rm -f nap >/dev/null
+fi
+if want python_cold python_fork python_ratio; then
+  # A python with modules: from nothing, and from a snapshot with it in memory.
+  msb image load -q -i /payload/python/python.tar >/dev/null
+  imports='import argparse, asyncio, email.message, http.server, json, unittest, urllib.request, xml.dom.minidom'
+  cold() { msb run --engine kvm -m 512M python -- python3 -c "$imports; print(1)"; }
+  cold >/dev/null
+  cold=$(timed 2 cold); figure python_cold $cold
+  msb create --engine kvm -m 512M --name py python -- python3 -c "$imports, os
 os.mkfifo('/dev/shm/in'); os.mkfifo('/dev/shm/out')
 while True:
     open('/dev/shm/in').read(); open('/dev/shm/out', 'w').write('1\n')" >/dev/null
-asked() { msb exec $1 -- sh -c 'until [ -p /dev/shm/out ]; do sleep 0.1; done; echo > /dev/shm/in; cat /dev/shm/out'; }
-asked py >/dev/null
-msb snapshot create python-warm --from py --memory >/dev/null
-first_output() { msb create --engine kvm --snapshot python-warm --name pytwin >/dev/null; asked pytwin >/dev/null; }
-fork=$(for turn in 1 2 3; do a=$EPOCHREALTIME; first_output; b=$EPOCHREALTIME; msb rm -f pytwin >/dev/null; echo $(( ${b/./} - ${a/./} )); done | median)
-echo FIGURE python_fork $fork; echo FIGURE python_ratio $(( fork * 100000 / cold ))
-msb rm -f py >/dev/null
+  asked() { msb exec $1 -- sh -c 'until [ -p /dev/shm/out ]; do sleep 0.1; done; echo > /dev/shm/in; cat /dev/shm/out'; }
+  asked py >/dev/null
+  msb snapshot create python-warm --from py --memory >/dev/null
+  first_output() { msb create --engine kvm --snapshot python-warm --name pytwin >/dev/null && asked pytwin; }
+  fork=$(for turn in 1 2 3; do took first_output; msb rm -f pytwin >/dev/null; done | median)
+  figure python_fork $fork; figure python_ratio $(( fork * 100000 / cold ))
+  msb rm -f py >/dev/null
+fi
+exit 0
 "#;

@@ -39,6 +39,9 @@ pub(crate) struct Arguments {
     /// Engine kvm in the lab that counts instructions, beside the peers' figures from there
     #[arg(long)]
     exact: bool,
+    /// With --exact: only these rows, by their keys, as in hello,exec_out
+    #[arg(long, value_name = "KEYS", value_delimiter = ',', requires = "exact")]
+    rows: Vec<String>,
     /// The SDKs: a command through each beside the raw API, and from creation to the first byte beside `msb run`
     #[arg(long, conflicts_with = "exact")]
     sdks: bool,
@@ -66,7 +69,7 @@ struct Row {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.exact {
-        return exact::run(arguments.build);
+        return exact::run(arguments.build, &arguments.rows);
     }
     if arguments.sdks {
         let rows = sdk::measure::pairs(arguments.build, arguments.rounds)?;

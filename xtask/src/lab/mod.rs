@@ -15,6 +15,7 @@ mod base;
 mod machine;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
@@ -128,17 +129,22 @@ pub(crate) fn service_cases(machine: &Machine, build: binaries::Arguments, names
     machine.run(&payload, &format!("export MSB_TEST_LAB=1\n/payload/systemd {}\n", names.join(" ")))
 }
 
-/// Runs a measuring script with the install tree, the images and a bare kernel as payload; its lines go to `each_line`.
+/// Runs a measuring script with the install tree, the images (the large one only `with_python`) and a bare kernel as payload; its lines
+/// go to `each_line`.
 pub(crate) fn measure(
     machine: &Machine,
     build: binaries::Arguments,
     script: &str,
+    with_python: bool,
     each_line: &mut dyn FnMut(&str),
 ) -> Result<i32> {
     let mut payload = bare_payload(build)?;
     add_tree(&mut payload, build)?;
     payload.add(&images::small()?, "images")?;
-    payload.add(&images::python()?, "python")?;
+    if with_python {
+        payload.add(&images::python()?, "python")?;
+    }
+    payload.add(&vsock(build)?, "vsock")?;
     machine.run_with(&payload, script, each_line)
 }
 
@@ -176,9 +182,22 @@ const BARE_SCRIPT: &str = "set -e\ncd /tmp\n\
     check /payload/bare /payload/vmlinux /payload/initramfs.cpio --append end=panic\n\
     grep -aq 'Kernel panic' /tmp/console\n";
 
+/// The program that sends bytes over bare vsock: static, because it also runs in guests.
+fn vsock(build: binaries::Arguments) -> Result<PathBuf> {
+    let profile = if build.fast { "dev" } else { "vm" };
+    let mut cargo = binaries::cargo();
+    cargo.env("RUSTFLAGS", binaries::STATIC_FLAGS);
+    let words =
+        ["build", "--package", "msb-guest", "--example", "vsock", "--profile", profile, "--target", binaries::TARGET];
+    compiled_by(cargo, &words)
+}
+
 /// Compiles with cargo and returns the one executable that comes of it.
 fn compiled(words: &[&str]) -> Result<PathBuf> {
-    let mut cargo = binaries::cargo();
+    compiled_by(binaries::cargo(), words)
+}
+
+fn compiled_by(mut cargo: Command, words: &[&str]) -> Result<PathBuf> {
     cargo.args(words).args(["--locked", "--message-format", "json-render-diagnostics"]);
     let text = program::output(&mut cargo)?;
     // The last one named is the one that was asked for; its dependencies' build programs come before it.

@@ -29,6 +29,7 @@ use serde::de::DeserializeOwned;
 use self::answer::parse;
 use self::query::flag;
 use crate::connection::{self, Connection, RequestBody};
+use crate::direct;
 use crate::error::Error;
 use crate::locate::Locator;
 use crate::session::Session;
@@ -214,6 +215,9 @@ impl Client {
     }
 
     async fn session(&self, path: &str, first: &ClientMessage, stdin: bool) -> Result<Session, Error> {
+        if let Some((reader, writer)) = direct::open(self.fresh().await?, path, first).await? {
+            return Ok(Session::direct(reader, writer, stdin));
+        }
         let socket = connection::upgrade(self.fresh().await?, path).await?;
         Session::open(socket, first, stdin).await
     }

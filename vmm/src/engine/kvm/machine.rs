@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "hands guest memory and eventfds to KVM")]
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
@@ -33,11 +33,18 @@ use crate::transport::mmio::saved::SavedTransport;
 /// The VM and the memory it runs on.
 #[derive(Debug)]
 pub struct Vm {
-    _fd: Arc<VmFd>,
+    fd: Arc<VmFd>,
     memory: GuestRam,
 }
 
 impl Vm {
+    /// A second descriptor of the VM, which keeps it in the kernel until it is closed too.
+    pub fn descriptor(&self) -> Option<OwnedFd> {
+        // SAFETY: the VM's descriptor is open as long as `fd` is, which this borrows.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        borrowed.try_clone_to_owned().ok()
+    }
+
     /// The memory it runs on.
     pub fn memory(&self) -> &GuestRam {
         &self.memory
@@ -73,6 +80,8 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
     // Making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab): meanwhile the kernel is loaded.
     let (vm, loaded) = std::thread::scope(|scope| {
         let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
+        // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
+        std::thread::yield_now();
         let loaded = match restore {
             Some(restore) => load_saved(memory_mib, cpus, restore),
             None => load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)),
@@ -131,7 +140,7 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
         }
     };
     phases.mark("machine_built");
-    Ok(Built { vm: Vm { _fd: vm, memory }, bus, vcpus, devices })
+    Ok(Built { vm: Vm { fd: vm, memory }, bus, vcpus, devices })
 }
 
 fn thread_failed(source: std::io::Error) -> BootError {

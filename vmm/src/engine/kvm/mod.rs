@@ -21,6 +21,7 @@ pub mod vcpu;
 use std::any::Any;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{BootError, Engine, EngineEnd, Halter, Machine, Saver, Stopper};
@@ -40,8 +41,8 @@ use vcpu::VcpuThreads;
 pub struct KvmEngine {
     ending: Arc<Ending>,
     booted: Option<Booted>,
-    /// The VM after its end. Closing it makes KVM wait for grace periods (36 ms in the exact lab), which the engine's drop, at the
-    /// end of the process, has time for and whoever waits for the end has not.
+    /// The VM after its end. Closing it makes KVM wait for grace periods (36 ms in the exact lab), for which whoever waits for the end has no
+    /// time: see [`Engine::take_remains`].
     ended: Option<machine::Vm>,
 }
 
@@ -130,6 +131,10 @@ impl Engine for KvmEngine {
         booted.bus.reset_devices();
         self.ended = Some(booted.vm);
         end
+    }
+
+    fn take_remains(&mut self) -> Option<OwnedFd> {
+        self.ended.as_ref().and_then(machine::Vm::descriptor)
     }
 
     fn device_slots(&self) -> usize {

@@ -169,6 +169,10 @@ impl Muxer {
             self.free.push(slot);
             return None;
         }
+        if allocated == STREAM_BUFFER_BYTES_MAX {
+            // While streams are few: what the guest may send fits the socket, so that nothing has to be kept and copied here. As a wish.
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, allocated);
+        }
         self.buffers_granted += allocated;
         self.births += 1;
         let allocated = u32::try_from(allocated).expect("at most STREAM_BUFFER_BYTES_MAX");
