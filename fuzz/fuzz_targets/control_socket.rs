@@ -1,5 +1,5 @@
-//! What a daemon, or whoever got hold of its socket, sends to `msb-vmm` and what comes back, and what users write: frames, names,
-//! references, settings, quantities.
+//! What a daemon, or whoever got hold of its socket, sends to `msb-vmm` and what comes back, and what users write:
+//! frames, names, references, settings, quantities.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

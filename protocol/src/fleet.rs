@@ -1,12 +1,13 @@
-//! The compact form of a [`MetricsSnapshot`]: protobuf, for a client that asks for it (`Accept:` [`FLEET_MEDIA_TYPE`]) each second, as
-//! `msb-metrics` does. The JSON of the control API says the same and is what everybody else gets.
+//! The compact form of a [`MetricsSnapshot`]: protobuf, for a client that asks for it (`Accept:` [`FLEET_MEDIA_TYPE`])
+//! each second, as `msb-metrics` does. The JSON of the control API says the same and is what everybody else gets.
 //!
 //! ```text
 //!  Fleet: head │ row │ row │ …          a row: who it is (made when that changes) + figures (made each time)
 //! ```
 //!
-//! Parts of a protobuf message can be made apart and put one behind the other. What is said of a sandbox beside its figures changes
-//! with its state, so whoever answers makes that part once ([`Who::encode`]) and copies it. Written by `msbd`, read by the SDK.
+//! Parts of a protobuf message can be made apart and put one behind the other. What is said of a sandbox beside its
+//! figures changes with its state, so whoever answers makes that part once ([`Who::encode`]) and copies it. Written by
+//! `msbd`, read by the SDK.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -109,7 +109,8 @@ pub enum Request {
     Subscribe {
         /// Time between two samples in milliseconds; 0 ends them.
         sample_interval_ms: u64,
-        /// Whether they may come in their compact form ([`SampleDecoder`] reads both). An older VM process does not know it.
+        /// Whether they may come in their compact form ([`SampleDecoder`] reads both). An older VM process does not
+        /// know it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         compact: bool,
     },

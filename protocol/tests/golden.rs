@@ -482,7 +482,8 @@ fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
     hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
 }
 
-/// The compact forms of metrics: a sample that came first on its connection and one that came later, and a snapshot of a fleet.
+/// The compact forms of metrics: a sample that came first on its connection and one that came later, and a snapshot of
+/// a fleet.
 #[test]
 fn compact_metrics_are_frozen() {
     let boot_id = BootId(uuid::Uuid::from_u128(2));

@@ -1,5 +1,6 @@
-//! The meter of one run of a sandbox: what a sample becomes on its way to the metrics actor. Made by the sandbox's actor with the run, which tells
-//! it what the guest says of itself and when the run is over; used by whoever reads the VM's samples, beside the actor.
+//! The meter of one run of a sandbox: what a sample becomes on its way to the metrics actor. Made by the sandbox's
+//! actor with the run, which tells it what the guest says of itself and when the run is over; used by whoever reads
+//! the VM's samples, beside the actor.
 //!
 //! ```text
 //!  SandboxActor ── note_guest, end ──► Meter ◄── measure ── reader of samples ── batches ──► MetricsActor
@@ -80,8 +81,8 @@ impl Meter {
         *self.guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest);
     }
 
-    /// What a sample says of the sandbox, to be handed to the metrics actor; nothing once the run is over. Notes whether somebody
-    /// visits it.
+    /// What a sample says of the sandbox, to be handed to the metrics actor; nothing once the run is over. Notes
+    /// whether somebody visits it.
     #[must_use]
     pub fn measure(&self, sample: Sample) -> Option<Measured> {
         if self.subject.is_over() {

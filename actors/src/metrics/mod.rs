@@ -1,5 +1,5 @@
-//! The samples of every sandbox: the newest, and the last hour. Whoever reads the VMs' samples pushes what one look at all of them brought
-//! (`crate::vm::samples`); nobody pulls from a VM in a request's path.
+//! The samples of every sandbox: the newest, and the last hour. Whoever reads the VMs' samples pushes what one look at
+//! all of them brought (`crate::vm::samples`); nobody pulls from a VM in a request's path.
 //!
 //! | file | holds |
 //! |---|---|
@@ -252,7 +252,8 @@ impl Handler<Sampled> for MetricsActor {
     fn handle(&mut self, Sampled { batch, are_last, .. }: Sampled, _: &mut Self::Context) {
         faults::here("metrics/sample");
         self.handled += 1;
-        // Looked at here, on the thread of the sandboxes' actors: nothing that was under way comes after a run's last sample.
+        // Looked at here, on the thread of the sandboxes' actors: nothing that was under way comes after a run's last
+        // sample.
         batch.into_iter().filter(|measured| are_last || !measured.subject.is_over()).for_each(|one| self.take(one));
     }
 }

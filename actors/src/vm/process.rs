@@ -5,7 +5,7 @@
 //!                             │  control link: socketpair, or <run>/control.sock after adoption
 //!                             │  pidfd: the process's end
 //!                             ├─ agent::run (a task): control stream of the agent through <run>/vsock.sock
-//!                             └─ SampleReader::run (a task): samples through a connection of their own to <run>/control.sock
+//!                             └─ SampleReader::run (a task): samples over one of their own to <run>/control.sock
 //! ```
 //!
 //! `msb-vmm` begins a session of its own, gets an empty environment, the control link as its standard input and `<logs>/vmm.log`

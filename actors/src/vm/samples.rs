@@ -1,5 +1,5 @@
-//! The samples of all VMs. Nobody waits for them, so they do not wake the service: one task looks at every VM's connection in the same
-//! moments ([`super::unhurried`]) and hands on what one look brought together.
+//! The samples of all VMs. Nobody waits for them, so they do not wake the service: one task looks at every VM's
+//! connection in the same moments ([`super::unhurried`]) and hands on what one look brought together.
 //!
 //! ```text
 //!  driver of a VM ─ run (a task): connects, takes the first sample, waits for the end ─► the connection
@@ -7,8 +7,8 @@
 //!                     MetricsActor ◄─ batches, each measured by its run's meter ─ look (one task for all)
 //! ```
 //!
-//! What arrives is the VM process's: bounded by the frame codec and in number, parsed to types, an error ends the connection and another
-//! one is made.
+//! What arrives is the VM process's: bounded by the frame codec and in number, parsed to types, an error ends the
+//! connection and another one is made.
 
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -30,7 +30,8 @@ use crate::metrics::{Measured, MetricsHandle};
 
 /// Wait before the connection is made again.
 const REOPEN_AFTER: Duration = Duration::from_secs(2);
-/// Bytes of one read, and all that one look takes of a VM: more than the samples of an old one, in JSON, at the shortest interval.
+/// Bytes of one read, and all that one look takes of a VM: more than the samples of an old one, in JSON, at the
+/// shortest interval.
 const READ_LEN: usize = 16 << 10;
 /// Longest sample in bytes.
 const SAMPLE_LEN_MAX: usize = 64 << 10;

@@ -1,8 +1,10 @@
-//! A connection that is looked at a few times a second and does not wake the service when something arrives. For what each running VM
-//! sends each second and nobody waits for: beats, and samples, whose reader looks at all of its connections itself. A wake costs the service more than the message that caused it, and all
-//! unhurried connections are looked at in the same moment.
+//! A connection that is looked at a few times a second and does not wake the service when something arrives. For what
+//! each running VM sends each second and nobody waits for: beats, and samples, whose reader looks at all of its
+//! connections itself. A wake costs the service more than the message that caused it, and all unhurried connections
+//! are looked at in the same moment.
 //!
-//! Called by `vm::agent`, and for the moments of looking by `vm::samples`. Never carries anything that has to be answered at once.
+//! Called by `vm::agent`, and for the moments of looking by `vm::samples`. Never carries anything that has to be
+//! answered at once.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;

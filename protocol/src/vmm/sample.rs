@@ -1,13 +1,14 @@
-//! The counters of a VM and how they come to the daemon: in JSON, or in a compact form for a connection that asked for it
-//! ([`Request::Subscribe`](super::Request::Subscribe)). Both are frames of the VMM border; a JSON body begins with `{`, which no compact
-//! one does.
+//! The counters of a VM and how they come to the daemon: in JSON, or in a compact form for a connection that asked for
+//! it ([`Request::Subscribe`](super::Request::Subscribe)). Both are frames of the VMM border; a JSON body begins with
+//! `{`, which no compact one does.
 //!
 //! ```text
 //!  compact: head (run, names of the network's counters) + figures │ figures │ figures │ …
 //! ```
 //!
-//! The names go along with the first sample of a connection, and again when there are other ones: of a thousand VMs that send each second,
-//! names would be the larger part. Called by `msb-vmm` and `msbd`; what is decoded here is the VM process's and bounded.
+//! The names go along with the first sample of a connection, and again when there are other ones: of a thousand VMs
+//! that send each second, names would be the larger part. Called by `msb-vmm` and `msbd`; what is decoded here is the
+//! VM process's and bounded.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

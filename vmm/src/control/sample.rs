@@ -195,9 +195,9 @@ impl VcpuClock {
     }
 }
 
-/// The clock of the time that a thread of this process was on a processor, as pthread_getcpuclockid(3) makes it: the complement of its
-/// number, then CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED (the kernel's include/linux/posix-timers_types.h). Once the thread has ended,
-/// reading it fails.
+/// The clock of the time that a thread of this process was on a processor, as pthread_getcpuclockid(3) makes it: the
+/// complement of its number, then CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED (the kernel's
+/// include/linux/posix-timers_types.h). Once the thread has ended, reading it fails.
 fn thread_clock(thread: i32) -> ClockId {
     ClockId::from_raw(!thread << 3 | 4 | 2)
 }
