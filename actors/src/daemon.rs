@@ -33,7 +33,7 @@ use crate::images::{MakeUpper, PreparedImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
-use crate::metrics;
+use crate::metrics::{self, snapshot::Fleet};
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
 use crate::sandbox::actor::{Ask, Explain, Halt, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
@@ -245,6 +245,14 @@ impl Daemon {
     /// # Errors
     /// The daemon ends.
     pub async fn metrics(&self, choice: &metrics::snapshot::Choice) -> Result<MetricsSnapshot, ApiError> {
+        Ok(self.fleet(choice).await?.into_snapshot())
+    }
+
+    /// As [`Self::metrics`], before it is told in one form or the other.
+    ///
+    /// # Errors
+    /// The daemon ends.
+    pub async fn fleet(&self, choice: &metrics::snapshot::Choice) -> Result<Fleet, ApiError> {
         let sandboxes = self.supervisor.send(All).await.map_err(mailbox)?;
         let clock = &self.surroundings.clock;
         let now = (clock.now_ms(), clock.wall());

@@ -264,8 +264,10 @@ impl SupervisorActor {
             Some(_) => Machine::new(Policy::of(&record.spec), record.spec.detached),
             None => Machine::recover(Policy::of(&record.spec), &record.machine, self.surroundings.clock.now_ms()).0,
         };
+        let detail = view::detail(&record, &machine, &directories, None);
         let view = View {
-            detail: view::detail(&record, &machine, &directories, None),
+            metrics_who: view::who(&detail).encode(),
+            detail,
             runs_ready: 0,
             starts_failed: 0,
             failure: None,

@@ -1,5 +1,5 @@
-//! What a daemon, or whoever got hold of its socket, sends to `msb-vmm`, and what users write: JSON frames, names, references,
-//! settings, quantities.
+//! What a daemon, or whoever got hold of its socket, sends to `msb-vmm` and what comes back, and what users write:
+//! frames, names, references, settings, quantities.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -8,14 +8,15 @@ use msb_protocol::control::{ClientMessage, CreateRequest};
 use msb_protocol::frame::{Decoder, decode_json};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity;
-use msb_protocol::vmm::{Message, RequestFrame};
+use msb_protocol::vmm::{Message, RequestFrame, SampleDecoder};
 
 fuzz_target!(|data: &[u8]| {
-    let mut decoder = Decoder::new();
+    let (mut decoder, mut samples) = (Decoder::new(), SampleDecoder::default());
     decoder.push(data);
     while let Ok(Some(body)) = decoder.next_body() {
         let _ = decode_json::<RequestFrame>(body);
         let _ = decode_json::<Message>(body);
+        let _ = samples.decode(body);
     }
     let _ = decode_json::<RequestFrame>(data);
     let _ = decode_json::<ClientMessage>(data);

@@ -38,7 +38,7 @@
 //! | `GET /v1/sandboxes/{name}/network/log?follow=&tail=` | [`NetworkLogQuery`] | lines of [`NetworkDecision`] |
 //! | `GET /v1/sandboxes/{name}/network/explain?target=` | [`NetworkExplainQuery`] | [`NetworkExplanation`](crate::vmm::NetworkExplanation) |
 //! | `GET /v1/events?follow=&since=` | [`EventQuery`] | lines of [`EventRecord`] |
-//! | `GET /v1/metrics?name=&label=&selector=` | | [`MetricsSnapshot`]: one request for the whole fleet |
+//! | `GET /v1/metrics?name=&label=&selector=` | | [`MetricsSnapshot`]: one request for the whole fleet; compact ([`crate::fleet`]) for whom `Accept`s that |
 //! | `GET /v1/metrics/stream?name=&label=&selector=&interval_ms=` | | lines of [`MetricsSnapshot`] |
 //! | `GET /v1/sandboxes/{name}/metrics` | [`HistoryQuery`] | [`MetricsHistory`] |
 //! | `GET /v1/images` | | [`ImageList`] |

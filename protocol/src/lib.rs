@@ -3,8 +3,9 @@
 //! | module | border | form on the wire |
 //! |---|---|---|
 //! | [`control`], [`images`] | `msb`, SDKs ↔ `msbd` | HTTP + WebSocket on a Unix socket, JSON |
+//! | [`fleet`] | `msbd` ↔ whoever reads all metrics each second | the same, protobuf |
 //! | [`file_api`] | the control API's file routes | the same |
-//! | [`vmm`] | `msbd` ↔ `msb-vmm` | frames with JSON bodies on a Unix socket |
+//! | [`vmm`] | `msbd` ↔ `msb-vmm` | frames with JSON bodies (samples also in protobuf) on a Unix socket |
 //! | [`guest`] | host ↔ `msb-agent` | frames with protobuf bodies on vsock |
 //! | [`files`] | the guest border's file sessions | the same |
 //! | [`frame`] | all framed borders | u32 big-endian length, then the body, 1 MiB at most |
@@ -21,6 +22,7 @@ pub mod control;
 pub mod error;
 pub mod file_api;
 pub mod files;
+pub mod fleet;
 pub mod frame;
 pub mod guest;
 pub mod health;

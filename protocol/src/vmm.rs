@@ -4,7 +4,6 @@
 //! input; it begins with [`Request::Launch`]. A daemon that was restarted connects to `<run>/control.sock` and begins with
 //! [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +14,13 @@ use crate::id::{BootId, SandboxId, SandboxName};
 use crate::network::VmNetwork;
 use crate::spec::EngineChoice;
 use crate::state::{EndCause, ProcessEnd};
+
+mod sample;
+
+pub use sample::{
+    NETWORK_COUNTS_MAX, NetworkCount, NetworkCounts, NetworkName, NetworkNames, Sample, SampleDecoder, SampleEncoder,
+    SampleFigures,
+};
 
 /// File name of the control socket in the run directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -103,6 +109,10 @@ pub enum Request {
     Subscribe {
         /// Time between two samples in milliseconds; 0 ends them.
         sample_interval_ms: u64,
+        /// Whether they may come in their compact form ([`SampleDecoder`] reads both). An older VM process does not
+        /// know it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        compact: bool,
     },
 }
 
@@ -332,67 +342,6 @@ pub struct BootError {
     pub error: ApiError,
     /// The end of the console's output, lossy and cleaned.
     pub console_tail: String,
-}
-
-/// Counters of a VM, cumulative since its boot.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
-    /// When, nanoseconds since 1970.
-    pub at_ns: u64,
-    /// When the counters began at zero, nanoseconds since 1970: the same in every sample of a run. 0 if not told.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub started_at_ns: u64,
-    /// Time since the VM started in milliseconds.
-    pub uptime_ms: u64,
-    /// Time the vCPU threads ran, in microseconds.
-    pub cpu_time_us: u64,
-    /// Memory the guest was given, in bytes.
-    pub memory_limit_bytes: u64,
-    /// Memory of the guest that the host holds, in bytes.
-    pub memory_resident_bytes: u64,
-    /// Bytes read from all disks.
-    pub disk_read_bytes: u64,
-    /// Bytes written to all disks.
-    pub disk_written_bytes: u64,
-    /// Read requests.
-    pub disk_read_operations: u64,
-    /// Write requests.
-    pub disk_write_operations: u64,
-    /// Bytes the host allocates for the writable disk.
-    pub root_allocated_bytes: u64,
-    /// Bytes the guest received.
-    pub network_received_bytes: u64,
-    /// Bytes the guest sent.
-    pub network_sent_bytes: u64,
-    /// Packets the guest received.
-    pub network_received_packets: u64,
-    /// Packets the guest sent.
-    pub network_sent_packets: u64,
-    /// Connections and flows through published ports that were opened since the boot.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub network_inbound_opened: u64,
-    /// Connections and flows through published ports that are open now.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub network_inbound_open: u64,
-    /// The network's other counters, each under the name of its metric.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub network: Vec<NetworkCount>,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
-/// One counter of the network.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct NetworkCount {
-    /// Name of the metric.
-    pub metric: String,
-    /// Its attributes.
-    pub attributes: BTreeMap<String, String>,
-    /// Its value: since the boot, or now where the metric is a gauge.
-    pub value: u64,
 }
 
 /// What the policy of a network would say about a target.

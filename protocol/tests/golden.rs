@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use msb_protocol::control::{GuestMetrics, MetricsSnapshot, SandboxMetrics};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::files::*;
 use msb_protocol::guest::*;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::spec::EngineChoice;
-use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 use msb_protocol::vmm::{
     self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, Sample, VmSpec, VmState,
     VmStatus,
@@ -458,7 +459,7 @@ fn the_vmm_border_of_generation_1_is_frozen() {
             ("expect_end", json(&request(Request::ExpectEnd { cause: EndCause::Idle }))),
             ("console_tail", json(&request(Request::ConsoleTail { bytes_max: 10 }))),
             ("sample", json(&request(Request::Sample))),
-            ("subscribe", json(&request(Request::Subscribe { sample_interval_ms: 1000 }))),
+            ("subscribe", json(&request(Request::Subscribe { sample_interval_ms: 1000, compact: false }))),
             ("reply_done", json(&reply(Ok(Reply::Done)))),
             ("reply_status", json(&reply(Ok(Reply::Status(Box::new(status)))))),
             ("reply_sample", json(&reply(Ok(Reply::Sample(Box::<Sample>::default()))))),
@@ -479,6 +480,84 @@ fn what_later_generations_of_the_vmm_border_brought_is_frozen() {
     let json = |request| serde_json::to_string(&RequestFrame { id: 1, request }).unwrap();
     hold("vmm-gen-3.txt", vec![("save", json(Request::Save { flush: false })), ("release", json(Request::Release))]);
     hold("vmm-gen-2.txt", vec![("pause", json(Request::Pause)), ("resume", json(Request::Resume))]);
+}
+
+/// The compact forms of metrics: a sample that came first on its connection and one that came later, and a snapshot of
+/// a fleet.
+#[test]
+fn compact_metrics_are_frozen() {
+    let boot_id = BootId(uuid::Uuid::from_u128(2));
+    let count = vmm::NetworkCount {
+        metric: "microsandbox.network.connections".into(),
+        attributes: BTreeMap::from([("network.transport".into(), "tcp".into())]),
+        value: 3,
+    };
+    let sample = Sample {
+        at_ns: 1_700_000_000_000_000_000,
+        started_at_ns: 1_600_000_000_000_000_000,
+        uptime_ms: 1,
+        cpu_time_us: 2,
+        memory_limit_bytes: 3,
+        memory_resident_bytes: 4,
+        disk_read_bytes: 5,
+        disk_written_bytes: 6,
+        disk_read_operations: 7,
+        disk_write_operations: 8,
+        root_allocated_bytes: 9,
+        network_received_bytes: 10,
+        network_sent_bytes: 11,
+        network_received_packets: 12,
+        network_sent_packets: 13,
+        network_inbound_opened: 14,
+        network_inbound_open: 15,
+        network: [count].into_iter().collect(),
+    };
+    let mut encoder = vmm::SampleEncoder::default();
+    let mut frame = || {
+        let mut wire = Vec::new();
+        encoder.encode(boot_id, &sample, &mut wire).unwrap();
+        hex(&wire)
+    };
+    let row = SandboxMetrics {
+        name: SandboxName::parse("web").unwrap(),
+        id: SandboxId(uuid::Uuid::from_u128(1)),
+        boot_id,
+        vmm_pid: 77,
+        status: SandboxState::Running,
+        labels: BTreeMap::from([("team".into(), "ml".into())]),
+        restarts: 1,
+        created_at: "2026-01-02T03:04:05.678Z".parse().unwrap(),
+        started_at: "2026-01-02T03:04:06Z".parse().unwrap(),
+        last: true,
+        sample: sample.clone(),
+        cpu_utilization: 0.5,
+        guest: Some(GuestMetrics {
+            memory_used_bytes: 1,
+            memory_total_bytes: 2,
+            root_used_bytes: 3,
+            root_free_bytes: 4,
+            processes: 5,
+        }),
+        boot_phases: vec![Phase { name: "kernel".into(), duration_us: 5 }],
+    };
+    let snapshot = MetricsSnapshot {
+        host_id: "host".into(),
+        host_name: "h1".into(),
+        instance_id: "instance".into(),
+        taken_at: "2026-01-02T03:04:07Z".parse().unwrap(),
+        states: BTreeMap::from([("running".into(), 1)]),
+        sandboxes: vec![row],
+    };
+    let subscribe = RequestFrame { id: 1, request: Request::Subscribe { sample_interval_ms: 1000, compact: true } };
+    hold(
+        "metrics.txt",
+        vec![
+            ("subscribe", serde_json::to_string(&subscribe).unwrap()),
+            ("first_sample", frame()),
+            ("later_sample", frame()),
+            ("fleet", hex(&msb_protocol::fleet::encode(&snapshot))),
+        ],
+    );
 }
 
 /// `serde::Serialize` is not object safe; this is all the test needs of it.

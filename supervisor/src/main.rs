@@ -17,6 +17,7 @@ use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
+use msb_actors::vm::samples::SampleReader;
 use msb_protocol::error::ApiError;
 use msb_supervisor::api::{self, ApiState};
 use msb_supervisor::door::behind::{self, Arrival};
@@ -162,9 +163,11 @@ async fn serve(
     for problem in &found.problems {
         tracing::warn!(problem, "the journal was repaired");
     }
+    let metrics = MetricsHandle::start(&settings.home.home, clock.clone());
     let launcher = Arc::new(ProcessLauncher {
         program: settings.vmm_program.clone(),
         sample_interval_ms: settings.sample_interval_ms(),
+        samples: SampleReader::start(metrics.clone()),
         scopes: systemd::scopes(door_scopes).await,
     });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
@@ -184,7 +187,7 @@ async fn serve(
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),
         snapshots: Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), clock.clone()),
-        metrics: MetricsHandle::start(&settings.home.home, clock.clone()),
+        metrics,
         journal,
         clock,
         heartbeats,

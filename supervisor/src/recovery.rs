@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use msb_actors::vm::{AdoptRequest, EVENTS_LEN, Launcher};
+use msb_actors::vm::{AdoptRequest, EventSink, Launcher};
 use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::paths::sandbox_run_dir;
 
@@ -19,8 +19,7 @@ pub async fn sweep(runtime_dir: &Path, known: &[SandboxId], launcher: &dyn Launc
             run_dir: path.clone(),
             log_dir: path.clone(),
         };
-        let (events, _listener) = tokio::sync::mpsc::channel(EVENTS_LEN);
-        drop(launcher.adopt(request, events).await);
+        drop(launcher.adopt(request, EventSink::unheard()).await);
         match std::fs::remove_dir_all(&path) {
             Ok(()) => tracing::warn!(path = %path.display(), "a run directory of no sandbox was removed"),
             Err(error) => {

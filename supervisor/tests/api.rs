@@ -8,9 +8,11 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use msb_actors::clock::SystemClock;
 use msb_actors::simulation::{FakeLauncher, daemon};
-use msb_protocol::control::{STDERR_TAG, STDOUT_TAG};
+use msb_protocol::control::{MetricsSnapshot, STDERR_TAG, STDOUT_TAG, SandboxMetrics};
 use msb_protocol::error::ErrorCode;
+use msb_protocol::fleet::{self, FLEET_MEDIA_TYPE};
 use msb_protocol::state::{EndCause, ProcessEnd};
+use msb_protocol::vmm::Sample;
 use msb_supervisor::api::{self, ApiState};
 use msb_supervisor::host::HostProbe;
 use msb_supervisor::server;
@@ -421,6 +423,45 @@ fn the_service_describes_itself() {
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(std::fs::metadata(world.socket()).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(server::listen(&world.socket()).unwrap_err().code, ErrorCode::DaemonRunning);
+    });
+}
+
+#[test]
+fn metrics_are_told_in_json_and_in_the_compact_form_to_whom_asks_for_it() {
+    serve(|world| async move {
+        world.create("web", json!({"labels": {"team": "ml"}})).await;
+        for _ in 0..500 {
+            let (_, snapshot) = world.call("GET", "/v1/metrics", Value::Null).await;
+            if snapshot["sandboxes"].as_array().is_some_and(|rows| !rows.is_empty()) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let asked = async |accept: &str| {
+            let mut stream = UnixStream::connect(world.socket()).await.unwrap();
+            let head = format!(
+                "GET /v1/metrics?label=team%3Dml HTTP/1.1\r\nHost: msbd\r\nConnection: close\r\nAccept: {accept}\r\n\r\n"
+            );
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await.unwrap();
+            let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
+            (String::from_utf8(answer[..end].to_vec()).unwrap(), answer[end + 4..].to_vec())
+        };
+        let (head, body) = asked(&format!("application/json, {FLEET_MEDIA_TYPE}")).await;
+        assert!(head.contains(&format!("content-type: {FLEET_MEDIA_TYPE}")), "{head}");
+        let compact = fleet::decode(body.into()).unwrap();
+        let (head, body) = asked("*/*").await;
+        assert!(head.contains("content-type: application/json"), "{head}");
+        let plain: MetricsSnapshot = serde_json::from_slice(&body).unwrap();
+        // Asked a moment later: a second may have passed.
+        let row = |snapshot: &MetricsSnapshot| {
+            let row = snapshot.sandboxes[0].clone();
+            let sample = Sample { started_at_ns: row.sample.started_at_ns, ..Sample::default() };
+            (snapshot.host_id.clone(), snapshot.states.clone(), SandboxMetrics { sample, cpu_utilization: 0.0, ..row })
+        };
+        assert_eq!(row(&compact), row(&plain));
+        assert_eq!((compact.sandboxes[0].labels["team"].as_str(), compact.sandboxes[0].last), ("ml", false));
     });
 }
 

@@ -1,11 +1,14 @@
-//! The samples of every sandbox: the newest, and the last hour. Sandbox actors push; nobody pulls from a VM in a request's path.
+//! The samples of every sandbox: the newest, and the last hour. Whoever reads the VMs' samples pushes what one look at
+//! all of them brought (`crate::vm::samples`); nobody pulls from a VM in a request's path.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `mod` | the actor and its messages |
+//! | `meter` | what a sample becomes on its way here |
 //! | `ring` | an hour of one sandbox in few bytes |
 //! | `snapshot` | what the API answers |
 
+pub mod meter;
 pub mod ring;
 pub mod snapshot;
 
@@ -15,9 +18,10 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use msb_protocol::control::GuestMetrics;
-use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::vmm::Sample;
 
+use self::meter::Subject;
 use self::ring::{Entry, Ring};
 use crate::clock::Clock;
 use crate::faults;
@@ -35,18 +39,16 @@ const HISTORIES_BYTES_MAX: usize = 64 << 20;
 const DEPARTED_MS: u64 = 120_000;
 /// Removed sandboxes whose last sample is still told.
 const DEPARTED_MAX: usize = 4_096;
-/// Samples that wait before they are left out.
+/// Messages that wait before they are left out: more than there are runs that end at once.
 const MAILBOX_LEN: usize = 4_096;
+/// Of them, so many may be batches of samples: what is said of a run's end finds room beside them.
+const BATCHES_WAITING_MAX: u64 = 2_048;
 
 /// One sample of one sandbox.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// The sandbox.
-    pub id: SandboxId,
-    /// Its name.
-    pub name: SandboxName,
-    /// The run.
-    pub boot_id: BootId,
+    /// Of what.
+    pub subject: Arc<Subject>,
     /// When it arrived, on the daemon's clock.
     pub at_ms: u64,
     /// What the VM process counted.
@@ -55,10 +57,15 @@ pub struct Measured {
     pub guest: Option<GuestMetrics>,
 }
 
-/// A sample on its way.
+/// Samples on their way.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-struct Sampled(Measured, Ticket);
+struct Sampled {
+    batch: Vec<Measured>,
+    /// The last ones of their runs. All others do not count when their run is over.
+    are_last: bool,
+    _ticket: Ticket,
+}
 
 /// The newest sample of one sandbox and what it says beside the one before it.
 #[derive(Clone, Debug)]
@@ -102,9 +109,9 @@ pub struct Departed {
     gone_at_ms: u64,
 }
 
-/// The newest sample of each sandbox, and the last ones of those removed not long before this time.
+/// The newest sample of each sandbox, by identity, and the last ones of those removed not long before this time.
 #[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "(Vec<Newest>, Vec<Departed>)")]
+#[rtype(result = "(Vec<(SandboxId, Newest)>, Vec<Departed>)")]
 pub struct Latest {
     /// Now, on the daemon's clock.
     pub now_ms: u64,
@@ -147,10 +154,21 @@ impl MetricsHandle {
         &self.identity
     }
 
-    /// Hands a sample over.
-    pub fn sample(&self, measured: Measured) {
-        if self.actor.try_send(Sampled(measured, self.actor.ticket())).is_err() {
-            tracing::trace!("a sample was left out");
+    /// Hands samples over.
+    pub fn take(&self, batch: Vec<Measured>) {
+        if self.actor.waiting() < BATCHES_WAITING_MAX {
+            self.send(batch, false);
+        }
+    }
+
+    /// Hands the last sample of a run over.
+    pub fn take_last(&self, measured: Measured) {
+        self.send(vec![measured], true);
+    }
+
+    fn send(&self, batch: Vec<Measured>, are_last: bool) {
+        if self.actor.try_send(Sampled { batch, are_last, _ticket: self.actor.ticket() }).is_err() {
+            tracing::trace!("samples were left out");
         }
     }
 
@@ -182,12 +200,12 @@ pub struct MetricsActor {
 impl MetricsActor {
     fn take(&mut self, measured: Measured) {
         let bytes_max = (HISTORIES_BYTES_MAX / (self.series.len() + 1)).min(HISTORY_BYTES_MAX);
-        let (id, boot_id, entry) = (measured.id, measured.boot_id, snapshot::entry(&measured));
+        let (id, boot_id, entry) = (measured.subject.id, measured.subject.boot_id, snapshot::entry(&measured));
         match self.series.get_mut(&id) {
             Some(series) => {
                 let before = &series.newest;
                 // Nothing of an earlier boot counts for this one.
-                let cpu_utilization = if before.measured.boot_id != boot_id {
+                let cpu_utilization = if before.measured.subject.boot_id != boot_id {
                     0.0
                 } else if measured.sample.at_ns <= before.measured.sample.at_ns {
                     // Two samples of one moment: no time, no rate.
@@ -215,9 +233,10 @@ impl MetricsActor {
         }
     }
 
-    fn latest(&mut self, now_ms: u64) -> (Vec<Newest>, Vec<Departed>) {
+    fn latest(&mut self, now_ms: u64) -> (Vec<(SandboxId, Newest)>, Vec<Departed>) {
         self.departed.retain(|departed| departed.gone_at_ms + DEPARTED_MS > now_ms);
-        (self.series.values().map(|series| series.newest.clone()).collect(), self.departed.iter().cloned().collect())
+        let newest = self.series.iter().map(|(id, series)| (*id, series.newest.clone()));
+        (newest.collect(), self.departed.iter().cloned().collect())
     }
 }
 
@@ -230,10 +249,12 @@ impl Actor for MetricsActor {
 
 impl Handler<Sampled> for MetricsActor {
     type Result = ();
-    fn handle(&mut self, Sampled(measured, _ticket): Sampled, _: &mut Self::Context) {
+    fn handle(&mut self, Sampled { batch, are_last, .. }: Sampled, _: &mut Self::Context) {
         faults::here("metrics/sample");
         self.handled += 1;
-        self.take(measured);
+        // Looked at here, on the thread of the sandboxes' actors: nothing that was under way comes after a run's last
+        // sample.
+        batch.into_iter().filter(|measured| are_last || !measured.subject.is_over()).for_each(|one| self.take(one));
     }
 }
 
@@ -286,6 +307,8 @@ impl Handler<Inspect> for MetricsActor {
 
 #[cfg(test)]
 mod tests {
+    use msb_protocol::id::SandboxName;
+
     use super::*;
 
     fn sample(at_s: u64, cpu_ms: u64) -> Sample {
@@ -293,10 +316,10 @@ mod tests {
     }
 
     fn measured(sandbox: u128, run: u128, at_s: u64, cpu_ms: u64) -> Measured {
+        let id = SandboxId(uuid::Uuid::from_u128(sandbox));
+        let name = SandboxName::parse(&format!("s{sandbox}")).unwrap();
         Measured {
-            id: SandboxId(uuid::Uuid::from_u128(sandbox)),
-            name: SandboxName::parse(&format!("s{sandbox}")).unwrap(),
-            boot_id: BootId(uuid::Uuid::from_u128(run)),
+            subject: Subject::new(id, name, BootId(uuid::Uuid::from_u128(run))),
             at_ms: at_s * 1_000,
             sample: sample(at_s, cpu_ms),
             guest: None,
@@ -313,7 +336,7 @@ mod tests {
     #[test]
     fn nothing_of_an_earlier_run_counts_for_the_newest() {
         let mut actor = MetricsActor::default();
-        let newest = |actor: &mut MetricsActor| actor.latest(0).0[0].cpu_utilization;
+        let newest = |actor: &mut MetricsActor| actor.latest(0).0[0].1.cpu_utilization;
         actor.take(measured(1, 1, 10, 0));
         actor.take(measured(1, 1, 11, 500));
         assert!((newest(&mut actor) - 0.5).abs() < 1e-9);

@@ -38,6 +38,8 @@ impl Chunk {
 pub struct Ring {
     chunks: VecDeque<Chunk>,
     last: Option<Entry>,
+    /// Of all chunks: they are not looked at again for each entry.
+    bytes: usize,
 }
 
 impl Ring {
@@ -45,24 +47,30 @@ impl Ring {
     pub fn push(&mut self, boot_id: BootId, entry: Entry, span_ms: u64, bytes_max: usize) {
         match (self.chunks.back_mut(), &self.last) {
             (Some(chunk), Some(last)) if chunk.boot_id == boot_id && chunk.len < CHUNK_LEN => {
+                let before = chunk.bytes();
                 write_delta(last, &entry, &mut chunk.deltas);
                 chunk.len += 1;
+                self.bytes += chunk.bytes() - before;
             }
-            _ => self.chunks.push_back(Chunk { boot_id, first: entry, deltas: Vec::new(), len: 1 }),
+            _ => {
+                let chunk = Chunk { boot_id, first: entry, deltas: Vec::new(), len: 1 };
+                self.bytes += chunk.bytes();
+                self.chunks.push_back(chunk);
+            }
         }
         self.last = Some(entry);
         let oldest_ms = entry[0].saturating_sub(span_ms);
         while self.chunks.len() > 1
-            && (self.chunks.get(1).is_some_and(|second| second.first[0] < oldest_ms) || self.bytes() > bytes_max)
+            && (self.chunks.get(1).is_some_and(|second| second.first[0] < oldest_ms) || self.bytes > bytes_max)
         {
-            self.chunks.pop_front();
+            self.bytes -= self.chunks.pop_front().as_ref().map_or(0, Chunk::bytes);
         }
     }
 
     /// Bytes that the entries take.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.chunks.iter().map(Chunk::bytes).sum()
+        self.bytes
     }
 
     /// The entries from `since_ms` on, oldest first, each with its run.
@@ -170,6 +178,7 @@ mod tests {
             entry[0] = at;
             ring.push(run(1), entry, HOUR_MS, 32 << 10);
             assert!(ring.bytes() <= 32 << 10);
+            assert_eq!(ring.bytes(), ring.chunks.iter().map(Chunk::bytes).sum::<usize>());
         }
         assert!(ring.since(0).len() >= 100);
     }

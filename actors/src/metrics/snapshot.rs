@@ -1,17 +1,23 @@
 //! From samples and views to what the API answers. Called by `crate::daemon`; it asks the actor, never a VM.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use msb_protocol::control::{GuestMetrics, HistoryPoint, MetricsSnapshot, SandboxMetrics};
+use msb_protocol::fleet::{self, Figures, FleetWriter};
 use msb_protocol::id::{BootId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::Sample;
 
 use super::ring::Entry;
-use super::{Departed, Latest, Measured, MetricsHandle, Newest, utilization};
+use super::{Departed, LastWords, Latest, Measured, MetricsHandle, Newest, utilization};
+use crate::sandbox::view::{self, View};
 use crate::supervisor::SandboxRef;
+
+/// Bytes for a row of the compact form: most are shorter.
+const ROW_LEN: usize = 640;
 
 /// Which sandboxes are wanted: one of the names, if any is given, and every term.
 #[derive(Clone, Debug, Default)]
@@ -28,7 +34,30 @@ impl Choice {
     }
 }
 
-/// The newest sample of each sandbox that is wanted.
+/// The newest sample of each sandbox that is wanted, before it is told in one form or the other.
+#[derive(Debug)]
+pub struct Fleet {
+    /// Everything but the rows.
+    head: MetricsSnapshot,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug)]
+struct Row {
+    whose: Whose,
+    newest: Newest,
+}
+
+/// Whom a row is of.
+#[derive(Debug)]
+enum Whose {
+    /// As its actor shows it.
+    Present(Arc<View>),
+    /// It was removed.
+    Departed(LastWords),
+}
+
+/// Takes it.
 ///
 /// # Errors
 /// The actor is gone.
@@ -37,72 +66,112 @@ pub async fn take(
     sandboxes: Vec<SandboxRef>,
     choice: &Choice,
     (now_ms, taken_at): (u64, Timestamp),
-) -> Result<MetricsSnapshot, actix::MailboxError> {
+) -> Result<Fleet, actix::MailboxError> {
     let (newest, departed) = metrics.actor().send(Latest { now_ms }).await?;
-    let mut newest: BTreeMap<_, _> = newest.into_iter().map(|newest| (newest.measured.id, newest)).collect();
-    let mut states: BTreeMap<String, u64> = BTreeMap::new();
+    let mut states: BTreeMap<&'static str, u64> = BTreeMap::new();
     let mut rows = Vec::with_capacity(newest.len());
     for sandbox in sandboxes {
-        // Looked at in its place: a copy of a thousand whole specs each second is the larger part of this.
-        let view = sandbox.view.borrow();
+        let view = Arc::clone(&sandbox.view.borrow());
         let summary = &view.detail.summary;
-        *states.entry(summary.status.as_str().to_owned()).or_default() += 1;
+        *states.entry(summary.status.as_str()).or_default() += 1;
         if !choice.takes(&summary.name, &summary.labels) {
             continue;
         }
-        let Some(newest) = newest.remove(&sandbox.id) else { continue };
-        let live = view.detail.boot_id == Some(newest.measured.boot_id);
-        rows.push(SandboxMetrics {
-            vmm_pid: view.detail.vmm_pid.filter(|_| live).unwrap_or(0),
-            status: summary.status,
-            labels: summary.labels.clone(),
-            restarts: summary.restarts,
-            created_at: summary.created_at,
-            last: !live,
-            boot_phases: view.detail.boot_phases.clone(),
-            ..row(newest)
-        });
+        let Ok(place) = newest.binary_search_by_key(&sandbox.id, |(id, _)| *id) else { continue };
+        rows.push(Row { whose: Whose::Present(view), newest: newest[place].1.clone() });
     }
-    rows.extend(departed.into_iter().map(of_departed).filter(|row| choice.takes(&row.name, &row.labels)));
-    rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+    let departed =
+        departed.into_iter().filter(|one| choice.takes(&one.newest.measured.subject.name, &one.last_words.labels));
+    rows.extend(departed.map(|Departed { newest, last_words, .. }| Row { whose: Whose::Departed(last_words), newest }));
     let identity = metrics.identity();
-    Ok(MetricsSnapshot {
+    let head = MetricsSnapshot {
         host_id: identity.host_id.clone(),
         host_name: identity.host_name.clone(),
         instance_id: identity.instance_id.clone(),
         taken_at,
-        states,
-        sandboxes: rows,
-    })
+        states: states.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
+        sandboxes: Vec::new(),
+    };
+    Ok(Fleet { head, rows })
 }
 
-fn of_departed(Departed { newest, last_words, .. }: Departed) -> SandboxMetrics {
-    SandboxMetrics {
-        labels: last_words.labels,
-        restarts: last_words.restarts,
-        created_at: last_words.created_at,
-        ..row(newest)
+impl Fleet {
+    /// The form of the API, with rows by name.
+    #[must_use]
+    pub fn into_snapshot(self) -> MetricsSnapshot {
+        let mut sandboxes: Vec<_> = self.rows.into_iter().map(Row::into_metrics).collect();
+        sandboxes.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        MetricsSnapshot { sandboxes, ..self.head }
+    }
+
+    /// The compact form ([`msb_protocol::fleet`]).
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut writer = FleetWriter::new(&self.head, self.rows.len() * ROW_LEN);
+        for row in &self.rows {
+            match &row.whose {
+                Whose::Present(view) => writer.row(&view.metrics_who, &row.figures()),
+                Whose::Departed(last_words) => writer.row(&last_words_of(row, last_words).encode(), &row.figures()),
+            }
+        }
+        writer.finish()
     }
 }
 
-/// A row as of a run that ended; who knows better overwrites it.
-fn row(newest: Newest) -> SandboxMetrics {
-    let Newest { measured, cpu_utilization } = newest;
-    SandboxMetrics {
-        name: measured.name,
-        id: measured.id,
-        boot_id: measured.boot_id,
-        vmm_pid: 0,
+fn last_words_of<'a>(row: &'a Row, last_words: &'a LastWords) -> fleet::Who<'a> {
+    let subject = &row.newest.measured.subject;
+    fleet::Who {
+        name: &subject.name,
+        id: subject.id,
         status: SandboxState::Stopped,
-        labels: BTreeMap::new(),
-        restarts: 0,
-        created_at: Timestamp::UNIX_EPOCH,
-        started_at: started_at(&measured.sample),
-        last: true,
-        sample: measured.sample,
-        cpu_utilization,
-        guest: measured.guest,
-        boot_phases: Vec::new(),
+        labels: &last_words.labels,
+        restarts: last_words.restarts,
+        created_at: last_words.created_at,
+        boot_phases: &[],
+    }
+}
+
+impl Row {
+    fn figures(&self) -> Figures<'_> {
+        let Newest { measured, cpu_utilization } = &self.newest;
+        let boot_id = measured.subject.boot_id;
+        let live = match &self.whose {
+            Whose::Present(view) => Some(&view.detail).filter(|detail| detail.boot_id == Some(boot_id)),
+            Whose::Departed(_) => None,
+        };
+        Figures {
+            boot_id,
+            vmm_pid: live.and_then(|detail| detail.vmm_pid).unwrap_or(0),
+            started_at: started_at(&measured.sample),
+            last: live.is_none(),
+            cpu_utilization: *cpu_utilization,
+            guest: measured.guest,
+            sample: &measured.sample,
+        }
+    }
+
+    fn into_metrics(self) -> SandboxMetrics {
+        let Figures { boot_id, vmm_pid, started_at, last, cpu_utilization, guest, .. } = self.figures();
+        let who = match &self.whose {
+            Whose::Present(view) => view::who(&view.detail),
+            Whose::Departed(last_words) => last_words_of(&self, last_words),
+        };
+        SandboxMetrics {
+            name: who.name.clone(),
+            id: who.id,
+            boot_id,
+            vmm_pid,
+            status: who.status,
+            labels: who.labels.clone(),
+            restarts: who.restarts,
+            created_at: who.created_at,
+            started_at,
+            last,
+            boot_phases: who.boot_phases.to_vec(),
+            cpu_utilization,
+            guest,
+            sample: self.newest.measured.sample,
+        }
     }
 }
 
@@ -183,6 +252,7 @@ mod tests {
     use msb_protocol::id::SandboxId;
 
     use super::*;
+    use crate::metrics::meter::Subject;
 
     #[test]
     fn history_is_thinned_evenly_and_keeps_the_newest() {
@@ -207,15 +277,14 @@ mod tests {
     #[test]
     fn a_guest_that_has_not_spoken_is_absent_and_one_without_processes_is_not() {
         let guest = |guest| {
+            let (id, boot_id) = (SandboxId(uuid::Uuid::from_u128(1)), BootId(uuid::Uuid::from_u128(2)));
             let measured = Measured {
-                id: SandboxId(uuid::Uuid::from_u128(1)),
-                name: SandboxName::parse("web").unwrap(),
-                boot_id: BootId(uuid::Uuid::from_u128(2)),
+                subject: Subject::new(id, SandboxName::parse("web").unwrap(), boot_id),
                 at_ms: 1,
                 sample: Sample::default(),
                 guest,
             };
-            history(&[(measured.boot_id, entry(&measured))], 10)[0].guest
+            history(&[(boot_id, entry(&measured))], 10)[0].guest
         };
         assert_eq!(guest(None), None);
         let said = GuestMetrics { memory_used_bytes: 5, root_free_bytes: 7, ..GuestMetrics::default() };

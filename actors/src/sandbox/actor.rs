@@ -30,7 +30,7 @@ use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 use msb_protocol::vmm::{BootError, NetworkExplanation, RestoreSpec};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::activity::{Activity, ActivityKind};
+use super::activity::Activity;
 use super::directories::Directories;
 use super::disk_hold::DiskHolds;
 use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
@@ -46,10 +46,11 @@ use crate::identity::{self, ProcessIdentity};
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
-use crate::metrics::{Forget, LastWords, Measured};
+use crate::metrics::meter::{Meter, Subject};
+use crate::metrics::{Forget, LastWords};
 use crate::snapshots::Source;
 use crate::supervisor::{DeathGuard, Surroundings};
-use crate::vm::{AdoptRequest, Adoption, EVENTS_LEN, EventSink, Gone, VmCommand, VmEvent, VmHandle};
+use crate::vm::{AdoptRequest, Adoption, EventSink, Gone, VmCommand, VmEvent, VmHandle};
 
 pub use care::Relabel;
 pub use pause::Halt;
@@ -209,16 +210,14 @@ pub struct SandboxActor {
     ports: BoundPorts,
     /// Waits for visitors while the sandbox sleeps.
     port_watch: Option<(PortWatch, SpawnHandle)>,
-    /// Connections through published ports that were opened, as of the last sample.
-    visits: u64,
     beats: Option<BeatWatch>,
     /// Events of a run whose launch or adoption is under way.
     coming: Option<(BootId, mpsc::Receiver<VmEvent>)>,
     care: Option<care::Care>,
     timer: Option<SpawnHandle>,
     beat_timer: Option<SpawnHandle>,
-    /// What the agent of this run said last.
-    guest_metrics: Option<GuestMetrics>,
+    /// What samples of this run go through, and what its agent says.
+    meter: Option<Arc<Meter>>,
     /// Steps whose effects are not done yet, oldest first.
     steps: VecDeque<Step>,
     stepping: bool,
@@ -282,13 +281,12 @@ impl SandboxActor {
             forgotten: Vec::new(),
             ports: BoundPorts::default(),
             port_watch: None,
-            visits: 0,
             beats: None,
             coming: None,
             care: None,
             timer: None,
             beat_timer: None,
-            guest_metrics: None,
+            meter: None,
             steps: VecDeque::new(),
             stepping: false,
             gone: None,
@@ -539,6 +537,7 @@ impl SandboxActor {
         let mut detail = view::detail(&self.record, &self.machine, &self.directories, next_try_at);
         detail.health_report = self.care.as_ref().map(care::Care::report);
         detail.summary.health = detail.health_report.as_ref().map(|report| report.status);
+        let metrics_who = view::who(&detail).encode();
         let view = View {
             detail,
             runs_ready: self.runs_ready,
@@ -550,6 +549,7 @@ impl SandboxActor {
             memory: self.machine.memory().filter(|_| matches!(self.machine.state(), State::Asleep { .. })),
             falling_asleep: self.machine.is_falling_asleep(),
             orphaned: false,
+            metrics_who,
         };
         self.view.send_replace(Arc::new(view));
     }
@@ -608,22 +608,12 @@ impl SandboxActor {
         }
     }
 
-    fn note_sample(&mut self, boot_id: BootId, sample: msb_protocol::vmm::Sample) {
-        let opened = sample.network_inbound_opened;
-        if sample.network_inbound_open > 0 || (opened > 0 && opened != self.visits) {
-            self.activity.touch(ActivityKind::Connection);
-        }
-        self.visits = opened;
-        let (id, name, at_ms) = (self.record.id, self.record.name.clone(), self.now_ms());
-        self.surroundings.metrics.sample(Measured { id, name, boot_id, at_ms, sample, guest: self.guest_metrics });
-    }
-
     fn note_end(&mut self, boot_id: BootId, cause: EndCause) {
         let mut gone = self.gone.take();
-        if let Some(sample) = gone.as_mut().and_then(|gone| gone.sample.take()) {
-            self.note_sample(boot_id, *sample);
+        let last = gone.as_mut().and_then(|gone| gone.sample.take()).map(|sample| *sample);
+        if let Some(meter) = self.meter.take() {
+            meter.end(last);
         }
-        self.guest_metrics = None;
         let process: Option<ProcessEnd> = gone.as_ref().and_then(|gone| gone.main_end);
         let message = gone.as_ref().map(|gone| clean(&gone.message)).unwrap_or_default();
         if let Some(error) = gone.and_then(|gone| gone.boot_error) {
@@ -830,7 +820,11 @@ impl SandboxActor {
     /// the VM they come from ([`Self::hear_events`]): a fast VM is ready before the news of its launch is here, and an event that
     /// the machine cannot place yet would be lost.
     fn listen(&mut self, boot_id: BootId) -> EventSink {
-        let (sink, events) = mpsc::channel(EVENTS_LEN);
+        let subject = Subject::new(self.record.id, self.record.name.clone(), boot_id);
+        let Surroundings { metrics, clock, .. } = &*self.surroundings;
+        let meter = Meter::new(subject, metrics.clone(), Arc::clone(clock), Arc::clone(&self.activity));
+        self.meter = Some(Arc::clone(&meter));
+        let (sink, events) = EventSink::new(meter);
         self.coming = Some((boot_id, events));
         sink
     }
@@ -1116,7 +1110,6 @@ impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
             VmEvent::MainStarted => {}
             VmEvent::MainExited(_) => self.tell(Event::MainExited, ctx),
             VmEvent::Beat(beat) => self.hear_beat(boot_id, beat, ctx),
-            VmEvent::Sampled(sample) => self.note_sample(boot_id, *sample),
             VmEvent::HostDiskFull(full) => {
                 let draft = EventDraft {
                     sandbox: self.record.name.clone(),
@@ -1156,13 +1149,15 @@ impl SandboxActor {
         let is_due_sooner = watch.due_ms() < due_ms;
         let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
         self.surroundings.heartbeats.write(self.record.id, &self.directories.heartbeat, heartbeat);
-        self.guest_metrics = Some(GuestMetrics {
-            memory_used_bytes: beat.memory_used_bytes,
-            memory_total_bytes: beat.memory_total_bytes,
-            root_used_bytes: beat.root_used_bytes,
-            root_free_bytes: beat.root_free_bytes,
-            processes: beat.processes,
-        });
+        if let Some(meter) = &self.meter {
+            meter.note_guest(GuestMetrics {
+                memory_used_bytes: beat.memory_used_bytes,
+                memory_total_bytes: beat.memory_total_bytes,
+                root_used_bytes: beat.root_used_bytes,
+                root_free_bytes: beat.root_free_bytes,
+                processes: beat.processes,
+            });
+        }
         if is_due_sooner || self.beat_timer.is_none() {
             self.arm_beats(ctx);
         }
@@ -1208,6 +1203,10 @@ impl Handler<PanicNow> for SandboxActor {
 
 impl Drop for SandboxActor {
     fn drop(&mut self) {
+        // The next incarnation has a meter of its own.
+        if let Some(meter) = self.meter.take() {
+            meter.end(None);
+        }
         let died = if std::thread::panicking() { "a handler panicked" } else { "its context ended" };
         self.guard.report(died);
     }

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use msb_protocol::control::{NetworkDetail, SandboxDetail, SandboxSummary};
 use msb_protocol::error::ApiError;
+use msb_protocol::fleet::Who;
 use msb_protocol::id::BootId;
 use msb_protocol::network::NetworkSpec;
 use msb_protocol::state::SandboxState;
@@ -32,6 +33,8 @@ pub struct View {
     pub falling_asleep: bool,
     /// The actor that published this has died; its next incarnation will say more.
     pub orphaned: bool,
+    /// What compact metrics say of it beside its figures ([`who`]): made once, told each second.
+    pub metrics_who: Vec<u8>,
 }
 
 impl View {
@@ -59,6 +62,21 @@ fn network(spec: &NetworkSpec) -> NetworkDetail {
         NetworkDetail { addresses: Some(spec.addresses()), policy: spec.policy_lines() }
     } else {
         NetworkDetail::default()
+    }
+}
+
+/// What metrics say of a sandbox beside its figures.
+#[must_use]
+pub fn who(detail: &SandboxDetail) -> Who<'_> {
+    let summary = &detail.summary;
+    Who {
+        name: &summary.name,
+        id: summary.id,
+        status: summary.status,
+        labels: &summary.labels,
+        restarts: summary.restarts,
+        created_at: summary.created_at,
+        boot_phases: &detail.boot_phases,
     }
 }
 

@@ -68,6 +68,7 @@ enum Input {
     Adopt(EventSink, mpsc::Receiver<VmCommand>),
     End(Gone),
     Raw(VmEvent),
+    Counted(Box<Sample>),
     ReadyNow,
     Silence,
 }
@@ -172,7 +173,7 @@ impl FakeLauncher {
     /// The VM process of a sandbox counts this.
     pub fn tell(&self, name: &str, sample: Sample) {
         if let Some(vm) = self.named(name) {
-            let _ = vm.inbox.send(Input::Raw(VmEvent::Sampled(Box::new(sample))));
+            let _ = vm.inbox.send(Input::Counted(Box::new(sample)));
         }
     }
 
@@ -350,6 +351,12 @@ fn sample(seconds: u64) -> Sample {
     }
 }
 
+fn count(events: &EventSink, sample: Sample) {
+    if let Some(meter) = events.meter() {
+        meter.sample(sample);
+    }
+}
+
 /// When the workload ends by itself, in milliseconds after ready, and how.
 fn fate(spec: &VmSpec) -> Option<(u64, ProcessEnd)> {
     let main = spec.guest.main.as_ref().filter(|main| main.autostart)?;
@@ -398,6 +405,7 @@ async fn live(
                 }
                 Some(Input::End(gone)) => break gone,
                 Some(Input::Raw(event)) => drop(events.send(event).await),
+                Some(Input::Counted(sample)) => count(&events, *sample),
                 Some(Input::Silence) => faults.no_beats = true,
                 Some(Input::ReadyNow) => (can_boot, next_ms) = (true, clock.now_ms()),
                 None => return,
@@ -451,7 +459,7 @@ async fn live(
                 } else if now >= next_ms {
                     sequence += 1;
                     let _ = events.send(VmEvent::Beat(Beat { sequence, uptime_ms: sequence * 1_000, ..Beat::default() })).await;
-                    let _ = events.send(VmEvent::Sampled(Box::new(sample(sequence)))).await;
+                    count(&events, sample(sequence));
                 }
                 // In the moments in which the service looks, as those of real machines reach it.
                 next_ms = (now + 1_000).next_multiple_of(LOOK_INTERVAL_MS);

@@ -9,7 +9,7 @@ mod descriptors;
 mod explain;
 pub mod files;
 pub mod process;
-mod samples;
+pub mod samples;
 pub mod scope;
 pub mod session;
 pub mod unhurried;
@@ -29,17 +29,69 @@ use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::error::SendError;
+#[cfg(any(test, feature = "simulation"))]
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::identity::ProcessIdentity;
+use crate::metrics::meter::Meter;
 
 /// Events of one VM that wait for its actor before the driver has to.
-pub const EVENTS_LEN: usize = 32;
+const EVENTS_LEN: usize = 32;
 
 /// A boxed future.
 pub type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-/// Where a VM's events go.
-pub type EventSink = mpsc::Sender<VmEvent>;
+
+/// Where what one run says goes: its events to its actor, its samples past it.
+#[derive(Clone, Debug)]
+pub struct EventSink {
+    events: mpsc::Sender<VmEvent>,
+    meter: Option<Arc<Meter>>,
+}
+
+impl EventSink {
+    /// A sink, and what its events come out of.
+    #[must_use]
+    pub fn new(meter: Arc<Meter>) -> (Self, mpsc::Receiver<VmEvent>) {
+        let (events, queue) = mpsc::channel(EVENTS_LEN);
+        (Self { events, meter: Some(meter) }, queue)
+    }
+
+    /// A sink that nobody listens to: for a VM that is looked for only to be ended.
+    #[must_use]
+    pub fn unheard() -> Self {
+        Self { events: mpsc::channel(1).0, meter: None }
+    }
+
+    /// Sends an event; waits while there is no room.
+    ///
+    /// # Errors
+    /// Nobody listens any more.
+    pub async fn send(&self, event: VmEvent) -> Result<(), SendError<VmEvent>> {
+        self.events.send(event).await
+    }
+
+    /// Sends an event for which there must be room.
+    ///
+    /// # Errors
+    /// There is none, or nobody listens any more.
+    #[cfg(any(test, feature = "simulation"))]
+    pub fn try_send(&self, event: VmEvent) -> Result<(), TrySendError<VmEvent>> {
+        self.events.try_send(event)
+    }
+
+    /// Waits until nobody listens any more.
+    pub async fn closed(&self) {
+        self.events.closed().await;
+    }
+
+    /// The meter for its samples, if they count.
+    #[must_use]
+    pub fn meter(&self) -> Option<&Arc<Meter>> {
+        self.meter.as_ref()
+    }
+}
 
 /// A byte stream to the agent.
 pub trait AgentIo: AsyncRead + AsyncWrite + Send + Unpin {
@@ -137,8 +189,6 @@ pub enum VmEvent {
     MainExited(ProcessEnd),
     /// A beat.
     Beat(Beat),
-    /// Counters.
-    Sampled(Box<Sample>),
     /// The host's disk is full, or has room again.
     HostDiskFull(bool),
     /// The VM process is gone; nothing follows.

@@ -5,7 +5,7 @@
 //!                             │  control link: socketpair, or <run>/control.sock after adoption
 //!                             │  pidfd: the process's end
 //!                             ├─ agent::run (a task): control stream of the agent through <run>/vsock.sock
-//!                             └─ samples::run (a task): samples through a connection of their own to <run>/control.sock
+//!                             └─ SampleReader::run (a task): samples over one of their own to <run>/control.sock
 //! ```
 //!
 //! `msb-vmm` begins a session of its own, gets an empty environment, the control link as its standard input and `<logs>/vmm.log`
@@ -36,10 +36,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+use super::samples::SampleReader;
 use super::scope::{self, Scopes};
 use super::{
     AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
-    descriptors, explain, samples,
+    descriptors, explain,
 };
 use crate::identity::{self, ProcessIdentity};
 
@@ -61,6 +62,8 @@ pub struct ProcessLauncher {
     pub program: PathBuf,
     /// Time between two samples of a VM in milliseconds; 0: none.
     pub sample_interval_ms: u64,
+    /// Who reads them.
+    pub samples: SampleReader,
     /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it.
     pub scopes: Option<Scopes>,
 }
@@ -537,7 +540,7 @@ impl Driver {
 
     fn reach_agent(&mut self, events: &EventSink) {
         let interval_ms = self.launcher.sample_interval_ms;
-        tokio::spawn(samples::run(self.run_dir.clone(), self.boot_id, interval_ms, events.clone()));
+        tokio::spawn(self.launcher.samples.clone().run(self.run_dir.clone(), interval_ms, events.clone()));
         let (shutdowns, queue) = mpsc::channel(2);
         self.agent = Some(shutdowns);
         let launcher: Arc<dyn Launcher> = Arc::new(self.launcher.clone());

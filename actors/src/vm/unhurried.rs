@@ -1,8 +1,10 @@
-//! A connection that is looked at a few times a second and does not wake the service when something arrives. For what each running VM
-//! sends each second and nobody waits for: beats and samples. A wake costs the service more than the message that caused it, and all
-//! unhurried connections are looked at in the same moment.
+//! A connection that is looked at a few times a second and does not wake the service when something arrives. For what
+//! each running VM sends each second and nobody waits for: beats, and samples, whose reader looks at all of its
+//! connections itself. A wake costs the service more than the message that caused it, and all unhurried connections
+//! are looked at in the same moment.
 //!
-//! Called by `vm::agent` and `vm::samples`. Never carries anything that has to be answered at once.
+//! Called by `vm::agent`, and for the moments of looking by `vm::samples`. Never carries anything that has to be
+//! answered at once.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,9 +18,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Time between two looks: what a beat may be late by.
 pub const LOOK_INTERVAL_MS: u64 = 250;
-const LOOK_INTERVAL: Duration = Duration::from_millis(LOOK_INTERVAL_MS);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(LOOK_INTERVAL_MS);
 
-/// Bytes of one read: some samples, many beats.
+/// Bytes of one read: many beats.
 const READ_LEN: usize = 4 << 10;
 
 /// The first moment later than this, both counted from the same beginning, in which connections are looked at.
@@ -28,7 +30,7 @@ fn look_behind(time: Duration) -> Duration {
 }
 
 /// The first one later than this time from now.
-fn look_after(pause: Duration) -> Instant {
+pub(super) fn look_after(pause: Duration) -> Instant {
     static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
     *EPOCH + look_behind(EPOCH.elapsed() + pause)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use msb_metrics::{Family, Metric};
 use msb_protocol::control::{MetricsSnapshot, SandboxMetrics};
 use msb_protocol::id::{BootId, SandboxId};
-use msb_protocol::vmm::{NetworkCount, Sample};
+use msb_protocol::vmm::{NetworkName, Sample};
 
 use crate::point::{Collection, CountKey, Counters, Guest, Host, Identity, Reading, counts_at};
 
@@ -81,9 +81,7 @@ fn hash(sandbox: &SandboxMetrics) -> u64 {
     for phase in &sandbox.boot_phases {
         (&phase.name, phase.duration_us).hash(&mut hasher);
     }
-    for count in &sandbox.sample.network {
-        (&count.metric, &count.attributes).hash(&mut hasher);
-    }
+    sandbox.sample.network.names().wire().hash(&mut hasher);
     hasher.finish()
 }
 
@@ -181,9 +179,9 @@ impl Memory {
         let counts_at = counts_at(counts);
         let own = counts.len();
         counts.resize(own + known.identity.counts.len(), 0);
-        for (place, count) in known.told.places.iter().zip(&sandbox.sample.network) {
+        for (place, count) in known.told.places.iter().zip(sandbox.sample.network.values()) {
             if let Some(value) = place.and_then(|place| counts[own..].get_mut(place)) {
-                *value = count.value;
+                *value = *count;
             }
         }
         let old_after_ns = known.interval_ns.saturating_mul(OLD_INTERVALS).max(OLD_MIN_NS);
@@ -209,7 +207,9 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
         taken_ns,
         states: snapshot.states.iter().map(|(state, count)| (state.clone(), *count)).collect(),
         readings: Vec::with_capacity(snapshot.sandboxes.len()),
-        counts: Vec::with_capacity(snapshot.sandboxes.iter().map(|sandbox| sandbox.sample.network.len()).sum()),
+        counts: Vec::with_capacity(
+            snapshot.sandboxes.iter().map(|sandbox| sandbox.sample.network.values().len()).sum(),
+        ),
         attributes_dropped: 0,
     };
     // Sandboxes the daemon no longer reports are forgotten, so that memory follows the fleet.
@@ -224,19 +224,19 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
 
 /// The network's counters by key, none where the table does not declare it: they come from a VM's process.
 fn network_keys(sample: &Sample) -> Vec<Option<CountKey>> {
-    let declared = |count: &NetworkCount| {
+    let declared = |count: &NetworkName| {
         let definition = Metric::from_name(&count.metric)?.definition();
         let keys_fit = count.attributes.keys().eq(definition.attributes.iter().collect::<BTreeSet<_>>());
         let has_field = matches!(definition.metric, Metric::NetworkIo | Metric::NetworkPackets);
         let is_short = count.attributes.values().all(|value| value.len() <= COUNT_WORD_BYTES_MAX);
         (definition.family == Family::Sandbox && keys_fit && is_short && !has_field).then_some(definition.metric)
     };
-    let key = |count: &NetworkCount| {
+    let key = |count: &NetworkName| {
         let attributes = count.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
         Some((declared(count)?, attributes))
     };
     let counts = sample.network.iter().enumerate();
-    counts.map(|(place, count)| (place < COUNTS_MAX).then(|| key(count)).flatten()).collect()
+    counts.map(|(place, (name, _))| (place < COUNTS_MAX).then(|| key(name)).flatten()).collect()
 }
 
 fn nanoseconds(value: i128) -> u64 {
@@ -282,7 +282,7 @@ pub(crate) mod tests {
     use msb_protocol::control::GuestMetrics;
     use msb_protocol::id::SandboxName;
     use msb_protocol::state::SandboxState;
-    use msb_protocol::vmm::Phase;
+    use msb_protocol::vmm::{NetworkCount, Phase};
 
     use super::*;
     use crate::point::Value;
@@ -384,7 +384,7 @@ pub(crate) mod tests {
         };
         let (way, transport) = (("network.connection.direction", "outbound"), ("network.transport", "tcp"));
         let mut busy = snapshot();
-        busy.sandboxes[0].sample.network = vec![
+        busy.sandboxes[0].sample.network = [
             count("microsandbox.network.denied", &[way, transport], 4),
             count("microsandbox.network.denied", &[way, transport], 5),
             count("microsandbox.network.denied", &[way], 6),
@@ -394,7 +394,9 @@ pub(crate) mod tests {
             count("made.up", &[], 10),
             count("microsandbox.network.connections", &[transport], 2),
             count("microsandbox.network.decisions.suppressed", &[], 1),
-        ];
+        ]
+        .into_iter()
+        .collect();
         let collection = collect(&busy, &AttributeChoice::default(), &mut Memory::default());
         let denied = of(&collection, Metric::NetworkDenied);
         assert_eq!((denied.len(), denied[0].value, denied[0].start_ns), (1, Value::Unsigned(5), 50_000_000_000));

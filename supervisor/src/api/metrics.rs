@@ -5,11 +5,14 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
-use axum::response::Response;
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::response::{IntoResponse as _, Response};
 use msb_actors::metrics::HISTORY_MS;
 use msb_actors::metrics::snapshot::Choice;
 use msb_protocol::control::{HistoryQuery, MetricsHistory, MetricsSnapshot};
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::fleet::FLEET_MEDIA_TYPE;
 use msb_protocol::id::SandboxName;
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::selector::Selector;
@@ -66,9 +69,23 @@ fn parse(pairs: Pairs, is_stream: bool) -> Result<(Choice, Duration), Failure> {
 }
 
 #[utoipa::path(get, path = "/v1/metrics", params(("name" = Option<Vec<String>>, Query), ("label" = Option<Vec<String>>, Query), ("selector" = Option<Vec<String>>, Query)), responses((status = 200, body = MetricsSnapshot), (status = "4XX", body = ApiError)))]
-pub(crate) async fn snapshot(State(state): State<ApiState>, pairs: Pairs) -> Result<Json<MetricsSnapshot>, Failure> {
+pub(crate) async fn snapshot(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    pairs: Pairs,
+) -> Result<Response, Failure> {
     let (choice, _) = parse(pairs, false)?;
-    Ok(Json(state.daemon.metrics(&choice).await?))
+    let fleet = state.daemon.fleet(&choice).await?;
+    if accepts_compact(&headers) {
+        return Ok(([(CONTENT_TYPE, FLEET_MEDIA_TYPE)], fleet.encode()).into_response());
+    }
+    Ok(Json(fleet.into_snapshot()).into_response())
+}
+
+/// Whether the client named the compact form; its order among others does not matter, only our own clients know it.
+fn accepts_compact(headers: &HeaderMap) -> bool {
+    let mut accepted = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    accepted.any(|value| value.split(',').any(|one| one.trim() == FLEET_MEDIA_TYPE))
 }
 
 #[utoipa::path(get, path = "/v1/metrics/stream", params(("name" = Option<Vec<String>>, Query), ("label" = Option<Vec<String>>, Query), ("selector" = Option<Vec<String>>, Query), ("interval_ms" = Option<u64>, Query, description = "100 to 3600000; 1000 if not given")), responses((status = 200, body = MetricsSnapshot, content_type = "application/x-ndjson", description = "a line at each interval, the first at once"), (status = "4XX", body = ApiError)))]

@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
+use msb_protocol::id::BootId;
 use msb_protocol::network::PORTS_COUNT_MAX;
-use msb_protocol::vmm::{Message, Request, RequestFrame, VmSpec};
+use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, VmSpec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -38,8 +39,18 @@ pub struct Connection {
     pub(super) wants_events: bool,
     /// Whether the machine stands because it was asked to be written down here.
     pub(super) has_saved: bool,
-    /// Time between two samples and when the next is due, if this connection asked for them.
-    samples: Option<(Duration, Instant)>,
+    samples: Option<Subscription>,
+}
+
+/// The samples that a connection asked for.
+#[derive(Debug)]
+struct Subscription {
+    /// Time between two.
+    interval: Duration,
+    /// When the next is due.
+    due: Instant,
+    /// Writes their compact form, if that is what was asked for.
+    compact: Option<SampleEncoder>,
 }
 
 impl Connection {
@@ -89,21 +100,32 @@ impl Connection {
     }
 
     /// Begins samples at this interval, the first at once, or ends them.
-    pub(super) fn subscribe(&mut self, interval: Option<Duration>, now: Instant) {
-        self.samples = interval.map(|interval| (interval, now));
+    pub(super) fn subscribe(&mut self, interval: Option<Duration>, is_compact: bool, now: Instant) {
+        let compact = is_compact.then(SampleEncoder::default);
+        self.samples = interval.map(|interval| Subscription { interval, due: now, compact });
     }
 
     /// When the next sample is due.
     pub(super) fn next_sample(&self) -> Option<Instant> {
-        self.samples.map(|(_, at)| at)
+        self.samples.as_ref().map(|samples| samples.due)
     }
 
     /// Whether a sample is due by now; if so, the next one is an interval later.
     pub(super) fn take_due_sample(&mut self, now: Instant) -> bool {
-        let Some((interval, at)) = self.samples.as_mut().filter(|(_, at)| *at <= now) else { return false };
+        let Some(samples) = self.samples.as_mut().filter(|samples| samples.due <= now) else { return false };
         // A process that was stopped meanwhile does not catch up.
-        *at = (*at + *interval).max(now);
+        samples.due = (samples.due + samples.interval).max(now);
         true
+    }
+
+    /// As [`Self::send`], a sample in the form that was asked for.
+    pub(super) fn send_sample(&mut self, boot_id: BootId, sample: &Sample) -> bool {
+        let compact = self.samples.as_mut().and_then(|samples| samples.compact.as_mut());
+        let Some(encoder) = compact else {
+            return self.send(&Message::Event { event: Event::Sampled { boot_id, sample: Box::new(sample.clone()) } });
+        };
+        let encoded = encoder.encode(boot_id, sample, &mut self.outgoing);
+        self.queued(encoded)
     }
 
     /// Reads what has arrived; false once the peer is gone.
@@ -136,11 +158,15 @@ impl Connection {
 
     /// Queues a message and sends what the socket takes; false if the peer is gone or has stopped reading.
     pub fn send(&mut self, message: &Message) -> bool {
-        let before = self.outgoing.len();
-        if let Err(error) = encode_json(message, &mut self.outgoing) {
+        let encoded = encode_json(message, &mut self.outgoing);
+        self.queued(encoded)
+    }
+
+    /// Sends what the socket takes of what was just appended; nothing was if it could not be encoded.
+    fn queued(&mut self, encoded: Result<(), FrameError>) -> bool {
+        if let Err(error) = encoded {
             // Only a reply of ours can be too long, and none is.
             tracing::error!(%error, "message to the daemon could not be encoded");
-            self.outgoing.truncate(before);
             return true;
         }
         self.outgoing.len() <= OUTGOING_BYTES_MAX && self.flush()
@@ -233,13 +259,13 @@ mod tests {
         let mut connection = Connection::new(ours).expect("a connection");
         let (begin, second) = (Instant::now(), Duration::from_secs(1));
         assert!(!connection.take_due_sample(begin) && connection.next_sample().is_none());
-        connection.subscribe(Some(second), begin);
+        connection.subscribe(Some(second), true, begin);
         assert!(connection.take_due_sample(begin), "the first at once");
         assert!(!connection.take_due_sample(begin + second / 2));
         assert_eq!(connection.next_sample(), Some(begin + second));
         assert!(connection.take_due_sample(begin + 10 * second), "late");
         assert_eq!(connection.next_sample(), Some(begin + 10 * second));
-        connection.subscribe(None, begin);
+        connection.subscribe(None, false, begin);
         assert!(!connection.take_due_sample(begin + 60 * second));
     }
 }

@@ -2,15 +2,17 @@
 //! thread, and once more by `process` when the machine has ended.
 //!
 //! Reads /proc of this process and of QEMU; a value that cannot be read keeps what it was, a sample never fails. It is taken each
-//! second in every VM: files of threads stay open, and nothing is read that costs the kernel much.
+//! second in every VM: nothing is opened for it, and nothing is read that costs the kernel much.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use msb_metrics::{Kind, Metric};
 use msb_network::stack::{Counters, Way};
-use msb_protocol::vmm::{NetworkCount, Sample};
+use msb_protocol::vmm::{NetworkCounts, NetworkName, NetworkNames, Sample};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::devices::virtio::block::BlockCounters;
 use crate::launch::machine::Meters;
@@ -38,6 +40,7 @@ pub(super) struct Sampler {
     /// What the kernel says of the machine's memory.
     memory: Option<File>,
     resident_bytes: u64,
+    network: NetworkKeys,
 }
 
 impl Sampler {
@@ -45,7 +48,16 @@ impl Sampler {
     pub(super) fn new(run: Run, meters: Meters) -> Self {
         let elapsed_ns = u64::try_from(run.started().elapsed().as_nanos()).unwrap_or_default();
         let started_at_ns = realtime_ns().saturating_sub(elapsed_ns);
-        Self { run, meters, started_at_ns, machine_pid: None, vcpus: Vec::new(), memory: None, resident_bytes: 0 }
+        Self {
+            run,
+            meters,
+            started_at_ns,
+            machine_pid: None,
+            vcpus: Vec::new(),
+            memory: None,
+            resident_bytes: 0,
+            network: NetworkKeys::default(),
+        }
     }
 
     /// Tells which other processes belong to the machine.
@@ -89,7 +101,7 @@ impl Sampler {
             network_sent_packets: network.frames_sent,
             network_inbound_opened: inbound_opened(&network),
             network_inbound_open: inbound_open,
-            network: if meters.network.is_some() { counts(&network) } else { Vec::new() },
+            network: if meters.network.is_some() { self.network.counts(&network) } else { NetworkCounts::default() },
         }
     }
 }
@@ -98,46 +110,96 @@ fn inbound_opened(counters: &Counters) -> u64 {
     counters.opened.iter().filter(|((way, _), _)| *way == Way::Inbound).map(|(_, count)| count).sum()
 }
 
-/// The network's other counters under the names of their metrics. Sums that are still zero are left out.
-fn counts(counters: &Counters) -> Vec<NetworkCount> {
-    let mut counts = Vec::new();
-    counters.each(|metric, attributes, value| {
-        // These have fields of their own.
-        if matches!(metric, Metric::NetworkIo | Metric::NetworkPackets)
-            || (value == 0 && metric.definition().kind == Kind::Counter)
-        {
-            return;
+/// Which of the network's counters there are. Their names are made anew only when that changes.
+#[derive(Default)]
+struct NetworkKeys {
+    keys: Vec<(Metric, Vec<(&'static str, &'static str)>)>,
+    names: Arc<NetworkNames>,
+}
+
+impl NetworkKeys {
+    /// The network's other counters under the names of their metrics. Sums that are still zero are left out.
+    fn counts(&mut self, counters: &Counters) -> NetworkCounts {
+        let (mut values, mut is_known) = (Vec::with_capacity(self.keys.len()), true);
+        counters.each(|metric, attributes, value| {
+            // These have fields of their own.
+            if matches!(metric, Metric::NetworkIo | Metric::NetworkPackets)
+                || (value == 0 && metric.definition().kind == Kind::Counter)
+            {
+                return;
+            }
+            let place = values.len();
+            values.push(value);
+            if self.keys.get(place).is_none_or(|known| known.0 != metric || known.1 != attributes) {
+                // There is a new one before those that were known from here on.
+                self.keys.truncate(place);
+                self.keys.push((metric, attributes.to_vec()));
+                is_known = false;
+            }
+        });
+        if !is_known || self.keys.len() > values.len() {
+            self.keys.truncate(values.len());
+            let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            let name = |(metric, attributes): &(Metric, Vec<_>)| NetworkName {
+                metric: metric.name().into(),
+                attributes: attributes.iter().map(owned).collect(),
+            };
+            self.names = Arc::new(NetworkNames::new(self.keys.iter().map(name)));
         }
-        let attributes = attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        counts.push(NetworkCount { metric: metric.name().into(), attributes, value });
-    });
-    counts
+        NetworkCounts::new(Arc::clone(&self.names), &values).unwrap_or_default()
+    }
 }
 
 /// The processor time of one vCPU thread.
 struct VcpuClock {
-    figures: File,
-    /// Nanoseconds (schedstat) or clock ticks (stat, on kernels without the other).
-    read: fn(&str) -> Option<u64>,
+    source: ClockSource,
     ran_us: u64,
 }
 
+enum ClockSource {
+    /// A thread of this process has a clock, which is read without a file.
+    Thread(ClockId),
+    /// Nanoseconds (schedstat) or clock ticks (stat, on kernels without the other).
+    File(File, fn(&str) -> Option<u64>),
+}
+
 impl VcpuClock {
-    fn open(task: &std::path::Path) -> Option<Self> {
-        let (figures, read): (_, fn(&str) -> Option<u64>) = match File::open(task.join("schedstat")) {
-            Ok(figures) => (figures, schedstat_us),
-            Err(_) => (File::open(task.join("stat")).ok()?, stat_us),
+    fn open(task: &Path, is_own: bool) -> Option<Self> {
+        let own = || {
+            let thread: i32 = task.file_name()?.to_str()?.parse().ok()?;
+            Some(thread_clock(thread)).filter(|clock| clock_gettime(*clock).is_ok())
         };
-        Some(Self { figures, read, ran_us: 0 })
+        let source = match is_own.then(own).flatten() {
+            Some(clock) => ClockSource::Thread(clock),
+            None => match File::open(task.join("schedstat")) {
+                Ok(figures) => ClockSource::File(figures, schedstat_us),
+                Err(_) => ClockSource::File(File::open(task.join("stat")).ok()?, stat_us),
+            },
+        };
+        Some(Self { source, ran_us: 0 })
     }
 
     fn read(&mut self) {
-        let mut text = [0u8; 512];
-        let Ok(length) = self.figures.read_at(&mut text, 0) else { return };
-        if let Some(ran_us) = std::str::from_utf8(&text[..length]).ok().and_then(self.read) {
-            self.ran_us = self.ran_us.max(ran_us);
-        }
+        let ran_us = match &self.source {
+            ClockSource::Thread(clock) => clock_gettime(*clock).ok().map(|ran| {
+                let of = |number: i64| u64::try_from(number).unwrap_or_default();
+                of(ran.tv_sec()) * 1_000_000 + of(ran.tv_nsec()) / 1_000
+            }),
+            ClockSource::File(figures, parse) => {
+                let mut text = [0u8; 512];
+                let text = figures.read_at(&mut text, 0).ok().map(|length| &text[..length]);
+                text.and_then(|text| std::str::from_utf8(text).ok()).and_then(parse)
+            }
+        };
+        self.ran_us = self.ran_us.max(ran_us.unwrap_or_default());
     }
+}
+
+/// The clock of the time that a thread of this process was on a processor, as pthread_getcpuclockid(3) makes it: the
+/// complement of its number, then CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED (the kernel's
+/// include/linux/posix-timers_types.h). Once the thread has ended, reading it fails.
+fn thread_clock(thread: i32) -> ClockId {
+    ClockId::from_raw(!thread << 3 | 4 | 2)
 }
 
 fn process_directory(pid: Option<u32>) -> PathBuf {
@@ -153,7 +215,7 @@ fn find_vcpus(pid: Option<u32>) -> Vec<VcpuClock> {
             let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
             VCPU_NAMES.iter().any(|prefix| name.starts_with(prefix))
         })
-        .filter_map(|task| VcpuClock::open(&task.path()))
+        .filter_map(|task| VcpuClock::open(&task.path(), pid.is_none()))
         .collect()
 }
 
@@ -224,6 +286,29 @@ mod tests {
     }
 
     #[test]
+    fn names_of_counters_are_made_anew_when_there_are_others_and_kept_when_not() {
+        use msb_network::stack::DropReason;
+        let mut keys = NetworkKeys::default();
+        let mut counters = Counters { connections: 1, ..Counters::default() };
+        let first = keys.counts(&counters);
+        counters.connections = 2;
+        let second = keys.counts(&counters);
+        assert!(Arc::ptr_eq(first.names(), second.names()));
+        assert_eq!(second.values(), [2, 0]);
+        // It comes before the one that was counted first.
+        counters.records_suppressed = 7;
+        keys.counts(&counters);
+        counters.dropped.insert(DropReason::GuestSlow, 5);
+        let third = keys.counts(&counters);
+        let named: Vec<_> = third.iter().map(|(name, value)| (name.metric.as_str(), value)).collect();
+        let (connections, dropped) = (Metric::NetworkConnections.name(), Metric::NetworkDropped.name());
+        let expected = [(connections, 2), (connections, 0), (dropped, 5), (Metric::DecisionLogSuppressed.name(), 7)];
+        assert_eq!(named, expected);
+        let reasons: Vec<_> = third.iter().filter_map(|(name, _)| name.attributes.values().next()).collect();
+        assert_eq!(reasons, ["tcp", "udp", DropReason::GuestSlow.as_str()]);
+    }
+
+    #[test]
     fn vcpu_threads_are_found_by_name_and_their_time_outlives_them() {
         let (ready, wait) = std::sync::mpsc::channel();
         let (end, ending) = std::sync::mpsc::channel::<()>();
@@ -240,9 +325,17 @@ mod tests {
         // Tests of this program run side by side: only one other thread may be called like a vCPU, and it is idle by then.
         let mut vcpus = find_vcpus(None);
         assert!(!vcpus.is_empty());
+        assert!(vcpus.iter().all(|vcpu| matches!(vcpu.source, ClockSource::Thread(_))));
         vcpus.iter_mut().for_each(VcpuClock::read);
         let ran_us: u64 = vcpus.iter().map(|vcpu| vcpu.ran_us).sum();
-        assert!(ran_us > 0);
+        // The other way, which is QEMU's, says the same.
+        let mut by_file = Path::new("/proc/self/task").read_dir().unwrap().flatten().filter_map(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).ok()?;
+            name.starts_with("vcpu-0").then(|| VcpuClock::open(&task.path(), false))?
+        });
+        let mut by_file = by_file.next().unwrap();
+        by_file.read();
+        assert!(ran_us > 0 && by_file.ran_us.abs_diff(ran_us) < 10_000, "{ran_us} {}", by_file.ran_us);
         end.send(()).unwrap();
         thread.unwrap().join().unwrap();
         vcpus.iter_mut().for_each(VcpuClock::read);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{Event, JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
+use msb_protocol::vmm::{JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
@@ -195,17 +195,14 @@ impl Server {
             self.goodbye_sampled = true;
             lock(&self.late).sampler.take();
         }
-        let mut message = None;
+        let mut sample = None;
         let (late, boot_id) = (&self.late, self.run.boot_id());
         self.connections.retain_mut(|connection| {
             if !connection.take_due_sample(now) || connection.has_outgoing() {
                 return true;
             }
-            let message = message.get_or_insert_with(|| {
-                let sample = Box::new(lock(late).sampler.take());
-                Message::Event { event: Event::Sampled { boot_id, sample } }
-            });
-            connection.send(message)
+            let sample = sample.get_or_insert_with(|| lock(late).sampler.take());
+            connection.send_sample(boot_id, sample)
         });
     }
 
@@ -291,9 +288,10 @@ impl Server {
                 match connection.next_request() {
                     Ok(Some(frame)) => {
                         let adopts = matches!(frame.request, Request::Adopt { .. });
-                        if let Request::Subscribe { sample_interval_ms } = frame.request {
+                        if let Request::Subscribe { sample_interval_ms, compact } = frame.request {
                             let interval = Duration::from_millis(sample_interval_ms).max(SAMPLE_INTERVAL_MIN);
-                            connection.subscribe((sample_interval_ms > 0).then_some(interval), Instant::now());
+                            let interval = (sample_interval_ms > 0).then_some(interval);
+                            connection.subscribe(interval, compact, Instant::now());
                         }
                         let result = match frame.request {
                             Request::Save { flush } => self.save(&mut connection, flush),

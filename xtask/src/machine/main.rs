@@ -17,8 +17,8 @@ use msb_protocol::id::BootId;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::version::{GUEST_GENERATION, VMM_GENERATION};
 use msb_protocol::vmm::{
-    CONTROL_SOCKET, Event, JailReport, Message, NetworkCount, Phase, Reply, Request, RequestFrame, Sample,
-    VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    CONTROL_SOCKET, Event, JailReport, Message, NetworkCount, NetworkCounts, Phase, Reply, Request, RequestFrame,
+    Sample, SampleEncoder, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -72,11 +72,12 @@ fn serve(requests: &mut Requests, link: &Link, spec: &VmSpec) -> Result<()> {
             Request::Status | Request::Adopt { .. } => {
                 link.reply(id, Reply::Status(Box::new(status(spec, VmState::Ready))))?
             }
-            Request::Subscribe { sample_interval_ms } => {
+            Request::Subscribe { sample_interval_ms, compact } => {
                 link.reply(id, Reply::Done)?;
                 if sample_interval_ms < NEVER_MS {
                     let (link, boot_id, memory_bytes) = (link.clone(), spec.boot_id, u64::from(spec.memory_mib) << 20);
-                    std::thread::spawn(move || sample(&link, sample_interval_ms, boot_id, memory_bytes));
+                    let encoder = compact.then(SampleEncoder::default);
+                    std::thread::spawn(move || sample(&link, encoder, sample_interval_ms, boot_id, memory_bytes));
                 }
             }
             Request::Kill { .. } => std::process::exit(0),
@@ -115,10 +116,20 @@ impl Requests {
 struct Link(Arc<Mutex<UnixStream>>);
 
 impl Link {
+    fn write(&self, wire: &[u8]) -> Result<()> {
+        Ok(self.0.lock().unwrap_or_else(PoisonError::into_inner).write_all(wire)?)
+    }
+
     fn send(&self, message: &Message) -> Result<()> {
         let mut wire = Vec::new();
         encode_json(message, &mut wire)?;
-        Ok(self.0.lock().unwrap_or_else(PoisonError::into_inner).write_all(&wire)?)
+        self.write(&wire)
+    }
+
+    fn compact(&self, encoder: &mut SampleEncoder, boot_id: BootId, sample: &Sample) -> Result<()> {
+        let mut wire = Vec::new();
+        encoder.encode(boot_id, sample, &mut wire)?;
+        self.write(&wire)
     }
 
     fn reply(&self, id: u64, reply: Reply) -> Result<()> {
@@ -192,7 +203,7 @@ fn agent(mut stream: UnixStream) -> Result<()> {
 }
 
 /// The counters of a sandbox that does a little each second, at each interval, until nobody takes them.
-fn sample(link: &Link, interval_ms: u64, boot_id: BootId, memory_bytes: u64) {
+fn sample(link: &Link, mut encoder: Option<SampleEncoder>, interval_ms: u64, boot_id: BootId, memory_bytes: u64) {
     let began = Instant::now();
     let now_ns = || {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -221,23 +232,28 @@ fn sample(link: &Link, interval_ms: u64, boot_id: BootId, memory_bytes: u64) {
             network_inbound_open: 0,
             network: network(number),
         };
-        if link.event(Event::Sampled { boot_id, sample: Box::new(sample) }).is_err() {
+        let sent = match &mut encoder {
+            Some(encoder) => link.compact(encoder, boot_id, &sample),
+            None => link.event(Event::Sampled { boot_id, sample: Box::new(sample) }),
+        };
+        if sent.is_err() {
             return;
         }
     }
 }
 
 /// What a sandbox with some traffic has.
-fn network(number: u64) -> Vec<NetworkCount> {
+fn network(number: u64) -> NetworkCounts {
     let count = |metric: &str, attributes: &[(&str, &str)]| NetworkCount {
         metric: metric.into(),
         attributes: attributes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
         value: number,
     };
     let (outbound, tcp) = (("network.connection.direction", "outbound"), ("network.transport", "tcp"));
-    vec![
+    let counts = [
         count("microsandbox.network.connections", &[tcp]),
         count("microsandbox.network.connections.opened", &[outbound, tcp]),
         count("microsandbox.network.denied", &[outbound, tcp]),
-    ]
+    ];
+    counts.into_iter().collect()
 }

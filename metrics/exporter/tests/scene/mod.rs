@@ -14,7 +14,7 @@ use msb_protocol::control::{MetricsSnapshot, SandboxMetrics, VersionInfo};
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::state::SandboxState;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
-use msb_protocol::vmm::{NetworkCount, Sample};
+use msb_protocol::vmm::{NetworkCount, NetworkCounts, Sample};
 use opentelemetry_proto::tonic::collector::metrics::v1::{
     ExportMetricsPartialSuccess, ExportMetricsServiceRequest, ExportMetricsServiceResponse,
 };
@@ -75,7 +75,7 @@ fn version() -> VersionInfo {
 }
 
 /// What a sandbox with traffic has.
-fn network(number: u64) -> Vec<NetworkCount> {
+fn network(number: u64) -> NetworkCounts {
     let count = |metric: Metric, values: &[&str]| NetworkCount {
         metric: metric.name().into(),
         attributes: metric
@@ -87,7 +87,7 @@ fn network(number: u64) -> Vec<NetworkCount> {
             .collect(),
         value: number,
     };
-    vec![
+    let counts = [
         count(Metric::NetworkConnections, &["tcp"]),
         count(Metric::NetworkConnections, &["udp"]),
         count(Metric::NetworkConnectionsOpened, &["outbound", "tcp"]),
@@ -95,7 +95,8 @@ fn network(number: u64) -> Vec<NetworkCount> {
         count(Metric::NetworkDenied, &["outbound", "tcp"]),
         count(Metric::DnsQueries, &["answered"]),
         count(Metric::DecisionLogSuppressed, &[]),
-    ]
+    ];
+    counts.into_iter().collect()
 }
 
 fn snapshot(number: u64, count: u128) -> MetricsSnapshot {

@@ -22,6 +22,7 @@ use msb_protocol::control::{
     VersionInfo,
 };
 use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::fleet::{self, FLEET_MEDIA_TYPE};
 use msb_protocol::version::CONTROL_API_VERSION;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -163,7 +164,22 @@ impl Client {
     /// # Errors
     /// `invalid_name`, `invalid_label`, `limit_exceeded`.
     pub async fn metrics_of(&self, query: &MetricsQuery) -> Result<MetricsSnapshot, Error> {
-        self.get(&with_query("/v1/metrics", &metrics_pairs(query))).await
+        let path = with_query("/v1/metrics", &metrics_pairs(query));
+        let ask = async |client: &Self| {
+            let mut request = request(Method::GET, &path, connection::empty())?;
+            // A service that is older than this form answers in JSON.
+            request.headers_mut().insert(header::ACCEPT, header::HeaderValue::from_static(FLEET_MEDIA_TYPE));
+            let (kind, body) = client.call_typed(request).await?;
+            if kind.is_some_and(|kind| kind == FLEET_MEDIA_TYPE) {
+                fleet::decode(body).map_err(Error::protocol)
+            } else {
+                parse(&body)
+            }
+        };
+        match ask(self).await {
+            Err(error) if error.is_lost() => ask(&self.successor(error).await?).await,
+            outcome => outcome,
+        }
     }
 
     /// As [`Self::metrics_of`], at each interval (100 ms to an hour), the first at once. A reader that is slow misses some.
@@ -261,11 +277,17 @@ impl Client {
 
     /// Sends a request on the idle connection or a fresh one, and keeps the connection if it can carry another.
     async fn call(&self, request: Request<RequestBody>) -> Result<Bytes, Error> {
+        Ok(self.call_typed(request).await?.1)
+    }
+
+    /// As [`Self::call`], with the answer's `Content-Type`.
+    async fn call_typed(&self, request: Request<RequestBody>) -> Result<(Option<header::HeaderValue>, Bytes), Error> {
         let mut connection = self.reusable().await?;
-        let response = connection::send(&mut connection, request).await?;
+        let mut response = connection::send(&mut connection, request).await?;
+        let kind = response.headers_mut().remove(header::CONTENT_TYPE);
         let body = connection::collect(response).await?;
         *self.idle() = Some(connection);
-        Ok(body)
+        Ok((kind, body))
     }
 
     async fn reusable(&self) -> Result<Connection, Error> {
