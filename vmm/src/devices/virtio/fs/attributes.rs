@@ -181,13 +181,13 @@ pub(super) struct Change {
     pub(super) gid: Option<u32>,
 }
 
-/// Carries a chmod or chown out.
-pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Result<(), Errno> {
+/// Carries a chmod or chown out; what the file is on the host then, and what the guest is shown.
+pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Result<(Statx, Stat), Errno> {
     let mut stat = host_stat(file)?;
     let kind = type_of(&stat);
     if !holds_stat(kind) {
         // A link has no mode, and its owner decides nothing: whoever unpacks an archive as root should not fail on it.
-        return if change.mode.is_some() { Err(Errno::OPNOTSUPP) } else { Ok(()) };
+        return if change.mode.is_some() { Err(Errno::OPNOTSUPP) } else { Ok((stat, plain_stat(&stat, owner))) };
     }
     let kept = kept_stat(file, kind);
     let mut wanted = kept.unwrap_or_else(|| plain_stat(&stat, owner));
@@ -207,9 +207,10 @@ pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Res
     }
     if kept.is_none() && wanted == plain_stat(&stat, owner) {
         // Nothing is kept, and nothing need be.
-        return Ok(());
+        return Ok((stat, wanted));
     }
-    keep(file, wanted, &stat, owner)
+    keep(file, wanted, &stat, owner)?;
+    Ok((host_stat(file)?, wanted))
 }
 
 /// Gives a file that was just made to its maker; what it is on the host, and what the guest is shown. What cannot be remembered is the

@@ -83,8 +83,12 @@ impl Server {
         let file = self.writable(number)?;
         let given = |bit: u32, value: u32| (valid & bit != 0).then_some(value);
         let change = Change { mode: given(MODE, mode), uid: given(UID, uid), gid: given(GID, gid) };
+        let mut known = None;
         if change.mode.is_some() || change.uid.is_some() || change.gid.is_some() {
-            attributes::change(file.as_fd(), change, &self.owner)?;
+            known = Some(attributes::change(file.as_fd(), change, &self.owner)?);
+        }
+        if valid & (SIZE | ACCESS_TIME | MODIFICATION_TIME) != 0 {
+            known = None;
         }
         if valid & SIZE != 0 {
             let share = self.nodes.get(number)?.share;
@@ -114,7 +118,10 @@ impl Server {
             };
             rustix::fs::utimensat(CWD, path_of(file.as_fd()), &times, AtFlags::empty())?;
         }
-        self.get_attributes(number)
+        let Some((stat, shown)) = known else { return self.get_attributes(number) };
+        let mut out = Vec::with_capacity(104);
+        wire::put_attributes(&mut out, &attributes::told(&stat, shown));
+        Ok(out)
     }
 
     /// A directory in which something may be made, now that there is room for it.
