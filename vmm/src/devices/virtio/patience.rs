@@ -22,8 +22,8 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// Of a device that was just made. Asks the host, so not for behind the jail; a worker gets a copy.
-    pub fn new() -> Self {
+    /// Of a device that was just made on this host. Asks it, so not for behind the jail; a worker gets a copy.
+    pub fn of_this_host() -> Self {
         let has_processors = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         Self { has_processors, pays: false, sleeps_since: None }
     }

@@ -104,7 +104,7 @@ impl Block {
                 full_timeout: options.full_timeout,
                 on_disk_full: options.on_disk_full,
                 counters: Arc::default(),
-                patience: Patience::new(),
+                patience: Patience::of_this_host(),
             }),
             worker: None,
         }

@@ -52,7 +52,7 @@ impl Fs {
             shares: Arc::new(shares),
             files_max: half.clamp(16, FILES_MAX),
             host,
-            patience: Patience::new(),
+            patience: Patience::of_this_host(),
             worker: None,
         }
     }
