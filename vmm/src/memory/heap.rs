@@ -1,8 +1,9 @@
-//! How the C library's allocator serves large blocks: each from a mapping of its own, which the kernel hands out as zeros and takes back whole.
+//! How the C library's allocator serves large blocks: each from a mapping of its own, which the kernel hands out as
+//! zeros and takes back whole.
 //!
-//! Left to itself glibc does that only until the first such block is freed; from then on they come from its heap and every byte that is to
-//! be zero is written. A TCP connection's buffers are half a megabyte of which most connections touch a page: clearing them took a sixth
-//! of the network thread's time, and made all of it memory in use.
+//! Left to itself glibc does that only until the first such block is freed; from then on they come from its heap and
+//! every byte that is to be zero is written. A TCP connection's buffers are half a megabyte of which most connections
+//! touch a page: clearing them took a sixth of the network thread's time, and made all of it memory in use.
 //!
 //! Called by `main` alone, before there are other threads.
 #![expect(unsafe_code, reason = "sets a parameter of the C library's allocator")]

@@ -1,5 +1,6 @@
-//! A guest that QEMU runs by hand: the same QEMU, processor, kernel and kernel line as the engine's, Debian from the `tools` image as its root,
-//! QEMU's own devices, and a shell on the serial console. The other half of the pairs of disks and network.
+//! A guest that QEMU runs by hand: the same QEMU, processor, kernel and kernel line as the engine's, Debian from the
+//! `tools` image as its root, QEMU's own devices, and a shell on the serial console. The other half of the pairs of
+//! disks and network.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -48,7 +49,8 @@ pub(super) fn load_program() -> Result<PathBuf> {
     Ok(place.join("xtask-load"))
 }
 
-/// The peer's root disk, to be copied: the tree of the `tools` image and what this file adds, in an ext4 like a sandbox's.
+/// The peer's root disk, to be copied: the tree of the `tools` image and what this file adds, in an ext4 like a
+/// sandbox's.
 fn root_disk() -> Result<PathBuf> {
     let (tools, load) = (images::tools()?.join("tools.tar"), load_program()?);
     let parts = [LOAD_SOURCE.as_bytes(), INIT.as_bytes(), tools.as_os_str().as_encoded_bytes(), MAKE.as_bytes()];
@@ -74,7 +76,8 @@ install -m 755 "$load" "$tree/usr/local/bin/xtask-load"
 install -m 755 "$result/init" "$tree/bench-init"
 mkdir -p "$tree/shared" "$tree/dev" "$tree/proc" "$tree/sys" "$tree/run" "$tree/tmp"
 truncate -s "$size" "$result/root.img"
-PATH=$PATH:/usr/sbin:/sbin mke2fs -q -F -t ext4 -b 4096 -I 256 -m 0 -J size=16 -E lazy_itable_init=1,nodiscard -d "$tree" "$result/root.img"
+PATH=$PATH:/usr/sbin:/sbin mke2fs -q -F -t ext4 -b 4096 -I 256 -m 0 -J size=16 \
+    -E lazy_itable_init=1,nodiscard -d "$tree" "$result/root.img"
 rm -rf --one-file-system "$tree" "$result/layer"
 "#;
 
@@ -86,7 +89,8 @@ pub(super) struct ByHand {
 }
 
 impl ByHand {
-    /// Boots one with a fresh root disk in `work` and these words for QEMU. `shares_memory`: as a vhost-user device needs it.
+    /// Boots one with a fresh root disk in `work` and these words for QEMU. `shares_memory`: as a vhost-user device
+    /// needs it.
     pub(super) fn start(tree: &Path, work: &Path, shares_memory: bool, words: &[String]) -> Result<Self> {
         let disk = work.join("by-hand.img");
         let mut copy = program::command("cp");

@@ -1,7 +1,8 @@
-//! The figures of disks and shared directories, beside QEMU's own virtio-blk and virtiofsd with the same kernel and the same programs
-//! (`by_hand`), and what a fresh root disk costs the host.
+//! The figures of disks and shared directories, beside QEMU's own virtio-blk and virtiofsd with the same kernel and the
+//! same programs (`by_hand`), and what a fresh root disk costs the host.
 //!
-//! Blocks are read and written past the guest's page cache (O_DIRECT); the host's is the same for both sides. Times are the guest's.
+//! Blocks are read and written past the guest's page cache (O_DIRECT); the host's is the same for both sides. Times are
+//! the guest's.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

@@ -1,7 +1,9 @@
-//! The figures of the network, beside QEMU's own user network (slirp) with the same kernel and the same programs (`by_hand`): streams by
-//! iperf3, new connections, many at once, a published port over a link that is not loopback, and memory.
+//! The figures of the network, beside QEMU's own user network (slirp) with the same kernel and the same programs
+//! (`by_hand`): streams by iperf3, new connections, many at once, a published port over a link that is not loopback,
+//! and memory.
 //!
-//! Packets go to loopback and over a pair of virtual Ethernet cards into a namespace that is made for it, and nowhere else.
+//! Packets go to loopback and over a pair of virtual Ethernet cards into a namespace that is made for it, and nowhere
+//! else.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};

@@ -1,14 +1,20 @@
-//! `xtask-load`: the work that the benchmarks of disks and network do inside a guest, the same file on both sides of each pair.
+//! `xtask-load`: the work that the benchmarks of disks and network do inside a guest, the same file on both sides of
+//! each pair.
 //!
-//! Compiled by `cargo xtask bench` for itself alone, statically and without any library, so that it runs in every Linux. It prints numbers on
-//! one line; whoever asked knows which. Times come from the guest's monotonic clock.
+//! Compiled by `cargo xtask bench` for itself alone, statically and without any library, so that it runs in every
+//! Linux. It prints numbers on one line; whoever asked knows which. Times come from the guest's monotonic clock.
 //!
 //! ```text
-//!  xtask-load disk PATH MIB read|write|sync random|sequential BLOCK COUNT   nanoseconds for COUNT blocks past the page cache
-//!  xtask-load time PROGRAM WORD…                                            nanoseconds for a program that must succeed
-//!  xtask-load connect ADDRESS SECONDS THREADS                               connections made, each with a byte both ways; nanoseconds
-//!  xtask-load echo ADDRESS CONNECTIONS SECONDS                              connections lost, longest wait in milliseconds, round trips
-//!  xtask-load hold ADDRESS CONNECTIONS BYTES                                connections that stand with so many bytes sent; then it waits
+//!  xtask-load disk PATH MIB read|write|sync random|sequential BLOCK COUNT
+//!      nanoseconds for COUNT blocks past the page cache
+//!  xtask-load time PROGRAM WORD…
+//!      nanoseconds for a program that must succeed
+//!  xtask-load connect ADDRESS SECONDS THREADS
+//!      connections made, each with a byte both ways; nanoseconds
+//!  xtask-load echo ADDRESS CONNECTIONS SECONDS
+//!      connections lost, longest wait in milliseconds, round trips
+//!  xtask-load hold ADDRESS CONNECTIONS BYTES
+//!      connections that stand with so many bytes sent; then it waits
 //! ```
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool; it talks on its streams")]
 

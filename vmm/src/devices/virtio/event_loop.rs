@@ -165,8 +165,8 @@ impl LoopHandle {
         self.endpoint.call_blocking(move |_| Ok::<(), LoopError>(jail::enter(class)?))
     }
 
-    /// Gives the loop's thread a mask for the modes of new files that is its own and takes nothing away. For before the jail is closed; where
-    /// the host lets no thread differ in that, nothing changes.
+    /// Gives the loop's thread a mask for the modes of new files that is its own and takes nothing away. For before the
+    /// jail is closed; where the host lets no thread differ in that, nothing changes.
     pub fn clear_mode_mask(&self) -> Result<(), LoopError> {
         self.endpoint.call_blocking(|_| {
             if unshare(CloneFlags::CLONE_FS).is_ok() {

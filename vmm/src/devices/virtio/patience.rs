@@ -1,10 +1,12 @@
 //! Whether a worker that has answered goes on looking at its ring for a moment before it sleeps.
 //!
-//! A driver that waits for each answer sends its next request some ten microseconds after it. To sleep and be woken in between costs more
-//! than that: the driver's kick is an exit of the guest, and the wake-up often rouses an idle processor. So a worker looks on while that
-//! pays: the last request came soon after the answer before it. The first one that does not ends it, so an idle device costs nothing.
+//! A driver that waits for each answer sends its next request some ten microseconds after it. To sleep and be woken in
+//! between costs more than that: the driver's kick is an exit of the guest, and the wake-up often rouses an idle
+//! processor. So a worker looks on while that pays: the last request came soon after the answer before it. The first
+//! one that does not ends it, so an idle device costs nothing.
 //!
-//! Used by the workers of disks and shared directories. Where the host has one processor, which the guest needs, nobody ever looks on.
+//! Used by the workers of disks and shared directories. Where the host has one processor, which the guest needs, nobody
+//! ever looks on.
 
 use std::time::{Duration, Instant};
 

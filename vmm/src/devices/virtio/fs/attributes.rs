@@ -213,15 +213,16 @@ pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Res
     Ok((host_stat(file)?, wanted))
 }
 
-/// Gives a file that was just made to its maker; what it is on the host, and what the guest is shown. What cannot be remembered is the
-/// guest's user's.
+/// Gives a file that was just made to its maker; what it is on the host, and what the guest is shown. What cannot be
+/// remembered is the guest's user's.
 pub(super) fn adopt(file: BorrowedFd<'_>, wanted: Stat, owner: &Owner) -> Result<(Statx, Stat), Errno> {
     let mut stat = host_stat(file)?;
     let kind = type_of(&stat);
     let special = wanted.mode & TYPE_MASK != kind.as_raw_mode();
     let real = host_mode(wanted.mode, kind == FileType::Directory);
     if holds_stat(kind) && u32::from(stat.stx_mode) & 0o777 != real {
-        // A mask of this process that could not be cleared (`LoopHandle::clear_mode_mask`), or bits that the owner must keep.
+        // A mask of this process that could not be cleared (`LoopHandle::clear_mode_mask`), or bits that the owner must
+        // keep.
         rustix::fs::chmodat(rustix::fs::CWD, path_of(file), rustix::fs::Mode::from_raw_mode(real), AtFlags::empty())?;
         stat = host_stat(file)?;
     }
