@@ -92,6 +92,15 @@ pub(crate) const CLIENTS: &[Package] = &[
 /// What measures traffic, here and in a sandbox.
 pub(crate) const TRAFFIC: &[Package] = &[package("iperf3", "iperf3", "sends and counts what is forwarded")];
 
+/// What makes networks of our own to measure in.
+pub(crate) const NAMESPACES: &[Package] = &[package("iproute2", "ip", "makes network namespaces and what joins them")];
+
+/// What the benchmark of disks works on, and how it sees which programs a create starts.
+pub(crate) const DISKS: &[Package] = &[
+    package("git", "git", "makes the repository that guests clone"),
+    package("strace", "strace", "shows which programs a create starts"),
+];
+
 /// What the programs need that watch our metrics.
 pub(crate) const OBSERVE: &[Package] = &[
     package("python3", "python3", "runs what decodes metrics with the official definitions"),

@@ -91,6 +91,8 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
         opened.push(share.root_owned(*is_root_owned).quota(*quota_bytes));
     }
     let event_loop = LoopHandle::start_as("fs", ThreadClass::Share).map_err(ApiError::internal)?;
+    // The guest's kernel has applied the masks of its programs already.
+    event_loop.clear_mode_mask().map_err(ApiError::internal)?;
     Ok(Some(Shared { device: Fs::new(opened, event_loop.clone()), event_loop, paths }))
 }
 

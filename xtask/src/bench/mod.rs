@@ -6,9 +6,12 @@
 //!
 //! With `--exact` the same for engine kvm, in the lab's clock ([`exact`]).
 
+mod by_hand;
+mod disks;
 mod exact;
 mod images;
 mod metrics;
+mod network;
 mod sessions;
 mod supervision;
 
@@ -30,7 +33,7 @@ pub(crate) struct Arguments {
     /// How many sandboxes idle while the daemon is measured
     #[arg(long, default_value_t = 20)]
     sandboxes: usize,
-    /// Measure only this part (repeatable): boot, images, metrics, sessions, supervision
+    /// Measure only this part (repeatable): boot, disks, images, metrics, network, sessions, supervision
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
     /// Programs that are installed already, in place of building this tree's: a folder with bin/ and share/
@@ -85,7 +88,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             tree
         }
     };
-    const PARTS: [&str; 5] = ["boot", "images", "metrics", "sessions", "supervision"];
+    const PARTS: [&str; 7] = ["boot", "disks", "images", "metrics", "network", "sessions", "supervision"];
     if let Some(unknown) = arguments.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
         bail!("there is no part {unknown}; there are: {}", PARTS.join(", "));
     }
@@ -95,11 +98,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted("boot") {
         rows.extend(boot(&tree, rounds, arguments.sandboxes)?);
     }
+    if wanted("disks") {
+        rows.extend(disks::rows(&tree, rounds)?);
+    }
     if wanted("images") {
         rows.extend(images::rows(&tree, rounds)?);
     }
     if wanted("metrics") {
         rows.extend(metrics::rows(&tree)?);
+    }
+    if wanted("network") {
+        rows.extend(network::rows(&tree, rounds)?);
     }
     if wanted("sessions") {
         rows.extend(sessions::rows(&tree, rounds)?);

@@ -13,6 +13,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
 use virtio_queue::Queue;
 
 use crate::jail::{self, ThreadClass};
@@ -161,6 +163,17 @@ impl LoopHandle {
     pub fn enter_jail(&self) -> Result<(), LoopError> {
         let class = self.class;
         self.endpoint.call_blocking(move |_| Ok::<(), LoopError>(jail::enter(class)?))
+    }
+
+    /// Gives the loop's thread a mask for the modes of new files that is its own and takes nothing away. For before the
+    /// jail is closed; where the host lets no thread differ in that, nothing changes.
+    pub fn clear_mode_mask(&self) -> Result<(), LoopError> {
+        self.endpoint.call_blocking(|_| {
+            if unshare(CloneFlags::CLONE_FS).is_ok() {
+                umask(Mode::empty());
+            }
+            Ok::<(), LoopError>(())
+        })
     }
 
     /// Ends the thread after its current event; workers still attached are dropped.

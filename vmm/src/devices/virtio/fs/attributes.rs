@@ -129,7 +129,11 @@ fn plain_stat(stat: &Statx, owner: &Owner) -> Stat {
 
 /// Everything the guest is told of a file.
 pub(super) fn attributes(file: BorrowedFd<'_>, stat: &Statx, owner: &Owner) -> Attributes {
-    let shown = kept_stat(file, type_of(stat)).unwrap_or_else(|| plain_stat(stat, owner));
+    told(stat, kept_stat(file, type_of(stat)).unwrap_or_else(|| plain_stat(stat, owner)))
+}
+
+/// The same where it is known what the guest is shown.
+pub(super) fn told(stat: &Statx, shown: Stat) -> Attributes {
     let time = |time: &rustix::fs::StatxTimestamp| (time.tv_sec, time.tv_nsec);
     Attributes {
         inode: stat.stx_ino,
@@ -152,14 +156,17 @@ pub(super) fn host_mode(mode: u32, is_directory: bool) -> u32 {
 
 /// Keeps what the host's file does not say by itself; takes the attribute away when it says it all.
 fn keep(file: BorrowedFd<'_>, wanted: Stat, stat: &Statx, owner: &Owner) -> Result<(), Errno> {
-    let path = path_of(file);
     if wanted == plain_stat(stat, owner) {
-        return match rustix::fs::removexattr(path, STAT_NAME) {
+        return match rustix::fs::removexattr(path_of(file), STAT_NAME) {
             Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
             Err(errno) => Err(errno),
         };
     }
-    match rustix::fs::setxattr(path, STAT_NAME, wanted.to_text().as_bytes(), XattrFlags::empty()) {
+    remember(file, wanted)
+}
+
+fn remember(file: BorrowedFd<'_>, wanted: Stat) -> Result<(), Errno> {
+    match rustix::fs::setxattr(path_of(file), STAT_NAME, wanted.to_text().as_bytes(), XattrFlags::empty()) {
         // What the file system cannot remember is refused as a server without that right refuses it.
         Err(Errno::OPNOTSUPP | Errno::NOSPC | Errno::DQUOT) => Err(Errno::PERM),
         outcome => outcome,
@@ -174,15 +181,16 @@ pub(super) struct Change {
     pub(super) gid: Option<u32>,
 }
 
-/// Carries a chmod or chown out.
-pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Result<(), Errno> {
-    let stat = host_stat(file)?;
+/// Carries a chmod or chown out; what the file is on the host then, and what the guest is shown.
+pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Result<(Statx, Stat), Errno> {
+    let mut stat = host_stat(file)?;
     let kind = type_of(&stat);
     if !holds_stat(kind) {
         // A link has no mode, and its owner decides nothing: whoever unpacks an archive as root should not fail on it.
-        return if change.mode.is_some() { Err(Errno::OPNOTSUPP) } else { Ok(()) };
+        return if change.mode.is_some() { Err(Errno::OPNOTSUPP) } else { Ok((stat, plain_stat(&stat, owner))) };
     }
-    let mut wanted = kept_stat(file, kind).unwrap_or_else(|| plain_stat(&stat, owner));
+    let kept = kept_stat(file, kind);
+    let mut wanted = kept.unwrap_or_else(|| plain_stat(&stat, owner));
     if (change.uid.is_some() || change.gid.is_some()) && kind == FileType::RegularFile {
         wanted.mode = without_set_id(wanted.mode);
     }
@@ -194,25 +202,39 @@ pub(super) fn change(file: BorrowedFd<'_>, change: Change, owner: &Owner) -> Res
         if u32::from(stat.stx_mode) & 0o7777 != real {
             let mode = rustix::fs::Mode::from_raw_mode(real);
             rustix::fs::chmodat(rustix::fs::CWD, path_of(file), mode, AtFlags::empty())?;
+            stat = host_stat(file)?;
         }
     }
-    keep(file, wanted, &host_stat(file)?, owner)
+    if kept.is_none() && wanted == plain_stat(&stat, owner) {
+        // Nothing is kept, and nothing need be.
+        return Ok((stat, wanted));
+    }
+    keep(file, wanted, &stat, owner)?;
+    Ok((host_stat(file)?, wanted))
 }
 
-/// Gives a file that was just made to its maker. What cannot be remembered is the guest's user's.
-pub(super) fn adopt(file: BorrowedFd<'_>, wanted: Stat, owner: &Owner) -> Result<(), Errno> {
+/// Gives a file that was just made to its maker; what it is on the host, and what the guest is shown. What cannot be
+/// remembered is the guest's user's.
+pub(super) fn adopt(file: BorrowedFd<'_>, wanted: Stat, owner: &Owner) -> Result<(Statx, Stat), Errno> {
     let mut stat = host_stat(file)?;
     let kind = type_of(&stat);
     let special = wanted.mode & TYPE_MASK != kind.as_raw_mode();
     let real = host_mode(wanted.mode, kind == FileType::Directory);
     if holds_stat(kind) && u32::from(stat.stx_mode) & 0o777 != real {
-        // The daemon's umask is for the daemon's files; the guest's kernel has applied its own.
+        // A mask of this process that could not be cleared (`LoopHandle::clear_mode_mask`), or bits that the owner must
+        // keep.
         rustix::fs::chmodat(rustix::fs::CWD, path_of(file), rustix::fs::Mode::from_raw_mode(real), AtFlags::empty())?;
         stat = host_stat(file)?;
     }
-    match keep(file, wanted, &stat, owner) {
+    let plain = plain_stat(&stat, owner);
+    if wanted == plain {
+        // It was just made: there is no attribute to take away.
+        return Ok((stat, plain));
+    }
+    match remember(file, wanted) {
+        Ok(()) => Ok((host_stat(file)?, wanted)),
         Err(errno) if special => Err(errno),
-        _ => Ok(()),
+        Err(_) => Ok((stat, plain)),
     }
 }
 

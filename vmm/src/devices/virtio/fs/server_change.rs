@@ -25,8 +25,15 @@ const MODIFICATION_NOW: u32 = 1 << 8;
 const KILL_SET_ID: u32 = 1 << 11;
 /// Most bytes of a value that a guest may give an extended attribute.
 const XATTR_BYTES_MAX: usize = 64 << 10;
+/// Type and permissions.
+const MODE_MASK: u32 = 0o177_777;
 /// Longest text of a link (PATH_MAX).
 const LINK_LEN_MAX: usize = 4096;
+
+/// A descriptor that only means an open file: what the guest knows it by must not keep it open for writing.
+fn as_path(file: &OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(CWD, path_of(file.as_fd()), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
 
 impl Server {
     /// Requests that change something; whatever is left is not spoken.
@@ -76,8 +83,12 @@ impl Server {
         let file = self.writable(number)?;
         let given = |bit: u32, value: u32| (valid & bit != 0).then_some(value);
         let change = Change { mode: given(MODE, mode), uid: given(UID, uid), gid: given(GID, gid) };
+        let mut known = None;
         if change.mode.is_some() || change.uid.is_some() || change.gid.is_some() {
-            attributes::change(file.as_fd(), change, &self.owner)?;
+            known = Some(attributes::change(file.as_fd(), change, &self.owner)?);
+        }
+        if valid & (SIZE | ACCESS_TIME | MODIFICATION_TIME) != 0 {
+            known = None;
         }
         if valid & SIZE != 0 {
             let share = self.nodes.get(number)?.share;
@@ -107,7 +118,10 @@ impl Server {
             };
             rustix::fs::utimensat(CWD, path_of(file.as_fd()), &times, AtFlags::empty())?;
         }
-        self.get_attributes(number)
+        let Some((stat, shown)) = known else { return self.get_attributes(number) };
+        let mut out = Vec::with_capacity(104);
+        wire::put_attributes(&mut out, &attributes::told(&stat, shown));
+        Ok(out)
     }
 
     /// A directory in which something may be made, now that there is room for it.
@@ -124,20 +138,20 @@ impl Server {
     }
 
     /// Tells the guest of what it has just made, and remembers who made it.
-    fn made(&mut self, header: &Header, name: &[u8], mode: u32, device: u32) -> Outcome {
-        let (number, _) = self.find(header.node, name)?;
-        let file = self.nodes.file(number)?;
-        let wanted = Stat { uid: header.uid, gid: header.gid, mode, device };
-        if let Err(errno) = attributes::adopt(file.as_fd(), wanted, &self.owner) {
-            // A pipe or a device that the file system cannot remember would be an ordinary file.
-            let directory = self.nodes.file(header.node)?;
-            let _ = rustix::fs::unlinkat(directory.as_fd(), name, AtFlags::empty());
-            self.nodes.forget(number, 1);
-            return Err(errno);
-        }
-        let attributes = self.attributes(number)?;
+    fn made(&mut self, header: &Header, name: &[u8], file: OwnedFd, mode: u32, device: u32) -> Outcome {
+        let wanted = Stat { uid: header.uid, gid: header.gid, mode: mode & MODE_MASK, device };
+        let (stat, shown) = match attributes::adopt(file.as_fd(), wanted, &self.owner) {
+            Ok(adopted) => adopted,
+            Err(errno) => {
+                // A pipe or a device that the file system cannot remember would be an ordinary file.
+                let directory = self.nodes.file(header.node)?;
+                let _ = rustix::fs::unlinkat(directory.as_fd(), name, AtFlags::empty());
+                return Err(errno);
+            }
+        };
+        let (number, _) = self.nodes.tell(header.node, name, file, &stat)?;
         let mut out = Vec::with_capacity(wire::ENTRY_BYTES + 16);
-        wire::put_entry(&mut out, number, &attributes);
+        wire::put_entry(&mut out, number, &attributes::told(&stat, shown));
         Ok(out)
     }
 
@@ -151,7 +165,10 @@ impl Server {
         let flags = self.open_flags(share, flags)?;
         let make = flags | OFlags::CREATE | OFlags::EXCL;
         let (mut out, file) = match open_entry(directory.as_fd(), name, make, host_mode(mode, false)) {
-            Ok(file) => (self.made(header, name, FileType::RegularFile.as_raw_mode() | mode & 0o7777, 0)?, file),
+            Ok(file) => {
+                let mode = FileType::RegularFile.as_raw_mode() | mode & 0o7777;
+                (self.made(header, name, as_path(&file)?, mode, 0)?, file)
+            }
             // Somebody on the host was faster: it is opened as if it had been there.
             Err(Errno::EXIST) if !exclusive => {
                 let (number, attributes) = self.find(header.node, name)?;
@@ -179,8 +196,8 @@ impl Server {
         }
         // Whatever it is to the guest, on the host it is an empty file.
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-        drop(open_entry(directory.as_fd(), name, flags, host_mode(mode, false))?);
-        self.made(header, name, mode, device)
+        let file = open_entry(directory.as_fd(), name, flags, host_mode(mode, false))?;
+        self.made(header, name, as_path(&file)?, mode, device)
     }
 
     fn make_directory(&mut self, header: &Header, reader: &mut Reader<'_>) -> Outcome {
@@ -189,7 +206,8 @@ impl Server {
         let name = reader.name()?;
         let directory = self.room_in(header.node)?;
         rustix::fs::mkdirat(directory.as_fd(), name, Mode::from_raw_mode(host_mode(mode, true)))?;
-        self.made(header, name, FileType::Directory.as_raw_mode() | mode & 0o7777, 0)
+        let file = open_entry(directory.as_fd(), name, OFlags::PATH, 0)?;
+        self.made(header, name, file, FileType::Directory.as_raw_mode() | mode & 0o7777, 0)
     }
 
     fn make_link(&mut self, header: &Header, reader: &mut Reader<'_>) -> Outcome {

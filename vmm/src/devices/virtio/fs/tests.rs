@@ -359,3 +359,33 @@ fn a_quota_bounds_what_is_written_and_gives_room_back() {
     assert_eq!(guest.create(root, "again", 0o644).map(drop), Ok(()));
     assert_eq!(guest.ask(wire::FALLOCATE, other, &allocate(second, 950 << 10)), Err(Errno::NOSPC));
 }
+
+#[test]
+fn what_is_told_with_a_change_is_what_is_told_when_asked() {
+    let (_house, shared) = house();
+    let mut guest = Guest::new(vec![share(&shared, "0", false)], 100);
+    let root = guest.look_up(TOP, "0").unwrap();
+    for (uid, mode) in [(0, 0o644), (7, 0o4755), (0, 0o400)] {
+        guest.uid = uid;
+        let mut arguments = numbers(&[libc::O_RDWR as u32 | libc::O_CREAT as u32, mode, 0, 0]);
+        arguments.extend(text(&format!("{uid}-{mode}")));
+        let made = guest.ask(wire::CREATE, root, &arguments).unwrap();
+        let node = u64::from_le_bytes(made[..8].try_into().unwrap());
+        // The attributes are the last 88 bytes of an entry and of an answer about attributes.
+        let told = |reply: &[u8], end: usize| reply[end - 88..end].to_vec();
+        let asked = guest.ask(wire::GETATTR, node, &[0; 16]).unwrap();
+        assert_eq!(told(&made, wire::ENTRY_BYTES), told(&asked, 104), "made by {uid} with {mode:o}");
+        assert_eq!(guest.stat(node).unwrap(), (0o100_000 | mode, uid, uid));
+        // Owner alone, mode alone, both, and back to what the host's file says by itself.
+        for (valid, mode, uid) in [(6, 0, 0), (1, 0o640, 0), (7, 0o2750, 9), (7, 0o600, 0)] {
+            let changed = guest.change(node, valid, mode, uid).unwrap();
+            let asked = guest.ask(wire::GETATTR, node, &[0; 16]).unwrap();
+            assert_eq!(told(&changed, 104), told(&asked, 104), "{valid} {mode:o} {uid}");
+        }
+        assert_eq!(guest.stat(node).unwrap(), (0o100_600, 0, 0));
+    }
+    let made = guest.ask(wire::SYMLINK, root, &[text("link"), text("target")].concat()).unwrap();
+    let link = u64::from_le_bytes(made[..8].try_into().unwrap());
+    let changed = guest.change(link, 6, 0, 9).unwrap();
+    assert_eq!(changed, guest.ask(wire::GETATTR, link, &[0; 16]).unwrap());
+}
