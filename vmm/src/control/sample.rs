@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn names_of_counters_are_made_anew_when_there_are_others_and_kept_when_not() {
-        use msb_network::stack::DropReason;
+        use msb_network::stack::frame::DropReason;
         let mut keys = NetworkKeys::default();
         let mut counters = Counters { connections: 1, ..Counters::default() };
         let first = keys.counts(&counters);

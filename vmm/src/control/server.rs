@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
+use msb_protocol::vmm::{Event, JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
