@@ -74,9 +74,8 @@ pub struct GlobalArgs {
     pub format: Format,
 }
 
-/// What to do. Only the options of the command that is meant are built: all of them took half of what `ls` takes.
+/// What to do.
 #[derive(Debug, Subcommand)]
-#[command(defer = true)]
 pub enum Command {
     /// Create a sandbox from an image, run its command and stream its output
     Run(Box<run::RunArgs>),

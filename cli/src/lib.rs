@@ -64,10 +64,7 @@ pub fn command() -> clap::Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
-    let parsed =
-        |tree: clap::Command| tree.try_get_matches_from(&words).and_then(|matches| Cli::from_arg_matches(&matches));
-    // The grouped help is only written for who sees it: whoever asked for it, or made a mistake.
-    let status = match parsed(Cli::command()).or_else(|_| parsed(command())) {
+    let status = match command().try_get_matches_from(&words).and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => run(cli),
         Err(error) => usage(&words, &error),
     };
