@@ -337,7 +337,8 @@ fn a_sender_beyond_its_credit_loses_the_stream() {
     let agent = agent();
     let mut caller = Caller::exec(&agent, ExecConfig { stdin: true, ..command(&["sleep", "30"]) });
     let mut wire = Vec::new();
-    for _ in 0..8 {
+    // Its credit, as much again that the pipe takes, and more.
+    for _ in 0..12 {
         encode_host(HostBody::Stdin(Data { data: vec![0; 64 << 10] }), &mut wire).unwrap();
     }
     let _ = caller.socket.write_all(&wire);

@@ -248,7 +248,7 @@ mod tests {
             let reader = SampleReader::start(metrics.clone());
             tokio::spawn(reader.run(directory.path().to_owned(), 1_000, sink));
             let mut vm = listener.accept().await.unwrap().0;
-            let (mut decoder, mut buffer) = (Decoder::new(), Vec::new());
+            let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(4096));
             vm.read_buf(&mut buffer).await.unwrap();
             decoder.push(&buffer);
             let asked: RequestFrame = decode_json(decoder.next_body().unwrap().unwrap()).unwrap();
