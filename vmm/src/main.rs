@@ -22,7 +22,6 @@ use msb_vmm::control::{Connection, explain_network, receive_launch};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
 use msb_vmm::launch::engine_choice;
-use msb_vmm::memory::heap;
 use msb_vmm::process::{self, Launcher};
 use tracing_subscriber::fmt::format::FmtSpan;
 
@@ -38,7 +37,6 @@ fn main() -> ExitCode {
         return complain(&format!("QEMU could not be started: {error}"), ExitCode::FAILURE);
     }
     start_log();
-    heap::map_large_blocks();
     match dispatch(first, words, started) {
         Ok(code) => ExitCode::from(code),
         Err(error) => complain(&format!("{error:#}"), ExitCode::from(EXIT_USAGE)),

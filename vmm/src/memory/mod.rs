@@ -15,7 +15,6 @@
 //! does: hand out host pointers, lock memory, or write to it.
 #![expect(unsafe_code, reason = "maps guest memory and gives pages back with madvise")]
 
-pub mod heap;
 pub mod saved;
 pub mod transfer;
 

@@ -13,7 +13,6 @@ pub mod event_loop;
 pub mod fs;
 pub mod net;
 pub mod notifier;
-pub mod patience;
 pub mod ring;
 pub mod rng;
 pub mod slices;

@@ -6,7 +6,6 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -79,12 +78,6 @@ impl Ring {
                 None
             }
         }
-    }
-
-    /// Whether the driver has made something available that was not taken.
-    pub fn has_more(&self) -> bool {
-        let available = || self.queue.avail_idx(&*self.memory, Ordering::Acquire);
-        !self.broken && available().is_ok_and(|index| index.0 != self.queue.next_avail())
     }
 
     /// Gives the last `count` popped chains back to the available side, as if never taken.

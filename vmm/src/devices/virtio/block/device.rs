@@ -17,7 +17,6 @@ use crate::devices::virtio::device::{
     copy_config,
 };
 use crate::devices::virtio::event_loop::{LoopHandle, WorkerId};
-use crate::devices::virtio::patience::Patience;
 use crate::memory::transfer::SLICES_MAX;
 
 /// Entries of the ring.
@@ -68,7 +67,6 @@ pub(super) struct Shared {
     pub(super) full_timeout: Duration,
     pub(super) on_disk_full: Option<DiskFullObserver>,
     pub(super) counters: Arc<BlockCounters>,
-    pub(super) patience: Patience,
 }
 
 /// A disk.
@@ -104,7 +102,6 @@ impl Block {
                 full_timeout: options.full_timeout,
                 on_disk_full: options.on_disk_full,
                 counters: Arc::default(),
-                patience: Patience::of_this_host(),
             }),
             worker: None,
         }

@@ -12,7 +12,6 @@ use super::device::Shared;
 use super::request::{Outcome, Request};
 use crate::devices::virtio::device::{ActiveQueue, DeviceMemory, Interrupt};
 use crate::devices::virtio::event_loop::Worker;
-use crate::devices::virtio::patience::Patience;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::devices::virtio::timer::Timer;
 use crate::transport::mmio::saved::SavedQueue;
@@ -36,7 +35,6 @@ pub(super) struct BlockWorker {
     ring: Ring,
     held: VecDeque<Held>,
     retry: Timer,
-    patience: Patience,
 }
 
 impl BlockWorker {
@@ -47,8 +45,7 @@ impl BlockWorker {
         interrupt: Arc<dyn Interrupt>,
     ) -> io::Result<Self> {
         let ring = Ring::new(queue, Arc::clone(&memory), interrupt);
-        let patience = shared.patience;
-        Ok(Self { shared, memory, ring, held: VecDeque::new(), retry: Timer::new()?, patience })
+        Ok(Self { shared, memory, ring, held: VecDeque::new(), retry: Timer::new()? })
     }
 
     /// Serves what is available, at most one ring's worth, then yields to others on the loop by kicking itself.
@@ -66,11 +63,6 @@ impl BlockWorker {
             if budget == 0 {
                 let _ = self.ring.kick().notify();
                 break;
-            }
-            self.ring.signal();
-            if self.patience.look(|| self.ring.has_more()) {
-                budget -= 1;
-                continue;
             }
             if !self.ring.request_kicks() {
                 break;
@@ -157,7 +149,6 @@ impl MutEventSubscriber for BlockWorker {
         match events.data() {
             KICK => {
                 self.ring.kick().drain();
-                self.patience.woken();
                 self.serve(Instant::now());
             }
             RETRY if self.retry.drain() => self.retry_held(Instant::now()),

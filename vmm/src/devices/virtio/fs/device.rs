@@ -12,7 +12,6 @@ use crate::devices::virtio::device::{
     copy_config,
 };
 use crate::devices::virtio::event_loop::{LoopHandle, WorkerId};
-use crate::devices::virtio::patience::Patience;
 
 /// What the guest mounts it by; QEMU says the same (`engine/qemu/arguments`).
 const TAG: &[u8] = b"msb";
@@ -32,7 +31,6 @@ pub struct Fs {
     files_max: usize,
     /// The user of this process: whose files the guest's user owns.
     host: (u32, u32),
-    patience: Patience,
     worker: Option<WorkerId>,
 }
 
@@ -47,14 +45,7 @@ impl Fs {
         };
         let half = usize::try_from(allowed.saturating_sub(FILES_RESERVED) / 2).unwrap_or(FILES_MAX);
         let host = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self {
-            event_loop,
-            shares: Arc::new(shares),
-            files_max: half.clamp(16, FILES_MAX),
-            host,
-            patience: Patience::of_this_host(),
-            worker: None,
-        }
+        Self { event_loop, shares: Arc::new(shares), files_max: half.clamp(16, FILES_MAX), host, worker: None }
     }
 }
 
@@ -92,7 +83,7 @@ impl VirtioDevice for Fs {
             return Err(ActivateError::MissingQueues { needed: 2, given });
         }
         let server = Server::new(Arc::clone(&self.shares), self.host, self.files_max);
-        let worker = FsWorker::new(activation.queues, activation.memory, &activation.interrupt, server, self.patience);
+        let worker = FsWorker::new(activation.queues, activation.memory, &activation.interrupt, server);
         self.worker = Some(self.event_loop.attach(Box::new(worker))?);
         Ok(())
     }

@@ -12,7 +12,6 @@ use super::server::{Answer, DATA_BYTES_MAX, Server, WRITE_KILLS_SET_ID};
 use super::wire::{self, Header, IN_HEADER_BYTES, OUT_HEADER_BYTES, Reader, WRITE_IN_BYTES, Writer};
 use crate::devices::virtio::device::{ActiveQueue, DeviceMemory, Interrupt};
 use crate::devices::virtio::event_loop::Worker;
-use crate::devices::virtio::patience::Patience;
 use crate::devices::virtio::ring::{Chain, Ring};
 use crate::devices::virtio::slices::SliceList;
 use crate::memory::transfer;
@@ -22,9 +21,6 @@ const PIECES_MAX: usize = DATA_BYTES_MAX as usize / 4096 + 16;
 /// Bytes of a request's arguments at most: an extended attribute's value with its name, or a long list of forgotten files.
 const ARGUMENTS_BYTES_MAX: usize = 128 << 10;
 
-/// The ring that carries what is waited for; the one before it carries what is not.
-const REQUESTS: usize = 1;
-
 type Slices<'memory> = SliceList<'memory, PIECES_MAX>;
 
 /// Serves the rings: the first carries what must not wait (forgotten files), the second everything else.
@@ -32,7 +28,6 @@ pub(super) struct FsWorker {
     memory: DeviceMemory,
     rings: Vec<Ring>,
     server: Server,
-    patience: Patience,
 }
 
 impl FsWorker {
@@ -41,10 +36,9 @@ impl FsWorker {
         memory: DeviceMemory,
         interrupt: &Arc<dyn Interrupt>,
         server: Server,
-        patience: Patience,
     ) -> Self {
         let ring = |queue| Ring::new(queue, Arc::clone(&memory), Arc::clone(interrupt));
-        Self { rings: queues.into_iter().map(ring).collect(), memory, server, patience }
+        Self { rings: queues.into_iter().map(ring).collect(), memory, server }
     }
 
     /// Serves at most one ring's worth, then yields.
@@ -65,10 +59,6 @@ impl FsWorker {
             if budget == 0 {
                 let _ = ring.kick().notify();
                 break;
-            }
-            if index == REQUESTS && self.patience.look(|| ring.has_more()) {
-                budget -= 1;
-                continue;
             }
             if !ring.request_kicks() {
                 break;
@@ -208,9 +198,6 @@ impl MutEventSubscriber for FsWorker {
         let index = events.data() as usize;
         if let Some(ring) = self.rings.get(index) {
             ring.kick().drain();
-            if index == REQUESTS {
-                self.patience.woken();
-            }
             self.serve(index);
         }
     }
