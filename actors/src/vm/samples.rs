@@ -314,8 +314,6 @@ mod tests {
         tokio::time::sleep(LOOK_INTERVAL * 6).await;
         assert_eq!(scene.newest().await.unwrap().measured.sample.cpu_time_us, 9);
         drop(scene.events.take());
-        tokio::time::sleep(LOOK_INTERVAL * 2).await;
-        scene.send([6]).await;
         let closed = async { while scene.vm.read_u8().await.is_ok() {} };
         tokio::time::timeout(Duration::from_secs(5), closed).await.unwrap();
     }
