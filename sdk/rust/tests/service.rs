@@ -311,9 +311,11 @@ async fn a_stream_that_is_handed_over_carries_output_stdin_and_the_end() {
         let (mut decoder, mut assembler) = (frame::Decoder::new(), Assembler::new());
         let mut stdin = Vec::new();
         loop {
-            let len = agent.read(decoder.room(4096)).await.unwrap();
-            decoder.took(len);
-            let Some(body) = decoder.next_body().unwrap() else { continue };
+            let Some(body) = decoder.next_body().unwrap() else {
+                let len = agent.read(decoder.room(4096)).await.unwrap();
+                decoder.took(len);
+                continue;
+            };
             match assembler.host(body).unwrap() {
                 Some(HostBody::Stdin(data)) => stdin.extend(data.data),
                 Some(HostBody::StdinEof(_)) => break,
