@@ -75,6 +75,9 @@ fn entry(stream: &mut Vec<u8>, kind: EntryType, path: &str, link: &str, content:
     Ok(())
 }
 
+/// The protocol by which the Rust client asks for the agent's own stream (`msb_protocol::control`).
+const STREAM_UPGRADE: &str = "msb-stream";
+
 /// Stands between clients and the service until the process ends.
 pub(super) fn stand_between(listener: UnixListener, service: PathBuf, lie: Lie) {
     std::thread::spawn(move || {
@@ -89,9 +92,14 @@ pub(super) fn stand_between(listener: UnixListener, service: PathBuf, lie: Lie) 
 fn pass(mut client: UnixStream, service: &Path, lie: &Lie) -> std::io::Result<()> {
     let mut service = UnixStream::connect(service)?;
     let request = head(&mut client)?;
+    let text = String::from_utf8_lossy(&request);
+    let is_archive = text.lines().next().is_some_and(|first| first.contains("/archive"));
+    if is_archive && text.contains(STREAM_UPGRADE) {
+        // It lies in WebSocket frames: as a service that hands no stream over.
+        return client.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
+    }
     service.write_all(&request)?;
-    let first = request.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    if !String::from_utf8_lossy(first).contains("/archive") {
+    if !is_archive {
         let (mut from, mut to) = (client.try_clone()?, service.try_clone()?);
         let there = std::thread::spawn(move || {
             let _ = std::io::copy(&mut from, &mut to);
