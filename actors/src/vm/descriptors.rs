@@ -1,5 +1,6 @@
-//! Descriptors over a VM process's control link (SCM_RIGHTS, unix(7)): listeners of published ports, to it with the launch and back with
-//! its answer to an adoption. Called by `vm::process` alone.
+//! Descriptors over a Unix socket (SCM_RIGHTS, unix(7)): to a VM process the listeners of published ports and the files of a snapshot, from
+//! it the listeners again and what is left of its machine; to a client the stream to its agent. Called by `vm::process`, and by the service's
+//! API, which hands streams over.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,14 +12,20 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
 };
-use tokio::io::Interest;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
-/// Sends one piece of bytes, and the descriptors with it.
+/// Sends bytes, and the descriptors with the first of them.
 ///
 /// # Errors
 /// As sendmsg(2).
-pub(super) async fn send(link: &UnixStream, bytes: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<()> {
+pub async fn send(link: &mut UnixStream, bytes: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<()> {
+    let (first, rest) = bytes.split_at(bytes.len().min(1));
+    send_first(link, first, descriptors).await?;
+    link.write_all(rest).await
+}
+
+async fn send_first(link: &UnixStream, bytes: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<()> {
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
     link.async_io(Interest::WRITABLE, || {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PORTS_COUNT_MAX))];

@@ -5,7 +5,7 @@
 //! that the next actor (or daemon) can adopt it.
 
 pub mod agent;
-mod descriptors;
+pub mod descriptors;
 mod explain;
 pub mod files;
 pub mod process;

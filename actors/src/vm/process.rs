@@ -335,11 +335,7 @@ impl Driver {
         // A launch carries the sandbox's whole environment, which does not fit an ordinary frame.
         encode_json_spec(&RequestFrame { id, request: Request::Launch { spec } }, &mut wire)
             .map_err(io::Error::other)?;
-        let sending = async {
-            let (first, rest) = wire.split_at(1);
-            descriptors::send(&self.control, first, listeners).await?;
-            self.control.write_all(rest).await
-        };
+        let sending = descriptors::send(&mut self.control, &wire, listeners);
         match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
             Ok(sent) => sent?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),
@@ -360,11 +356,7 @@ impl Driver {
         let mut wire = Vec::new();
         encode_json(&RequestFrame { id, request: Request::Save { flush } }, &mut wire).map_err(io::Error::other)?;
         let files = [Arc::new(memory), Arc::new(state)];
-        let sending = async {
-            let (first, rest) = wire.split_at(1);
-            descriptors::send(&self.control, first, &files).await?;
-            self.control.write_all(rest).await
-        };
+        let sending = descriptors::send(&mut self.control, &wire, &files);
         match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
             Ok(sent) => sent?,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),

@@ -26,7 +26,7 @@ use msb_protocol::id::SandboxName;
 use msb_protocol::state::ProcessEnd;
 use msb_protocol::version::{CONTROL_API_VERSION, GUEST_GENERATION};
 use msb_sdk::client::LoadOptions;
-use msb_sdk::{Client, Error, Exec, SessionEvent};
+use msb_sdk::{Client, Error, Exec, Session, SessionEvent};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -88,6 +88,15 @@ where
     )
 }
 
+/// What is told of a session to its end.
+async fn all_of(mut session: Session) -> Vec<SessionEvent> {
+    let mut events = Vec::new();
+    while let Some(event) = session.next().await.unwrap() {
+        events.push(event);
+    }
+    events
+}
+
 #[tokio::test]
 async fn output_and_end_arrive_in_order() {
     let service = serve(exec_route(|mut socket| async move {
@@ -99,11 +108,8 @@ async fn output_and_end_arrive_in_order() {
         say(&mut socket, &ServerMessage::Exited { end: ProcessEnd::exited(3) }).await;
     }));
     let client = Client::at(&service.socket).await.unwrap();
-    let mut session = client.exec(&name(), Exec::new(["echo", "hi"]).into_request()).await.unwrap();
-    let mut events = Vec::new();
-    while let Some(event) = session.next().await.unwrap() {
-        events.push(event);
-    }
+    let session = client.exec(&name(), Exec::new(["echo", "hi"]).into_request()).await.unwrap();
+    let events = all_of(session).await;
     assert_eq!(
         events,
         [
@@ -339,10 +345,7 @@ async fn a_stream_that_is_handed_over_carries_output_stdin_and_the_end() {
     let mut stdin = session.take_stdin().unwrap();
     stdin.write_all(b"in").await.unwrap();
     stdin.finish().await.unwrap();
-    let mut events = Vec::new();
-    while let Some(event) = session.next().await.unwrap() {
-        events.push(event);
-    }
+    let events = all_of(session).await;
     assert_eq!(
         events,
         [

@@ -9,9 +9,8 @@
 //! Called by [`super::streams`], whose routes these are. What is said on the stream afterwards is between the client, who may run anything
 //! in the sandbox anyway, and the agent, who trusts no host's bytes: this service does not see them.
 
-use std::io::IoSlice;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -20,12 +19,12 @@ use axum::response::Response;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto::upgrade::downcast;
+use msb_actors::vm::descriptors;
 use msb_protocol::control::{ClientMessage, STREAM_UPGRADE, StreamAnswer};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::frame::{self, Decoder, SPEC_LEN_MAX};
 use msb_protocol::id::SandboxName;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::ApiState;
@@ -113,17 +112,5 @@ async fn hand_over(client: &mut UnixStream, stream: OwnedFd, read: &[u8]) -> std
     let mut answer = Vec::new();
     frame::encode_json(&StreamAnswer::Opened, &mut answer).map_err(std::io::Error::other)?;
     frame::encode(read, &mut answer).map_err(std::io::Error::other)?;
-    let sent = client
-        .async_io(Interest::WRITABLE, || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            let descriptors = [stream.as_fd()];
-            if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-                return Err(std::io::Error::other("no room for a descriptor"));
-            }
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            Ok(rustix::net::sendmsg(&*client, &[IoSlice::new(&answer)], &mut control, flags)?)
-        })
-        .await?;
-    client.write_all(&answer[sent..]).await
+    descriptors::send(client, &answer, &[Arc::new(stream)]).await
 }

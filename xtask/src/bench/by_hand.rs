@@ -158,5 +158,5 @@ impl ByHand {
 
 /// The engine's kernel line (`vmm/src/launch/command_line.rs`, `vmm/src/engine/qemu`) with another root.
 const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic reboot=t pci=off 8250.nr_uarts=1 random.trust_cpu=on \
-    random.trust_bootloader=on cgroup_no_v1=all tsc=nowatchdog init_on_alloc=1 tsc=reliable \
+    random.trust_bootloader=on cgroup_no_v1=all tsc=nowatchdog init_on_alloc=1 tsc=reliable rcupdate.rcu_expedited=1 \
     root=/dev/vda rw rootflags=discard,noinit_itable init=/bench-init";

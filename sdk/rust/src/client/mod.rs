@@ -165,20 +165,12 @@ impl Client {
     /// `invalid_name`, `invalid_label`, `limit_exceeded`.
     pub async fn metrics_of(&self, query: &MetricsQuery) -> Result<MetricsSnapshot, Error> {
         let path = with_query("/v1/metrics", &metrics_pairs(query));
-        let ask = async |client: &Self| {
-            let mut request = request(Method::GET, &path, connection::empty())?;
-            // A service that is older than this form answers in JSON.
-            request.headers_mut().insert(header::ACCEPT, header::HeaderValue::from_static(FLEET_MEDIA_TYPE));
-            let (kind, body) = client.call_typed(request).await?;
-            if kind.is_some_and(|kind| kind == FLEET_MEDIA_TYPE) {
-                fleet::decode(body).map_err(Error::protocol)
-            } else {
-                parse(&body)
-            }
-        };
-        match ask(self).await {
-            Err(error) if error.is_lost() => ask(&self.successor(error).await?).await,
-            outcome => outcome,
+        // A service that is older than this form answers in JSON.
+        let (kind, body) = self.read(&path, Some(FLEET_MEDIA_TYPE)).await?;
+        if kind.is_some_and(|kind| kind == FLEET_MEDIA_TYPE) {
+            fleet::decode(body).map_err(Error::protocol)
+        } else {
+            parse(&body)
         }
     }
 
@@ -258,9 +250,23 @@ impl Client {
         }
     }
 
-    /// Reads. A service that went away before it answered is no answer: the next one is asked, once.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
-        let ask = async |client: &Self| parse(&client.call(request(Method::GET, path, connection::empty())?).await?);
+        parse(&self.read(path, None).await?.1)
+    }
+
+    /// Reads, in the form that is accepted. A service that went away before it answered is no answer: the next one is asked, once.
+    async fn read(
+        &self,
+        path: &str,
+        accept: Option<&'static str>,
+    ) -> Result<(Option<header::HeaderValue>, Bytes), Error> {
+        let ask = async |client: &Self| {
+            let mut request = request(Method::GET, path, connection::empty())?;
+            if let Some(accept) = accept {
+                request.headers_mut().insert(header::ACCEPT, header::HeaderValue::from_static(accept));
+            }
+            client.call_typed(request).await
+        };
         match ask(self).await {
             Err(error) if error.is_lost() => ask(&self.successor(error).await?).await,
             outcome => outcome,
