@@ -431,22 +431,12 @@ impl SandboxActor {
                 let durable =
                     async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
                         this.stepping = false;
+                        this.go_on(outcome.clone(), step.effects, ctx);
+                        // Only now: whoever asked finds what followed at once, in the view and on the host.
                         if let Some(waiting) = step.waiting {
                             // Whoever has gone meanwhile wanted to know no more.
-                            let _ = waiting.send(outcome.clone());
+                            let _ = waiting.send(outcome);
                         }
-                        match outcome {
-                            // Nothing may be made that the journal does not know of.
-                            Err(error) if step.effects.contains(&Effect::LeaseImage) => {
-                                this.failure = Some(error);
-                                this.tell(Event::PhaseFailed, ctx);
-                                return;
-                            }
-                            Err(error) => this.journal_refused(&error, ctx),
-                            Ok(()) => {}
-                        }
-                        this.perform(step.effects, ctx);
-                        this.advance(ctx);
                     });
                 ctx.wait(durable);
             }
@@ -466,6 +456,22 @@ impl SandboxActor {
             this.steps.push_back(Step::new(Some(change), Vec::new()));
             this.advance(ctx);
         }));
+    }
+
+    /// A step is in the journal, or was refused by it: its effects, then the next one.
+    fn go_on(&mut self, written: Result<(), ApiError>, effects: Vec<Effect>, ctx: &mut Context<Self>) {
+        match written {
+            // Nothing may be made that the journal does not know of.
+            Err(error) if effects.contains(&Effect::LeaseImage) => {
+                self.failure = Some(error);
+                self.tell(Event::PhaseFailed, ctx);
+                return;
+            }
+            Err(error) => self.journal_refused(&error, ctx),
+            Ok(()) => {}
+        }
+        self.perform(effects, ctx);
+        self.advance(ctx);
     }
 
     /// All steps are done: show what is, and wait for what comes.
