@@ -340,7 +340,9 @@ impl Daemon {
         let sandbox = self.find(name).await?;
         let event = if force { Event::Kill } else { Event::Stop { grace_ms, then: Then::Settle } };
         self.ask(&sandbox, Ask::Event(event)).await?;
-        Self::until(sandbox, |view| view.rests().then(|| Ok(view.detail.clone()))).await
+        // One that was asleep rested already; stopped it is when its ports are let go.
+        let stopped = |view: &View| view.rests() && view.state() != SandboxState::Asleep;
+        Self::until(sandbox, |view| stopped(view).then(|| Ok(view.detail.clone()))).await
     }
 
     /// Halts a running sandbox where it is; answered once nothing in it runs.
