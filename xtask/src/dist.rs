@@ -36,6 +36,12 @@ set -eu
 prefix=${1:-/usr/local}
 case $prefix in /*) ;; *) echo "install.sh: the prefix must be absolute: $prefix" >&2; exit 2 ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
+manifest=$prefix/share/msb/installed.txt
+# Folders that this or an earlier installation made: `msb self uninstall` takes them away, and no other.
+made=$(grep '/$' "$manifest" 2>/dev/null || true)
+made=$made$(cd "$here/tree" && find . -mindepth 1 -type d | sed 's|^\./||' | while read -r folder; do
+    [ -d "$prefix/$folder" ] || printf '\n%s/' "$folder"
+done)
 (cd "$here/tree" && find . -type f -o -type l | sed 's|^\./||') | while read -r file; do
     mkdir -p "$prefix/$(dirname "$file")"
     # Replaced by a rename: a running service keeps what it has opened.
@@ -43,6 +49,7 @@ here=$(cd "$(dirname "$0")" && pwd)
     case $file in lib/systemd/*) sed -i "s|@PREFIX@|$prefix|g" "$prefix/$file.new$$" ;; esac
     mv -f "$prefix/$file.new$$" "$prefix/$file"
 done
+printf '%s\n' "$made" | sed '/^$/d' >>"$manifest"
 echo "installed under $prefix; next: $prefix/bin/msb doctor"
 if [ -d /run/systemd/system ] && [ "$(id -u)" -ne 0 ] && [ ! -e "/var/lib/systemd/linger/$(id -un)" ]; then
     echo "sandboxes end with your last session until you run: loginctl enable-linger $(id -un)"

@@ -5,12 +5,15 @@
 //! P/share/msb/{vmlinux,System.map,initramfs.cpio,upper.ext4.zst}
 //! P/share/man/man1/msb*.1 and completions for bash, zsh and fish (with --prefix only)
 //! P/lib/systemd/{user,system}/… and P/lib/sysusers.d/msb.conf (with --prefix only; `units`)
-//! P/share/msb/installed.txt, the manifest that `msb self uninstall` goes by (with --prefix only)
+//! P/share/msb/installed.txt, the manifest that `msb self uninstall` goes by (with --prefix only): the files, and with a slash at
+//!     the end the folders that were not there before
 //! ```
 //!
 //! Each file is replaced by a rename, so a running daemon keeps what it has opened. Without `--prefix` the tree is the development
 //! tree `target/msb`, where the demo and the tests find it.
 
+use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -36,7 +39,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let work = tempfile::tempdir()?;
         let tree = work.path().join("tree");
         lay_out(&tree, &prefix, arguments.build)?;
-        for name in files_below(&tree)? {
+        let names = files_below(&tree)?;
+        let mut manifest = std::fs::OpenOptions::new().append(true).open(tree.join(MANIFEST))?;
+        for folder in made_folders(&names, &prefix) {
+            writeln!(manifest, "{folder}/")?;
+        }
+        for name in names {
             let from = tree.join(&name);
             let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&from)?.permissions()) & 0o777;
             cache::place_file(&from, &prefix.join(&name), mode)?;
@@ -83,6 +91,16 @@ fn files_below(tree: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// The folders that this installation makes below the prefix, and those that an earlier one made.
+fn made_folders(names: &[String], prefix: &Path) -> BTreeSet<String> {
+    let earlier = std::fs::read_to_string(prefix.join(MANIFEST)).unwrap_or_default();
+    let mut folders: BTreeSet<String> =
+        earlier.lines().filter_map(|line| line.strip_suffix('/')).map(str::to_owned).collect();
+    let needed = names.iter().flat_map(|name| Path::new(name).ancestors().skip(1)).filter_map(Path::to_str);
+    folders.extend(needed.filter(|folder| !folder.is_empty() && !prefix.join(folder).is_dir()).map(str::to_owned));
+    folders
 }
 
 /// What the host still has to be told, if systemd runs it.

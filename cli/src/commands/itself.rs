@@ -104,10 +104,10 @@ struct Removed {
 
 async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus, Failure> {
     let prefix = prefix()?;
-    let files = installed(&prefix)?;
+    let Installed { files, folders } = installed(&prefix)?;
     let home = context.locator.surroundings.home_dir();
     let sockets = context.locator.surroundings.runtime_dir();
-    let (mut removed, mut kept) = (files.clone(), Vec::new());
+    let (mut removed, mut kept) = (Vec::from_iter(files.iter().cloned()), Vec::new());
     let mut own = vec![home, sockets];
     // The service of the host is root's; somebody who names a home of their own means no other.
     if context.locator.surroundings.uid == 0 && context.locator.surroundings.msb_home.is_none() {
@@ -137,7 +137,8 @@ async fn uninstall(args: &UninstallArgs, context: &Context) -> Result<ExitStatus
                 _ => {}
             }
         }
-        remove_empty(&prefix, &files);
+        // The inner ones first; one that holds something of somebody else's stays.
+        folders.iter().rev().for_each(|folder| drop(std::fs::remove_dir(folder)));
     }
     if context.printer.is_json() {
         context.printer.json(&Removed { removed, kept })?;
@@ -166,25 +167,34 @@ fn not_installed(place: &Path) -> Failure {
     ApiError::new(ErrorCode::RuntimeNotFound, message).with_hint(hint).into()
 }
 
-/// The installed files, after the manifest.
-fn installed(prefix: &Path) -> Result<Vec<PathBuf>, Failure> {
-    let text = std::fs::read_to_string(prefix.join(MANIFEST)).map_err(|_| not_installed(prefix))?;
-    listed(&text)
-        .map(|paths| paths.into_iter().map(|path| prefix.join(path)).collect())
-        .ok_or_else(|| not_installed(prefix))
+/// What an installation laid down, after its manifest.
+#[derive(Debug, Default)]
+struct Installed {
+    files: BTreeSet<PathBuf>,
+    /// Folders that were not there before.
+    folders: BTreeSet<PathBuf>,
 }
 
-/// The manifest's paths; `None` if one of them leads out of the prefix.
-fn listed(text: &str) -> Option<BTreeSet<PathBuf>> {
-    let mut paths = BTreeSet::from([PathBuf::from(MANIFEST)]);
+fn installed(prefix: &Path) -> Result<Installed, Failure> {
+    let text = std::fs::read_to_string(prefix.join(MANIFEST)).map_err(|_| not_installed(prefix))?;
+    listed(prefix, &text).ok_or_else(|| not_installed(prefix))
+}
+
+/// The manifest's paths, a folder's with a slash at its end; `None` if one of them leads out of the prefix.
+fn listed(prefix: &Path, text: &str) -> Option<Installed> {
+    let mut installed = Installed::default();
+    installed.files.insert(prefix.join(MANIFEST));
     for line in text.lines().filter(|line| !line.is_empty()) {
-        let path = PathBuf::from(line);
-        if !path.components().all(|part| matches!(part, Component::Normal(_))) {
+        let (path, paths) = match line.strip_suffix('/') {
+            Some(folder) => (Path::new(folder), &mut installed.folders),
+            None => (Path::new(line), &mut installed.files),
+        };
+        if path.as_os_str().is_empty() || !path.components().all(|part| matches!(part, Component::Normal(_))) {
             return None;
         }
-        paths.insert(path);
+        paths.insert(prefix.join(path));
     }
-    Some(paths)
+    Some(installed)
 }
 
 fn agreed(args: &UninstallArgs, prefix: &Path) -> Result<bool, Failure> {
@@ -231,30 +241,18 @@ fn remove_own(path: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Folders that the removed files left empty, innermost first; the prefix itself stays.
-fn remove_empty(prefix: &Path, files: &[PathBuf]) {
-    let mut folders: Vec<&Path> = files
-        .iter()
-        .flat_map(|path| path.ancestors().skip(1))
-        .filter(|path| path.starts_with(prefix) && *path != prefix)
-        .collect();
-    folders.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
-    folders.dedup();
-    for folder in folders {
-        // One that holds something of somebody else's stays.
-        let _ = std::fs::remove_dir(folder);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_manifest_never_leads_out_of_its_prefix() {
-        assert!(listed("bin/msb\nshare/msb/vmlinux\n").unwrap().contains(Path::new("bin/msb")));
-        for bad in ["/etc/passwd", "../x", "bin/../../x", "./bin"] {
-            assert!(listed(bad).is_none(), "{bad}");
+    fn a_manifest_tells_files_from_folders_and_never_leads_out_of_its_prefix() {
+        let prefix = Path::new("/opt/msb");
+        let installed = listed(prefix, "bin/msb\nshare/msb/vmlinux\nshare/msb/\nshare/\n").unwrap();
+        assert!(installed.files.contains(Path::new("/opt/msb/bin/msb")));
+        assert_eq!(Vec::from_iter(installed.folders), [Path::new("/opt/msb/share"), Path::new("/opt/msb/share/msb")]);
+        for bad in ["/etc/passwd", "../x", "bin/../../x", "./bin", "../x/", "/"] {
+            assert!(listed(prefix, bad).is_none(), "{bad}");
         }
     }
 
@@ -269,16 +267,5 @@ mod tests {
         assert!(remove_own(&other).is_err() && other.join("thesis").exists());
         // A second time nothing is there.
         assert!(remove_own(&home).is_err());
-    }
-
-    #[test]
-    fn emptied_folders_go_and_others_stay() {
-        let top = tempfile::tempdir().unwrap();
-        let prefix = top.path().join("p");
-        std::fs::create_dir_all(prefix.join("bin")).unwrap();
-        std::fs::create_dir_all(prefix.join("share/msb")).unwrap();
-        std::fs::write(prefix.join("bin/other"), "").unwrap();
-        remove_empty(&prefix, &[prefix.join("bin/msb"), prefix.join("share/msb/vmlinux")]);
-        assert!(prefix.join("bin/other").exists() && !prefix.join("share").exists() && prefix.exists());
     }
 }
