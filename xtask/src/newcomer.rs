@@ -133,6 +133,7 @@ nothing_left "the tarball"
 
 # Folders that a distribution ships empty stay.
 path=/usr/local/bin:/usr/bin:/bin
+began=$(date +%s%N)
 /tmp/unpacked/*/install.sh
 hello "the tarball under /usr/local"
 ann 'msb self stop; rm -rf /home/ann/.msb'
