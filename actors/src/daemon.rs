@@ -33,7 +33,7 @@ use crate::images::{MakeUpper, PreparedImage};
 use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
-use crate::metrics::{self, snapshot::Fleet};
+use crate::metrics::{self, Latest, snapshot::Fleet};
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
 use crate::sandbox::actor::{Ask, Explain, Halt, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
@@ -41,7 +41,7 @@ use crate::sandbox::network;
 use crate::sandbox::plan;
 use crate::sandbox::ssh::{self, SshForwarder};
 use crate::sandbox::view::View;
-use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings};
+use crate::supervisor::{All, Create, Find, Rows, SandboxRef, SupervisorActor, Surroundings, Views};
 use crate::vm::files::Files;
 use crate::vm::session::{self, Session};
 use crate::volumes;
@@ -223,9 +223,9 @@ impl Daemon {
     /// # Errors
     /// The daemon ends.
     pub async fn list(&self, terms: &[LabelTerm]) -> Result<Vec<SandboxSummary>, ApiError> {
-        let all = self.supervisor.send(All).await.map_err(mailbox)?;
-        let summaries = all.into_iter().map(|sandbox| sandbox.view.borrow().detail.summary.clone());
-        Ok(summaries.filter(|summary| terms.iter().all(|term| term.matches(&summary.labels))).collect())
+        let views = self.supervisor.send(Views).await.map_err(mailbox)?;
+        let summaries = views.iter().map(|view| &view.detail.summary);
+        Ok(summaries.filter(|summary| terms.iter().all(|term| term.matches(&summary.labels))).cloned().collect())
     }
 
     /// How many sandboxes are in which state.
@@ -234,8 +234,8 @@ impl Daemon {
     /// The daemon ends.
     pub async fn count(&self) -> Result<BTreeMap<String, u64>, ApiError> {
         let mut counts = BTreeMap::new();
-        for sandbox in self.supervisor.send(All).await.map_err(mailbox)? {
-            *counts.entry(sandbox.view.borrow().state().as_str().to_owned()).or_default() += 1;
+        for view in self.supervisor.send(Views).await.map_err(mailbox)? {
+            *counts.entry(view.state().as_str().to_owned()).or_default() += 1;
         }
         Ok(counts)
     }
@@ -253,10 +253,11 @@ impl Daemon {
     /// # Errors
     /// The daemon ends.
     pub async fn fleet(&self, choice: &metrics::snapshot::Choice) -> Result<Fleet, ApiError> {
-        let sandboxes = self.supervisor.send(All).await.map_err(mailbox)?;
-        let clock = &self.surroundings.clock;
-        let now = (clock.now_ms(), clock.wall());
-        metrics::snapshot::take(&self.surroundings.metrics, sandboxes, choice, now).await.map_err(mailbox)
+        let Surroundings { metrics, clock, .. } = &*self.surroundings;
+        let latest = metrics.actor().send(Latest { now_ms: clock.now_ms() }).await.map_err(mailbox)?;
+        // In this order: what is seen of a sandbox is as new as its sample, and a run that has just begun is not taken for one that has ended.
+        let views = self.supervisor.send(Views).await.map_err(mailbox)?;
+        Ok(Fleet::new(metrics.identity(), clock.wall(), views, latest, choice))
     }
 
     /// The samples of one sandbox in the last `last_ms`, thinned to `points_max`.
@@ -638,13 +639,10 @@ impl Daemon {
 
     /// How sandboxes use a volume.
     async fn users_of(&self, volume: &SandboxName) -> Result<Vec<VolumeUser>, ApiError> {
-        let all = self.supervisor.send(All).await.map_err(mailbox)?;
-        let mut users: Vec<VolumeUser> = all
+        let views = self.supervisor.send(Views).await.map_err(mailbox)?;
+        let mut users: Vec<VolumeUser> = views
             .iter()
-            .flat_map(|sandbox| {
-                let view = sandbox.view.borrow();
-                volumes::use_of(&sandbox.name, &view.detail.spec, volume).collect::<Vec<_>>()
-            })
+            .flat_map(|view| volumes::use_of(&view.detail.summary.name, &view.detail.spec, volume))
             .collect();
         users.sort_by(|a, b| a.sandbox.cmp(&b.sandbox));
         Ok(users)

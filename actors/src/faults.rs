@@ -53,6 +53,7 @@ pub mod injected {
         "supervisor/create",
         "supervisor/find",
         "supervisor/all",
+        "supervisor/views",
         "supervisor/image_users",
         "supervisor/rows",
         "images/prepare",

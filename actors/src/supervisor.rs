@@ -514,6 +514,25 @@ impl Handler<Find> for SupervisorActor {
 #[rtype(result = "Vec<SandboxRef>")]
 pub struct All;
 
+/// What is seen of every sandbox, newest first: for whoever only looks at a thousand of them each second.
+#[derive(Message)]
+#[rtype(result = "Vec<Arc<View>>")]
+pub struct Views;
+
+impl Handler<Views> for SupervisorActor {
+    type Result = MessageResult<Views>;
+
+    fn handle(&mut self, _: Views, _: &mut Self::Context) -> Self::Result {
+        faults::here("supervisor/views");
+        self.handled += 1;
+        let views = self.children.values().map(|child| (child.id, Arc::clone(&child.view.borrow())));
+        let mut views: Vec<_> = views.filter(|(_, view)| !view.gone).collect();
+        // Identities are ordered by time of creation.
+        views.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
+        MessageResult(views.into_iter().map(|(_, view)| view).collect())
+    }
+}
+
 impl Handler<All> for SupervisorActor {
     type Result = MessageResult<All>;
 

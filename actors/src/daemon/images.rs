@@ -20,7 +20,7 @@ use crate::images::{
 };
 use crate::kept::Kept;
 use crate::sandbox::directories::Directories;
-use crate::supervisor::{All, ListImageUsers};
+use crate::supervisor::{ListImageUsers, Views};
 
 impl Daemon {
     fn images(&self) -> &Kept<ImageActor> {
@@ -93,12 +93,12 @@ impl Daemon {
     pub async fn disk_usage(&self) -> Result<DiskUsage, ApiError> {
         let users = self.image_users().await?;
         let mut rows = self.work(move |store| store.usage(&users)).await?;
-        let all = self.supervisor.send(All).await.map_err(mailbox)?;
-        let places: Vec<_> = all
+        let views = self.supervisor.send(Views).await.map_err(mailbox)?;
+        let places: Vec<_> = views
             .iter()
-            .map(|sandbox| {
-                let live = sandbox.view.borrow().state().is_live();
-                (self.surroundings.directories(&sandbox.name, sandbox.id), live)
+            .map(|view| {
+                let summary = &view.detail.summary;
+                (self.surroundings.directories(&summary.name, summary.id), view.state().is_live())
             })
             .collect();
         let home = self.surroundings.home.home.clone();

@@ -84,7 +84,7 @@ impl Meter {
     /// What a sample says of the sandbox, to be handed to the metrics actor; nothing once the run is over. Notes
     /// whether somebody visits it.
     #[must_use]
-    pub fn measure(&self, sample: Sample) -> Option<Measured> {
+    pub fn measure(&self, sample: Sample) -> Option<Arc<Measured>> {
         if self.subject.is_over() {
             return None;
         }
@@ -94,7 +94,8 @@ impl Meter {
             self.activity.touch(ActivityKind::Connection);
         }
         let guest = *self.guest.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(Measured { subject: Arc::clone(&self.subject), at_ms: self.clock.now_ms(), sample, guest })
+        let subject = Arc::clone(&self.subject);
+        Some(Arc::new(Measured { subject, at_ms: self.clock.now_ms(), sample, guest }))
     }
 
     /// Hands a sample over by itself.

@@ -61,7 +61,7 @@ pub struct Measured {
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 struct Sampled {
-    batch: Vec<Measured>,
+    batch: Vec<Arc<Measured>>,
     /// The last ones of their runs. All others do not count when their run is over.
     are_last: bool,
     _ticket: Ticket,
@@ -70,8 +70,8 @@ struct Sampled {
 /// The newest sample of one sandbox and what it says beside the one before it.
 #[derive(Clone, Debug)]
 pub struct Newest {
-    /// The sample.
-    pub measured: Measured,
+    /// The sample, shared with whoever tells it.
+    pub measured: Arc<Measured>,
     /// vCPU seconds per second between the last two samples; 0 after the first.
     pub cpu_utilization: f64,
 }
@@ -155,18 +155,18 @@ impl MetricsHandle {
     }
 
     /// Hands samples over.
-    pub fn take(&self, batch: Vec<Measured>) {
+    pub fn take(&self, batch: Vec<Arc<Measured>>) {
         if self.actor.waiting() < BATCHES_WAITING_MAX {
             self.send(batch, false);
         }
     }
 
     /// Hands the last sample of a run over.
-    pub fn take_last(&self, measured: Measured) {
+    pub fn take_last(&self, measured: Arc<Measured>) {
         self.send(vec![measured], true);
     }
 
-    fn send(&self, batch: Vec<Measured>, are_last: bool) {
+    fn send(&self, batch: Vec<Arc<Measured>>, are_last: bool) {
         if self.actor.try_send(Sampled { batch, are_last, _ticket: self.actor.ticket() }).is_err() {
             tracing::trace!("samples were left out");
         }
@@ -198,7 +198,7 @@ pub struct MetricsActor {
 }
 
 impl MetricsActor {
-    fn take(&mut self, measured: Measured) {
+    fn take(&mut self, measured: Arc<Measured>) {
         let bytes_max = (HISTORIES_BYTES_MAX / (self.series.len() + 1)).min(HISTORY_BYTES_MAX);
         let (id, boot_id, entry) = (measured.subject.id, measured.subject.boot_id, snapshot::entry(&measured));
         match self.series.get_mut(&id) {
@@ -315,15 +315,15 @@ mod tests {
         Sample { at_ns: at_s * 1_000_000_000, cpu_time_us: cpu_ms * 1_000, ..Sample::default() }
     }
 
-    fn measured(sandbox: u128, run: u128, at_s: u64, cpu_ms: u64) -> Measured {
+    fn measured(sandbox: u128, run: u128, at_s: u64, cpu_ms: u64) -> Arc<Measured> {
         let id = SandboxId(uuid::Uuid::from_u128(sandbox));
         let name = SandboxName::parse(&format!("s{sandbox}")).unwrap();
-        Measured {
+        Arc::new(Measured {
             subject: Subject::new(id, name, BootId(uuid::Uuid::from_u128(run))),
             at_ms: at_s * 1_000,
             sample: sample(at_s, cpu_ms),
             guest: None,
-        }
+        })
     }
 
     #[test]

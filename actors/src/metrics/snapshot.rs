@@ -6,15 +6,15 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use msb_protocol::control::{GuestMetrics, HistoryPoint, MetricsSnapshot, SandboxMetrics};
 use msb_protocol::fleet::{self, Figures, FleetWriter};
-use msb_protocol::id::{BootId, SandboxName};
+use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::labels::LabelTerm;
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::Sample;
 
 use super::ring::Entry;
-use super::{Departed, LastWords, Latest, Measured, MetricsHandle, Newest, utilization};
+use super::{Departed, LastWords, Measured, Newest, utilization};
+use crate::host_identity::HostIdentity;
 use crate::sandbox::view::{self, View};
-use crate::supervisor::SandboxRef;
 
 /// Bytes for a row of the compact form: most are shorter.
 const ROW_LEN: usize = 640;
@@ -57,45 +57,43 @@ enum Whose {
     Departed(LastWords),
 }
 
-/// Takes it.
-///
-/// # Errors
-/// The actor is gone.
-pub async fn take(
-    metrics: &MetricsHandle,
-    sandboxes: Vec<SandboxRef>,
-    choice: &Choice,
-    (now_ms, taken_at): (u64, Timestamp),
-) -> Result<Fleet, actix::MailboxError> {
-    let (newest, departed) = metrics.actor().send(Latest { now_ms }).await?;
-    let mut states: BTreeMap<&'static str, u64> = BTreeMap::new();
-    let mut rows = Vec::with_capacity(newest.len());
-    for sandbox in sandboxes {
-        let view = Arc::clone(&sandbox.view.borrow());
-        let summary = &view.detail.summary;
-        *states.entry(summary.status.as_str()).or_default() += 1;
-        if !choice.takes(&summary.name, &summary.labels) {
-            continue;
-        }
-        let Ok(place) = newest.binary_search_by_key(&sandbox.id, |(id, _)| *id) else { continue };
-        rows.push(Row { whose: Whose::Present(view), newest: newest[place].1.clone() });
-    }
-    let departed =
-        departed.into_iter().filter(|one| choice.takes(&one.newest.measured.subject.name, &one.last_words.labels));
-    rows.extend(departed.map(|Departed { newest, last_words, .. }| Row { whose: Whose::Departed(last_words), newest }));
-    let identity = metrics.identity();
-    let head = MetricsSnapshot {
-        host_id: identity.host_id.clone(),
-        host_name: identity.host_name.clone(),
-        instance_id: identity.instance_id.clone(),
-        taken_at,
-        states: states.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
-        sandboxes: Vec::new(),
-    };
-    Ok(Fleet { head, rows })
-}
-
 impl Fleet {
+    /// Puts together what is seen of the sandboxes and what was measured, of those that are wanted.
+    #[must_use]
+    pub fn new(
+        identity: &HostIdentity,
+        taken_at: Timestamp,
+        views: Vec<Arc<View>>,
+        (newest, departed): (Vec<(SandboxId, Newest)>, Vec<Departed>),
+        choice: &Choice,
+    ) -> Self {
+        let mut states: BTreeMap<&'static str, u64> = BTreeMap::new();
+        let mut rows = Vec::with_capacity(newest.len());
+        for view in views {
+            let summary = &view.detail.summary;
+            *states.entry(summary.status.as_str()).or_default() += 1;
+            if !choice.takes(&summary.name, &summary.labels) {
+                continue;
+            }
+            let Ok(place) = newest.binary_search_by_key(&summary.id, |(id, _)| *id) else { continue };
+            rows.push(Row { whose: Whose::Present(view), newest: newest[place].1.clone() });
+        }
+        let departed =
+            departed.into_iter().filter(|one| choice.takes(&one.newest.measured.subject.name, &one.last_words.labels));
+        rows.extend(
+            departed.map(|Departed { newest, last_words, .. }| Row { whose: Whose::Departed(last_words), newest }),
+        );
+        let head = MetricsSnapshot {
+            host_id: identity.host_id.clone(),
+            host_name: identity.host_name.clone(),
+            instance_id: identity.instance_id.clone(),
+            taken_at,
+            states: states.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
+            sandboxes: Vec::new(),
+        };
+        Self { head, rows }
+    }
+
     /// The form of the API, with rows by name.
     #[must_use]
     pub fn into_snapshot(self) -> MetricsSnapshot {
@@ -170,7 +168,7 @@ impl Row {
             boot_phases: who.boot_phases.to_vec(),
             cpu_utilization,
             guest,
-            sample: self.newest.measured.sample,
+            sample: self.newest.measured.sample.clone(),
         }
     }
 }
@@ -249,8 +247,6 @@ pub fn history(entries: &[(BootId, Entry)], points_max: usize) -> Vec<HistoryPoi
 
 #[cfg(test)]
 mod tests {
-    use msb_protocol::id::SandboxId;
-
     use super::*;
     use crate::metrics::meter::Subject;
 

@@ -118,7 +118,7 @@ impl Incoming {
     }
 
     /// Takes what one read brought, and puts the samples that are whole by now into the batch.
-    fn push(&mut self, bytes: &[u8], batch: &mut Vec<Measured>) -> Result<(), FrameError> {
+    fn push(&mut self, bytes: &[u8], batch: &mut Vec<Arc<Measured>>) -> Result<(), FrameError> {
         self.frames.push(bytes);
         let mut taken = 0;
         while let Some(body) = self.frames.next_body()? {
@@ -155,7 +155,7 @@ impl Connection {
     }
 
     /// Reads what has come since the last look, if it is time; false when nothing more will come, or nobody takes it.
-    fn look(&mut self, now: Instant, buffer: &mut [u8], batch: &mut Vec<Measured>) -> bool {
+    fn look(&mut self, now: Instant, buffer: &mut [u8], batch: &mut Vec<Arc<Measured>>) -> bool {
         if self.next_look > now {
             return true;
         }
