@@ -6,10 +6,10 @@
 //! ```
 //!
 //! Parts of a protobuf message can be made apart and put one behind the other. What is said of a sandbox beside its
-//! figures changes with its state, so whoever answers makes that part once ([`Who::encode`]) and copies it. Written by
-//! `msbd`, read by the SDK.
+//! figures changes with its state, so whoever answers makes that part once ([`Who::encode`]) and copies it. The names of
+//! the network's counters are those of the row before, unless others go along. Written by `msbd`, read by the SDK.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -107,8 +107,9 @@ struct Row {
     guest: Option<GuestWire>,
     #[prost(message, optional, tag = "14")]
     sample: Option<SampleFigures>,
-    #[prost(bytes = "bytes", tag = "15")]
-    network_names: Bytes,
+    /// Those of the row before, if absent.
+    #[prost(bytes = "bytes", optional, tag = "15")]
+    network_names: Option<Bytes>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -194,6 +195,8 @@ pub struct Figures<'a> {
 #[derive(Debug)]
 pub struct FleetWriter {
     out: Vec<u8>,
+    /// The names that went along last.
+    names: Option<Bytes>,
 }
 
 impl FleetWriter {
@@ -211,7 +214,7 @@ impl FleetWriter {
         };
         // A Vec grows as needed, so encoding into it cannot run out of room; the same holds below.
         let _ = fleet.encode(&mut out);
-        Self { out }
+        Self { out, names: None }
     }
 
     /// Adds a row; `who` is [`Who::encode`].
@@ -223,6 +226,11 @@ impl FleetWriter {
             root_free_bytes: guest.root_free_bytes,
             processes: guest.processes,
         });
+        let names = figures.sample.network.names().wire();
+        let network_names = (self.names.as_ref() != Some(names)).then(|| names.clone());
+        if network_names.is_some() {
+            self.names.clone_from(&network_names);
+        }
         let row = Row {
             boot_id: Bytes::copy_from_slice(figures.boot_id.0.as_bytes()),
             vmm_pid: figures.vmm_pid,
@@ -231,7 +239,7 @@ impl FleetWriter {
             cpu_utilization: figures.cpu_utilization,
             guest,
             sample: Some(figures.sample.into()),
-            network_names: figures.sample.network.names().wire().clone(),
+            network_names,
             ..Row::default()
         };
         encode_key(ROWS_TAG, WireType::LengthDelimited, &mut self.out);
@@ -281,19 +289,13 @@ pub fn encode(snapshot: &MetricsSnapshot) -> Vec<u8> {
 /// `Malformed`.
 pub fn decode(wire: Bytes) -> Result<MetricsSnapshot, FrameError> {
     let fleet = Fleet::decode(wire).map_err(|_| FrameError::Malformed)?;
-    // Most sandboxes have the same counters: their names are read once.
-    let mut names: HashMap<Bytes, Arc<NetworkNames>> = HashMap::new();
+    let mut names = Arc::<NetworkNames>::default();
     let mut sandboxes = Vec::with_capacity(fleet.rows.len());
-    for row in fleet.rows {
-        let names = match names.get(&row.network_names) {
-            Some(names) => Arc::clone(names),
-            None => {
-                let read = Arc::new(NetworkNames::from_wire(row.network_names.clone())?);
-                names.insert(row.network_names.clone(), Arc::clone(&read));
-                read
-            }
-        };
-        sandboxes.push(row.named(names)?);
+    for mut row in fleet.rows {
+        if let Some(others) = row.network_names.take() {
+            names = Arc::new(NetworkNames::from_wire(others)?);
+        }
+        sandboxes.push(row.named(Arc::clone(&names))?);
     }
     sandboxes.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
     Ok(MetricsSnapshot {

@@ -49,6 +49,8 @@ async fn drive(world: &World) {
     up(world, "idle").await;
     insist(world, "actors", || daemon.actors()).await;
     insist(world, "list", || daemon.list(&[])).await;
+    // All are found already; they are looked at all the same.
+    daemon.recovered(Duration::from_secs(1)).await;
     let (old, new) = (name("old"), name("new"));
     let request = LabelRequest { set: [("a".to_owned(), "b".to_owned())].into(), remove: Vec::new() };
     insist(world, "label", || daemon.label(&old, request.clone())).await;

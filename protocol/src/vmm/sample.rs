@@ -295,8 +295,13 @@ impl SampleFigures {
     /// # Errors
     /// `Malformed` if there are more or fewer names than values.
     pub fn named(self, names: Arc<NetworkNames>) -> Result<Sample, FrameError> {
-        Ok(Sample {
-            network: NetworkCounts::new(names, &self.network).ok_or(FrameError::Malformed)?,
+        let network = NetworkCounts::new(names, &self.network).ok_or(FrameError::Malformed)?;
+        Ok(self.counting(network))
+    }
+
+    fn counting(self, network: NetworkCounts) -> Sample {
+        Sample {
+            network,
             at_ns: self.at_ns,
             started_at_ns: self.started_at_ns,
             uptime_ms: self.uptime_ms,
@@ -314,7 +319,7 @@ impl SampleFigures {
             network_sent_packets: self.network_sent_packets,
             network_inbound_opened: self.network_inbound_opened,
             network_inbound_open: self.network_inbound_open,
-        })
+        }
     }
 }
 
@@ -361,6 +366,8 @@ impl SampleEncoder {
 #[derive(Debug, Default)]
 pub struct SampleDecoder {
     head: Option<(BootId, Arc<NetworkNames>)>,
+    /// What was counted last.
+    counts: NetworkCounts,
 }
 
 impl SampleDecoder {
@@ -383,7 +390,11 @@ impl SampleDecoder {
         let (Some((boot_id, names)), Some(figures)) = (&self.head, figures) else {
             return Err(FrameError::Malformed);
         };
-        Ok(Some((*boot_id, figures.named(Arc::clone(names))?)))
+        // Of most sandboxes nothing of it has changed: samples share the values then.
+        if self.counts.values[..] != figures.network[..] || !Arc::ptr_eq(&self.counts.names, names) {
+            self.counts = NetworkCounts::new(Arc::clone(names), &figures.network).ok_or(FrameError::Malformed)?;
+        }
+        Ok(Some((*boot_id, figures.counting(self.counts.clone()))))
     }
 }
 

@@ -26,6 +26,10 @@ const PAGE_BYTES: u64 = 4096;
 const THREADS_MAX: usize = 1024;
 /// Bytes of /proc/PID/status, of which the figures of memory are in the first half.
 const MEMORY_LEN_MAX: usize = 4096;
+/// What the kernel says of memory and disk is asked for again once the vCPUs have run for so long, in microseconds, ...
+const LOOK_AFTER_RUN_US: u64 = 5_000;
+/// ... and otherwise with each of so many samples: in between a machine that sleeps touches next to nothing.
+const LOOK_EVERY: u32 = 5;
 /// How the vCPU threads are called: ours, and QEMU's with debug-threads.
 const VCPU_NAMES: [&str; 2] = ["vcpu-", "CPU "];
 
@@ -40,6 +44,9 @@ pub(super) struct Sampler {
     /// What the kernel says of the machine's memory.
     memory: Option<File>,
     resident_bytes: u64,
+    root_allocated_bytes: u64,
+    /// Processor time at the last look at memory and disk, and samples since.
+    looked: Option<(u64, u32)>,
     network: NetworkKeys,
 }
 
@@ -56,6 +63,8 @@ impl Sampler {
             vcpus: Vec::new(),
             memory: None,
             resident_bytes: 0,
+            root_allocated_bytes: 0,
+            looked: None,
             network: NetworkKeys::default(),
         }
     }
@@ -64,7 +73,13 @@ impl Sampler {
     pub(super) fn set_machine_pids(&mut self, pids: &[u32]) {
         self.machine_pid = pids.first().copied();
         self.vcpus.clear();
-        self.memory = None;
+        (self.memory, self.looked) = (None, None);
+    }
+
+    /// As [`Self::take`], whatever was asked a moment ago: the last one of a machine.
+    pub(super) fn take_last(&mut self) -> Sample {
+        self.looked = None;
+        self.take()
     }
 
     /// The counters now. What the machine's threads said last stays true after they have ended.
@@ -73,12 +88,8 @@ impl Sampler {
             self.vcpus = find_vcpus(self.machine_pid);
         }
         self.vcpus.iter_mut().for_each(VcpuClock::read);
-        if self.memory.is_none() {
-            self.memory = memory_figures(self.machine_pid);
-        }
-        if let Some(bytes) = self.memory.as_ref().and_then(|figures| resident_bytes(figures, self.machine_pid)) {
-            self.resident_bytes = bytes.min(self.meters.memory_limit_bytes);
-        }
+        let cpu_time_us = self.vcpus.iter().map(|vcpu| vcpu.ran_us).sum();
+        self.look(cpu_time_us);
         let meters = &self.meters;
         let (network, inbound_open) =
             meters.network.as_ref().map(|(network, _)| network.counters()).unwrap_or_default();
@@ -87,14 +98,14 @@ impl Sampler {
             at_ns: realtime_ns(),
             started_at_ns: self.started_at_ns,
             uptime_ms: u64::try_from(self.run.started().elapsed().as_millis()).unwrap_or(u64::MAX),
-            cpu_time_us: self.vcpus.iter().map(|vcpu| vcpu.ran_us).sum(),
+            cpu_time_us,
             memory_limit_bytes: meters.memory_limit_bytes,
             memory_resident_bytes: self.resident_bytes,
             disk_read_bytes: disks(|disk| disk.read_bytes.get()),
             disk_written_bytes: disks(|disk| disk.written_bytes.get()),
             disk_read_operations: disks(|disk| disk.read_operations.get()),
             disk_write_operations: disks(|disk| disk.write_operations.get()),
-            root_allocated_bytes: meters.upper.metadata().map_or(0, |metadata| metadata.blocks() * 512),
+            root_allocated_bytes: self.root_allocated_bytes,
             network_received_bytes: network.bytes_received,
             network_sent_bytes: network.bytes_sent,
             network_received_packets: network.frames_received,
@@ -102,6 +113,29 @@ impl Sampler {
             network_inbound_opened: inbound_opened(&network),
             network_inbound_open: inbound_open,
             network: if meters.network.is_some() { self.network.counts(&network) } else { NetworkCounts::default() },
+        }
+    }
+}
+
+impl Sampler {
+    /// Asks the kernel what memory and disk the machine holds, if that may have changed.
+    fn look(&mut self, cpu_time_us: u64) {
+        if let Some((at_us, samples)) = &mut self.looked {
+            *samples += 1;
+            // Without a clock of the vCPUs nothing is known of what they did.
+            if cpu_time_us > 0 && cpu_time_us < *at_us + LOOK_AFTER_RUN_US && *samples < LOOK_EVERY {
+                return;
+            }
+        }
+        self.looked = Some((cpu_time_us, 0));
+        if self.memory.is_none() {
+            self.memory = memory_figures(self.machine_pid);
+        }
+        if let Some(bytes) = self.memory.as_ref().and_then(|figures| resident_bytes(figures, self.machine_pid)) {
+            self.resident_bytes = bytes.min(self.meters.memory_limit_bytes);
+        }
+        if let Ok(metadata) = self.meters.upper.metadata() {
+            self.root_allocated_bytes = metadata.blocks() * 512;
         }
     }
 }

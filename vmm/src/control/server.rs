@@ -120,7 +120,7 @@ impl Control {
 
     /// The counters now, also after the machine has ended.
     pub fn sample(&self) -> Sample {
-        lock(&self.late).sampler.take()
+        lock(&self.late).sampler.take_last()
     }
 
     /// Sends the `Ended` event, and with it what of the machine takes long to close, and ends the thread.
@@ -193,7 +193,7 @@ impl Server {
         // The threads' time is asked for while they live: at the goodbye for a clean end, at each sample for any other.
         if !self.goodbye_sampled && self.run.facts().goodbye {
             self.goodbye_sampled = true;
-            lock(&self.late).sampler.take();
+            lock(&self.late).sampler.take_last();
         }
         let mut sample = None;
         let (late, boot_id) = (&self.late, self.run.boot_id());
