@@ -25,12 +25,8 @@ use tokio::net::UnixStream;
 use crate::connection::{self, Connection};
 use crate::error::Error;
 
-/// Bytes of one buffer, which is given away in pieces.
-const BUFFER_LEN: usize = 512 << 10;
-/// Room for one read of the agent's stream, at least.
-const READ_LEN: usize = 128 << 10;
-/// Buffers to come back to when nobody holds any of their pieces: memory that was touched before costs no page faults.
-const GIVEN_MAX: usize = 4;
+/// Bytes of one read of the agent's stream.
+const READ_LEN: usize = 256 << 10;
 /// Bytes of one read of the service's answer.
 const ANSWER_READ_LEN: usize = 4 << 10;
 
@@ -47,7 +43,6 @@ pub(crate) struct DirectReader {
     stream: Arc<UnixStream>,
     service: UnixStream,
     buffer: BytesMut,
-    given: Vec<Bytes>,
     assembler: Assembler,
 }
 
@@ -95,8 +90,7 @@ pub(crate) async fn open(
     let stream = std::os::unix::net::UnixStream::from(stream);
     let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream)).map_err(lost)?;
     let stream = Arc::new(stream);
-    let reader =
-        DirectReader { stream: Arc::clone(&stream), service, buffer, given: Vec::new(), assembler: Assembler::new() };
+    let reader = DirectReader { stream: Arc::clone(&stream), service, buffer, assembler: Assembler::new() };
     Ok(Some((reader, DirectWriter { stream })))
 }
 
@@ -136,7 +130,7 @@ impl DirectReader {
                     return Ok(Incoming::Message(message));
                 }
             }
-            self.make_room();
+            self.buffer.reserve(READ_LEN);
             tokio::select! {
                 biased;
                 ready = self.stream.readable() => {
@@ -151,22 +145,6 @@ impl DirectReader {
                 // Nothing is ever said there.
                 _ = self.service.read_u8() => return Err("the service closed it".into()),
             }
-        }
-    }
-
-    /// Room for a read. What others hold of a full buffer is theirs; the beginning of a frame behind it comes along.
-    fn make_room(&mut self) {
-        if self.buffer.capacity() - self.buffer.len() >= READ_LEN {
-            return;
-        }
-        let unheld = self.given.iter().position(Bytes::is_unique).map(|place| self.given.swap_remove(place));
-        let mut next = unheld.and_then(|buffer| buffer.try_into_mut().ok()).unwrap_or_default();
-        next.clear();
-        next.reserve(BUFFER_LEN.max(self.buffer.len() + READ_LEN));
-        next.extend_from_slice(&self.buffer);
-        let full = std::mem::replace(&mut self.buffer, next);
-        if self.given.len() < GIVEN_MAX {
-            self.given.push(full.freeze());
         }
     }
 
