@@ -45,8 +45,7 @@ pub(super) struct Sampler {
     memory: Option<File>,
     resident_bytes: u64,
     root_allocated_bytes: u64,
-    /// Processor time at the last look at memory and disk, and samples since.
-    looked: Option<(u64, u32)>,
+    looks: Looks,
     network: NetworkKeys,
 }
 
@@ -64,7 +63,7 @@ impl Sampler {
             memory: None,
             resident_bytes: 0,
             root_allocated_bytes: 0,
-            looked: None,
+            looks: Looks::default(),
             network: NetworkKeys::default(),
         }
     }
@@ -73,12 +72,12 @@ impl Sampler {
     pub(super) fn set_machine_pids(&mut self, pids: &[u32]) {
         self.machine_pid = pids.first().copied();
         self.vcpus.clear();
-        (self.memory, self.looked) = (None, None);
+        (self.memory, self.looks) = (None, Looks::default());
     }
 
     /// As [`Self::take`], whatever was asked a moment ago: the last one of a machine.
     pub(super) fn take_last(&mut self) -> Sample {
-        self.looked = None;
+        self.looks = Looks::default();
         self.take()
     }
 
@@ -89,7 +88,9 @@ impl Sampler {
         }
         self.vcpus.iter_mut().for_each(VcpuClock::read);
         let cpu_time_us = self.vcpus.iter().map(|vcpu| vcpu.ran_us).sum();
-        self.look(cpu_time_us);
+        if self.looks.is_due(cpu_time_us) {
+            self.look();
+        }
         let meters = &self.meters;
         let (network, inbound_open) =
             meters.network.as_ref().map(|(network, _)| network.counters()).unwrap_or_default();
@@ -118,16 +119,8 @@ impl Sampler {
 }
 
 impl Sampler {
-    /// Asks the kernel what memory and disk the machine holds, if that may have changed.
-    fn look(&mut self, cpu_time_us: u64) {
-        if let Some((at_us, samples)) = &mut self.looked {
-            *samples += 1;
-            // Without a clock of the vCPUs nothing is known of what they did.
-            if cpu_time_us > 0 && cpu_time_us < *at_us + LOOK_AFTER_RUN_US && *samples < LOOK_EVERY {
-                return;
-            }
-        }
-        self.looked = Some((cpu_time_us, 0));
+    /// Asks the kernel what memory and disk the machine holds.
+    fn look(&mut self) {
         if self.memory.is_none() {
             self.memory = memory_figures(self.machine_pid);
         }
@@ -137,6 +130,27 @@ impl Sampler {
         if let Ok(metadata) = self.meters.upper.metadata() {
             self.root_allocated_bytes = metadata.blocks() * 512;
         }
+    }
+}
+
+/// When the kernel is asked what memory and disk the machine holds: if that may have changed.
+#[derive(Default)]
+struct Looks {
+    /// Processor time at the last one, in microseconds, and samples since.
+    last: Option<(u64, u32)>,
+}
+
+impl Looks {
+    fn is_due(&mut self, cpu_time_us: u64) -> bool {
+        if let Some((at_us, samples)) = &mut self.last {
+            *samples += 1;
+            // Without a clock of the vCPUs nothing is known of what they did.
+            if cpu_time_us > 0 && cpu_time_us < *at_us + LOOK_AFTER_RUN_US && *samples < LOOK_EVERY {
+                return false;
+            }
+        }
+        self.last = Some((cpu_time_us, 0));
+        true
     }
 }
 
@@ -302,6 +316,15 @@ fn guest_resident_kib(status: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_and_disk_are_looked_at_when_something_ran_and_now_and_then() {
+        let mut looks = Looks::default();
+        let due = |looks: &mut Looks, times: &[u64]| times.iter().map(|time| looks.is_due(*time)).collect::<Vec<_>>();
+        assert_eq!(due(&mut looks, &[100, 1_100, 5_099, 5_100]), [true, false, false, true], "5 ms of work");
+        assert_eq!(due(&mut looks, &[5_100; 6]), [false, false, false, false, true, false], "each fifth");
+        assert_eq!(due(&mut Looks::default(), &[0, 0, 0]), [true; 3], "no clock");
+    }
 
     #[test]
     fn proc_files_are_read_whatever_the_name_of_the_process() {
