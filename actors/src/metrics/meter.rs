@@ -76,6 +76,12 @@ impl Meter {
         self.subject.boot_id
     }
 
+    /// Whether the run is over.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.subject.is_over()
+    }
+
     /// What the agent says now.
     pub fn note_guest(&self, guest: GuestMetrics) {
         *self.guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest);

@@ -58,10 +58,11 @@ impl SampleReader {
         Self { arriving, metrics }
     }
 
-    /// Reads the samples of one VM until its events have no receiver any more.
+    /// Reads the samples of one VM until its run is over, or its events have no receiver any more: the next run of the
+    /// sandbox has its socket in the same place, and few connections to it.
     pub(super) async fn run(self, run_dir: PathBuf, interval_ms: u64, events: EventSink) {
         let Some(meter) = events.meter().filter(|_| interval_ms > 0) else { return };
-        loop {
+        while !meter.is_over() {
             let reading = self.read(&run_dir, interval_ms, meter);
             tokio::select! {
                 ended = reading => if let Err(error) = ended {
