@@ -270,7 +270,9 @@ impl Server {
         while let Ok((stream, _)) = self.listener.accept() {
             if let Ok(connection) = Connection::new(stream) {
                 if self.connections.len() >= CONNECTIONS_MAX {
-                    self.connections.remove(0);
+                    // The oldest that only asks: never the one that hears the events.
+                    let oldest = self.connections.iter().position(|connection| !connection.wants_events);
+                    self.connections.remove(oldest.unwrap_or_default());
                 }
                 self.connections.push(connection);
             }
