@@ -531,8 +531,10 @@ impl Driver {
     }
 
     fn reach_agent(&mut self, events: &EventSink) {
-        let interval_ms = self.launcher.sample_interval_ms;
-        tokio::spawn(self.launcher.samples.clone().run(self.run_dir.clone(), interval_ms, events.clone()));
+        if let Some(meter) = events.meter() {
+            let interval_ms = self.launcher.sample_interval_ms;
+            tokio::spawn(self.launcher.samples.clone().run(self.run_dir.clone(), interval_ms, Arc::clone(meter)));
+        }
         let (shutdowns, queue) = mpsc::channel(2);
         self.agent = Some(shutdowns);
         let launcher: Arc<dyn Launcher> = Arc::new(self.launcher.clone());

@@ -23,7 +23,6 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::EventSink;
 use super::unhurried::{LOOK_INTERVAL, look_after};
 use crate::metrics::meter::Meter;
 use crate::metrics::{Measured, MetricsHandle};
@@ -58,22 +57,14 @@ impl SampleReader {
         Self { arriving, metrics }
     }
 
-    /// Reads the samples of one VM until its run is over, or its events have no receiver any more: the next run of the
-    /// sandbox has its socket in the same place, and few connections to it.
-    pub(super) async fn run(self, run_dir: PathBuf, interval_ms: u64, events: EventSink) {
-        let Some(meter) = events.meter().filter(|_| interval_ms > 0) else { return };
-        while !meter.is_over() {
-            let reading = self.read(&run_dir, interval_ms, meter);
-            tokio::select! {
-                ended = reading => if let Err(error) = ended {
-                    tracing::debug!(boot_id = %meter.boot_id(), %error, "no samples come from the VM process");
-                },
-                () = events.closed() => return,
+    /// Reads the samples of one VM until its run is over. It holds no way to the run's events: they would not end before
+    /// it, and the next run of the sandbox, which has its socket in the same place, would have one more reader each time.
+    pub(super) async fn run(self, run_dir: PathBuf, interval_ms: u64, meter: Arc<Meter>) {
+        while interval_ms > 0 && !meter.is_over() {
+            if let Err(error) = self.read(&run_dir, interval_ms, &meter).await {
+                tracing::debug!(boot_id = %meter.boot_id(), %error, "no samples come from the VM process");
             }
-            tokio::select! {
-                () = tokio::time::sleep(REOPEN_AFTER) => {}
-                () = events.closed() => return,
-            }
+            tokio::time::sleep(REOPEN_AFTER).await;
         }
     }
 
@@ -87,6 +78,9 @@ impl SampleReader {
         // The first comes at once: whoever asks for metrics right after a create has some.
         let (mut buffer, mut first) = (Vec::with_capacity(READ_LEN), Vec::new());
         while first.is_empty() {
+            if meter.is_over() {
+                return Ok(());
+            }
             buffer.clear();
             if stream.read_buf(&mut buffer).await? == 0 {
                 return Ok(());
@@ -99,7 +93,7 @@ impl SampleReader {
         // Out of the reactor's sight. It stays non-blocking.
         let connection = Connection::new(stream.into_std()?, incoming, interval, open);
         self.arriving.send(connection).await.map_err(io::Error::other)?;
-        // Nothing is ever sent; it is dropped with the connection.
+        // It is dropped with the connection.
         let _ = closed.await;
         Ok(())
     }
@@ -144,19 +138,22 @@ struct Connection {
     /// After something has come: nothing will for so long.
     pause: Duration,
     next_look: Instant,
-    /// Whoever opened it waits for its end; when nobody does, it is over.
-    open: oneshot::Sender<()>,
+    /// Whoever opened it waits for its end. Nothing is ever sent.
+    _open: oneshot::Sender<()>,
 }
 
 impl Connection {
     fn new(stream: StdUnixStream, incoming: Incoming, interval: Duration, open: oneshot::Sender<()>) -> Self {
         // Half a look less, so that a look which is a little early does not miss what has come.
         let pause = interval.saturating_sub(LOOK_INTERVAL / 2);
-        Self { stream, incoming, pause, next_look: Instant::now(), open }
+        Self { stream, incoming, pause, next_look: Instant::now(), _open: open }
     }
 
-    /// Reads what has come since the last look, if it is time; false when nothing more will come, or nobody takes it.
+    /// Reads what has come since the last look, if it is time; false when nothing more will come, or its run is over.
     fn look(&mut self, now: Instant, buffer: &mut [u8], batch: &mut Vec<Arc<Measured>>) -> bool {
+        if self.incoming.meter.is_over() {
+            return false;
+        }
         if self.next_look > now {
             return true;
         }
@@ -167,11 +164,9 @@ impl Connection {
                 if len < buffer.len() {
                     self.next_look = now + self.pause;
                 }
-                self.incoming.push(&buffer[..len], batch).is_ok() && !self.open.is_closed()
+                self.incoming.push(&buffer[..len], batch).is_ok()
             }
-            Err(error) => {
-                matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) && !self.open.is_closed()
-            }
+            Err(error) => matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         }
     }
 }
@@ -215,14 +210,12 @@ mod tests {
     use msb_protocol::id::{BootId, SandboxId, SandboxName};
     use msb_protocol::vmm::{Sample, SampleEncoder};
     use tokio::net::UnixListener;
-    use tokio::sync::mpsc;
 
     use super::*;
     use crate::clock::{Clock, SystemClock};
     use crate::metrics::meter::Subject;
     use crate::metrics::{History, Latest, MetricsHandle, Newest};
     use crate::sandbox::activity::Activity;
-    use crate::vm::VmEvent;
 
     /// A VM process that sends what the test says, and the daemon's side of it.
     struct Scene {
@@ -230,7 +223,7 @@ mod tests {
         boot_id: BootId,
         metrics: MetricsHandle,
         meter: Arc<Meter>,
-        events: Option<mpsc::Receiver<VmEvent>>,
+        listener: UnixListener,
         vm: UnixStream,
         encoder: SampleEncoder,
         _directory: tempfile::TempDir,
@@ -245,9 +238,8 @@ mod tests {
             let (id, boot_id) = (SandboxId::generate(), BootId::generate());
             let subject = Subject::new(id, SandboxName::parse("web").unwrap(), boot_id);
             let meter = Meter::new(subject, metrics.clone(), clock.clone(), Activity::new(clock));
-            let (sink, events) = EventSink::new(meter.clone());
             let reader = SampleReader::start(metrics.clone());
-            tokio::spawn(reader.run(directory.path().to_owned(), 1_000, sink));
+            tokio::spawn(reader.run(directory.path().to_owned(), 1_000, meter.clone()));
             let mut vm = listener.accept().await.unwrap().0;
             let (mut decoder, mut buffer) = (Decoder::new(), Vec::with_capacity(4096));
             vm.read_buf(&mut buffer).await.unwrap();
@@ -255,7 +247,7 @@ mod tests {
             let asked: RequestFrame = decode_json(decoder.next_body().unwrap().unwrap()).unwrap();
             assert_eq!(asked.request, Request::Subscribe { sample_interval_ms: 1_000, compact: true });
             let encoder = SampleEncoder::default();
-            Self { id, boot_id, metrics, meter, events: Some(events), vm, encoder, _directory: directory }
+            Self { id, boot_id, metrics, meter, listener, vm, encoder, _directory: directory }
         }
 
         async fn send(&mut self, cpu_time_us: impl IntoIterator<Item = u64>) {
@@ -305,7 +297,7 @@ mod tests {
     }
 
     #[actix_rt::test]
-    async fn nothing_follows_the_last_sample_of_a_run_and_a_run_of_which_nobody_hears_is_not_read() {
+    async fn nothing_follows_the_last_sample_of_a_run_and_its_reader_ends_with_it() {
         let mut scene = Scene::new().await;
         scene.send([1]).await;
         scene.until(1).await;
@@ -314,9 +306,10 @@ mod tests {
         scene.until(9).await;
         tokio::time::sleep(LOOK_INTERVAL * 6).await;
         assert_eq!(scene.newest().await.unwrap().measured.sample.cpu_time_us, 9);
-        drop(scene.events.take());
         let closed = async { while scene.vm.read_u8().await.is_ok() {} };
         tokio::time::timeout(Duration::from_secs(5), closed).await.unwrap();
+        // The next run listens in the same place: nobody of this one comes to it.
+        assert!(tokio::time::timeout(REOPEN_AFTER * 2, scene.listener.accept()).await.is_err());
     }
 
     #[actix_rt::test]

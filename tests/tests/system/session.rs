@@ -117,6 +117,18 @@ fn a_detached_run_stays_and_its_log_can_be_read_and_followed() {
 }
 
 #[test]
+fn a_sandbox_starts_as_often_as_it_is_asked_to() {
+    // Each run has the place of the one before it: what is left over from nine of them must not crowd the tenth out.
+    let home = Home::with_busybox("many_starts");
+    home.succeeds(&["create", "--name", "box", "busybox"]);
+    for _ in 0..9 {
+        home.succeeds(&["restart", "-t", "0", "box"]);
+    }
+    home.succeeds(&["exec", "box", "--", "true"]);
+    home.finish();
+}
+
+#[test]
 fn the_service_starts_by_itself_and_is_found_again() {
     let home = Home::new("service_starts");
     assert!(home.running("msbd").is_empty());
