@@ -116,9 +116,7 @@ impl Sampler {
             network: if meters.network.is_some() { self.network.counts(&network) } else { NetworkCounts::default() },
         }
     }
-}
 
-impl Sampler {
     /// Asks the kernel what memory and disk the machine holds.
     fn look(&mut self) {
         if self.memory.is_none() {
