@@ -2,14 +2,15 @@
 //!
 //! A script inside measures whole commands with the shell's own clock and prints lines `FIGURE <key> <microseconds>`; this module reads
 //! them and prints the table. Because the lab's clock counts instructions, waiting is free and exits look cheap: so VM exits, page
-//! faults and system calls are counted beside the times.
+//! faults and system calls of the whole host are counted beside the times.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
+use super::by_hand;
 use crate::lab::{self, Machine, System};
-use crate::{binaries, debian};
+use crate::{binaries, debian, images};
 
 /// One line of the table.
 struct Figure {
@@ -45,7 +46,19 @@ const FIGURES: &[Figure] = &[
     figure("load", "msb image load of the 2 MB archive", "ms", "microsandbox 2371", 250.0, 80.0),
     figure("block_read", "guest reads 64 MiB from a file on its root disk", "ms", "Firecracker 120", 110.0, 100.0),
     figure("block_write", "guest writes 64 MiB to its root disk, with fsync", "ms", "–", 150.0, 120.0),
-    figure("vsock_out", "64 MiB from the guest over bare vsock in 64 KiB writes", "ms", "Firecracker 100", 80.0, 70.0),
+    figure("random_read", "guest reads 4,000 blocks of 4 KiB anywhere, past its cache", "ms", "–", 400.0, 300.0),
+    figure("random_write", "guest writes 4,000 blocks of 4 KiB anywhere, past its cache", "ms", "–", 400.0, 300.0),
+    figure(
+        "vsock_out_1",
+        "64 MiB from the guest over bare vsock in 64 KiB writes",
+        "ms",
+        "Firecracker 100",
+        80.0,
+        70.0,
+    ),
+    figure("vsock_out_8", "the same over 8 streams at once", "ms", "–", 100.0, 80.0),
+    figure("vsock_in_1", "64 MiB into the guest over bare vsock in 64 KiB writes", "ms", "–", 100.0, 80.0),
+    figure("vsock_in_8", "the same over 8 streams at once", "ms", "–", 120.0, 100.0),
     figure("exec_out", "64 MiB from the guest through `msb exec`", "ms", "1.2 of bare vsock", 80.0, 70.0),
     figure("exec_in", "64 MiB into the guest through `msb exec -i`", "ms", "–", 100.0, 80.0),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
@@ -67,16 +80,26 @@ const FIGURES: &[Figure] = &[
     figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
 ];
 
-/// What is counted beside the times.
-const COUNTS: &[(&str, &str)] = &[
-    ("exec_exits", "VM exits of one `msb exec box -- true`"),
-    ("exec_calls", "system calls of the client of one `msb exec`"),
-    ("ls_calls", "system calls of one `msb ls`"),
-    ("vsock_out_exits", "VM exits of 64 MiB over bare vsock"),
-    ("exec_out_exits", "VM exits of 64 MiB through `msb exec`"),
-    ("exec_in_exits", "VM exits of 64 MiB through `msb exec -i`"),
-    ("idle_exits", "VM exits of an idle sandbox in one second"),
-];
+/// What is counted beside the times: one more turn of the row, in which nothing is timed.
+struct Count {
+    key: String,
+    /// Ways out of guests.
+    exits: u64,
+    /// System calls of everything on the lab's host.
+    calls: u64,
+    /// Page faults of everything on the lab's host.
+    faults: u64,
+}
+
+impl Count {
+    /// Of a line `COUNT <key> <exits> <calls> <faults>`.
+    fn of(line: &str) -> Option<Self> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ["COUNT", key, exits, calls, faults] = words.as_slice() else { return None };
+        let (exits, calls, faults) = (exits.parse().ok()?, calls.parse().ok()?, faults.parse().ok()?);
+        Some(Self { key: (*key).to_owned(), exits, calls, faults })
+    }
+}
 
 /// Measures and prints; fails only when something cannot be measured at all.
 ///
@@ -90,12 +113,17 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: System::Bare };
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
+    let mut counts: Vec<Count> = Vec::new();
     let wanted: String = rows.iter().map(|row| format!(",{row}")).collect();
     let script = format!("ROWS={wanted},\n{SCRIPT}");
-    let with_python = rows.is_empty() || rows.iter().any(|row| row.starts_with("python"));
-    let code = lab::measure(&machine, build, &script, with_python, &mut |line| {
+    let mut more = vec![(by_hand::load_program()?, "load")];
+    if rows.is_empty() || rows.iter().any(|row| row.starts_with("python")) {
+        more.push((images::python()?, "python"));
+    }
+    let code = lab::measure(&machine, build, &script, &more, &mut |line| {
         // As they come: a machine that ends early has still said something.
         println!("{line}");
+        counts.extend(Count::of(line));
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
             ["FIGURE", key, value] => {
@@ -129,10 +157,10 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
             figure.what, figure.peer, figure.reach, figure.better
         );
     }
-    println!();
-    for (key, what) in COUNTS {
-        let shown = figures.get(*key).map_or_else(|| "not counted here".to_owned(), |value| format!("{value:.0}"));
-        println!("{what:<58} {shown:>10}");
+    println!("\n{:<58} {:>10} {:>10} {:>10}", "counted, once", "VM exits", "calls", "faults");
+    for Count { key, exits, calls, faults } in &counts {
+        let what = FIGURES.iter().find(|figure| figure.key == key).map_or(key.as_str(), |figure| figure.what);
+        println!("{what:<58} {exits:>10} {calls:>10} {faults:>10}");
     }
     println!("\nwhere a boot's time goes (msb inspect)");
     for (name, value) in &phases {
@@ -148,15 +176,22 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
 const SCRIPT: &str = r#"set -u
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
 mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME; mount -t debugfs debug /sys/kernel/debug
+tracing=/sys/kernel/tracing; mountpoint -q $tracing || mount -t tracefs tracing $tracing
 want() { local key; [ "$ROWS" = , ] && return 0; for key in "$@"; do [[ $ROWS == *,$key,* ]] && return 0; done; return 1; }
 median() { sort -n | awk '{v[NR]=$1} END {if (NR) print v[int((NR+1)/2)]}'; }
-figure() { [ -n "$2" ] && echo "FIGURE $1 $2"; }
+figure() { [ -n "${2:-}" ] && echo "FIGURE $1 $2"; }
 # took COMMAND...: microseconds, nothing if it failed.
 took() { local a=$EPOCHREALTIME b; if "$@" >/tmp/out 2>/tmp/err; then b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 timed() { local rounds=$1 i; shift; for ((i = 0; i < rounds; i++)); do took "$@"; done | median; }
 # Of the machines that there are: those of one that has ended are gone with it.
 exits() { cat /sys/kernel/debug/kvm/exits 2>/dev/null || echo 0; }
-calls() { strace -f -c -o /tmp/calls "$@" >/dev/null 2>&1; awk '$NF == "total" {print NF > 5 ? $(NF-2) : $(NF-1)}' /tmp/calls; }
+# counted KEY COMMAND...: once more, with everything counted; the counting itself takes time, so nothing is timed.
+counted() { local key=$1 exits faults calls; shift
+  faults() { awk '$1 == "pgfault" {print $2}' /proc/vmstat; }
+  echo > $tracing/trace; exits=$(exits); faults=$(faults); echo 1 > $tracing/events/raw_syscalls/sys_enter/enable
+  "$@" >/dev/null 2>&1; echo 0 > $tracing/events/raw_syscalls/sys_enter/enable
+  calls=$(awk '/^(entries|overrun):/ {sum += $2} END {print sum}' $tracing/per_cpu/cpu0/stats)
+  echo COUNT $key $(( $(exits) - exits )) $calls $(( $(faults) - faults )); }
 # What each program of the host has run meanwhile, in microseconds: before a measurement without words, after it with its key.
 shares() { local pid thread name sum
   for pid in /proc/[0-9]*; do
@@ -178,18 +213,18 @@ load=$(timed 1 msb image load -q -i /payload/images/busybox.tar); figure load $l
 msb run --engine kvm -m 128M busybox -- true >/dev/null 2>&1
 if want run; then
   figure run $(timed 3 msb run --engine kvm -m 128M busybox -- true)
+  counted run msb run --engine kvm -m 128M busybox -- true
 fi
 if want exec; then
-  box; before=$(exits); shares
+  box; shares
   figure exec $(timed 5 msb exec box -- true)
-  after=$(exits); shares exec; echo FIGURE exec_exits $(( (after - before) / 5 ))
-  echo FIGURE exec_calls $(calls msb exec box -- true)
+  shares exec; counted exec msb exec box -- true
 fi
 if want ls; then
-  box; figure ls $(timed 5 msb ls); echo FIGURE ls_calls $(calls msb ls)
+  box; figure ls $(timed 5 msb ls); counted ls msb ls
 fi
 if want sample; then
-  box; before=$(exits); sleep 5; after=$(exits); echo FIGURE idle_exits $(( (after - before) / 5 ))
+  box; counted "one_idle_second" sleep 1
   # The lab's clock is one nanosecond for each instruction; samples are taken and sent by the thread of the control socket.
   control=$(for thread in /proc/$(pidof msb-vmm)/task/*; do [ "$(cat $thread/comm)" = control ] && echo $thread; done)
   before=$(cut -d' ' -f1 $control/schedstat); sleep 20; after=$(cut -d' ' -f1 $control/schedstat); echo FIGURE sample $(( (after - before) / 20 ))
@@ -198,34 +233,40 @@ want memory && { box; awk '/^[0-9a-f]+-[0-9a-f]+ /{big=0} /^Size:/{big=($2 >= 12
 if want hello; then
   box; msb inspect box --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]; if (name != "setup") sum += part[2]} END {print "FIGURE hello " sum}'
 fi
-if want block_write block_read; then
+if want block_write block_read random_write random_read; then
   box
-  # The guest's own clock, which is the lab's: dd's last words.
-  seconds() { msb exec box -- sh -c "$1" 2>&1 | awk '/copied/ {for (i = 1; i <= NF; i++) if ($i ~ /^seconds/) print int($(i-1) * 1000000)}'; }
-  figure block_write $(seconds 'dd if=/dev/zero of=/root/file bs=1M count=64 conv=fsync')
-  figure block_read $(seconds 'sync; echo 3 > /proc/sys/vm/drop_caches; dd if=/root/file of=/dev/null bs=1M')
+  # By the guest's own clock, which is the lab's, and the peer's way: through the guest's page cache, which is empty, from the host's.
+  msb cp -q /payload/load box:/load
+  inside() { echo $(( $(msb exec box -- /load "$@") / 1000 )); }
+  empty() { msb exec box -- sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; }
+  figure block_write $(for turn in 1 2 3; do inside time dd if=/dev/zero of=/root/file bs=1M count=64 conv=fsync; done | median)
+  figure block_read $(for turn in 1 2 3; do empty; inside time dd if=/root/file of=/dev/null bs=1M; done | median)
+  empty; counted block_read msb exec box -- dd if=/root/file of=/dev/null bs=1M
+  # Past the guest's page cache, 4 KiB at a time.
+  figure random_read $(inside disk /root/file 64 read random 4096 4000)
+  figure random_write $(inside disk /root/file 64 write random 4096 4000)
   msb exec box -- rm /root/file
 fi
-if want vsock_out; then
-  box; msb cp /payload/vsock box:/vsock
-  msb exec box -- /vsock send 5005 64 & sender=$!
+if want vsock_out_1 vsock_in_1 vsock_out_8 vsock_in_8; then
+  box; msb cp -q /payload/vsock box:/vsock
   socket=$(find $XDG_RUNTIME_DIR $MSB_HOME -name vsock.sock | head -1)
-  sleep 1; before=$(exits); shares
-  /payload/vsock receive $socket 5005 64
-  after=$(exits); shares vsock_out; echo FIGURE vsock_out_exits $(( after - before ))
-  wait $sender
+  # bare DIRECTION STREAMS: microseconds for 64 MiB over so many at once.
+  bare() { msb exec box -- /vsock serve $1 5005 $2 64 & /payload/vsock connect $1 $socket 5005 $2 64; wait $!; }
+  for way in out in; do for streams in 1 8; do shares
+    figure vsock_${way}_$streams $(for turn in 1 2 3; do bare $way $streams; done | median); shares vsock_${way}_$streams
+  done; done
+  counted vsock_out_1 bare out 1
 fi
 if want exec_out; then
-  box; before=$(exits); shares
-  figure exec_out $(timed 3 msb exec box -- dd if=/dev/zero bs=64K count=1024)
-  after=$(exits); shares exec_out; echo FIGURE exec_out_exits $(( (after - before) / 3 ))
+  box; shares
+  # Taken and thrown away, as the bytes over bare vsock are.
+  out() { msb exec box -- dd if=/dev/zero bs=64K count=1024 2>/dev/null >/dev/null; }
+  figure exec_out $(timed 3 out); shares exec_out; counted exec_out out
 fi
 if want exec_in; then
   box; head -c 64M /dev/zero > /tmp/zeros
   into() { msb exec -i box -- sh -c 'cat > /dev/null' < /tmp/zeros; }
-  before=$(exits); shares
-  figure exec_in $(timed 3 into)
-  after=$(exits); shares exec_in; echo FIGURE exec_in_exits $(( (after - before) / 3 ))
+  shares; figure exec_in $(timed 3 into); shares exec_in; counted exec_in into
 fi
 if want stop; then
   box; figure stop_first $(took msb stop box)

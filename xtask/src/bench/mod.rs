@@ -70,6 +70,14 @@ struct Row {
     holds: bool,
 }
 
+impl Row {
+    /// Says it at once: what has been measured is not lost when something later fails.
+    fn told(self) -> Self {
+        println!("  {}: {}", self.what, self.measured);
+        self
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.exact {
         return exact::run(arguments.build, &arguments.rows);

@@ -140,7 +140,8 @@ impl Scene {
             measured: format!("{lost} lost; longest wait {longest_ms} ms"),
             promise: "none lost, none over 1 s",
             holds: lost == 0 && longest_ms <= 1_000,
-        })
+        }
+        .told())
     }
 
     fn memory(&self) -> Result<Vec<Row>> {
@@ -207,6 +208,7 @@ fn faster(what: String, unit: &str, rates: [Vec<f64>; 2], times: f64) -> Row {
         },
         holds: ratio >= times,
     }
+    .told()
 }
 
 fn middle(mut numbers: Vec<f64>) -> f64 {

@@ -129,20 +129,20 @@ pub(crate) fn service_cases(machine: &Machine, build: binaries::Arguments, names
     machine.run(&payload, &format!("export MSB_TEST_LAB=1\n/payload/systemd {}\n", names.join(" ")))
 }
 
-/// Runs a measuring script with the install tree, the images (the large one only `with_python`) and a bare kernel as payload; its lines
-/// go to `each_line`.
+/// Runs a measuring script with the install tree, the small images, a bare kernel and whatever `more` it needs as payload; its lines go to
+/// `each_line`.
 pub(crate) fn measure(
     machine: &Machine,
     build: binaries::Arguments,
     script: &str,
-    with_python: bool,
+    more: &[(PathBuf, &str)],
     each_line: &mut dyn FnMut(&str),
 ) -> Result<i32> {
     let mut payload = bare_payload(build)?;
     add_tree(&mut payload, build)?;
     payload.add(&images::small()?, "images")?;
-    if with_python {
-        payload.add(&images::python()?, "python")?;
+    for (path, name) in more {
+        payload.add(path, name)?;
     }
     payload.add(&vsock(build)?, "vsock")?;
     machine.run_with(&payload, script, each_line)

@@ -24,7 +24,6 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -38,8 +37,8 @@ const ALIGNMENT: usize = 4096;
 const MESSAGE_BYTES: usize = 1024;
 /// A connection that is silent for so long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// Each connection of `echo` has a thread that needs little.
-const STACK_BYTES: usize = 64 << 10;
+/// Connections that one thread of `echo` has: it sends on all of them, then waits for all of them.
+const ECHO_SHARE: usize = 64;
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -146,26 +145,37 @@ fn echo(address: &str, connections: &str, seconds: &str) -> Outcome {
         stream.set_write_timeout(Some(SILENCE_MAX))?;
         streams.push(stream);
     }
-    let (longest, trips) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (longest_ms, trips) = (AtomicU64::new(0), AtomicU64::new(0));
     let began = Instant::now();
-    let mut threads = Vec::new();
-    for mut stream in streams {
-        let (longest, trips) = (Arc::clone(&longest), Arc::clone(&trips));
-        let one = move || -> std::io::Result<()> {
-            let mut message = [0; MESSAGE_BYTES];
-            while began.elapsed() < lasts {
-                let sent = Instant::now();
-                stream.write_all(&message)?;
-                stream.read_exact(&mut message)?;
-                longest.fetch_max(u64::try_from(sent.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-                trips.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(())
-        };
-        threads.push(std::thread::Builder::new().stack_size(STACK_BYTES).spawn(one)?);
-    }
-    let lost = threads.into_iter().map(std::thread::JoinHandle::join).filter(|end| !matches!(end, Ok(Ok(())))).count();
-    Ok(format!("{lost} {} {}", longest.load(Ordering::Relaxed), trips.load(Ordering::Relaxed)))
+    // Few threads, each with many connections: with one for each, the longest wait is that for the guest's processor.
+    let one = |mut streams: Vec<TcpStream>| {
+        let mut message = [0; MESSAGE_BYTES];
+        let mut lost = 0;
+        while began.elapsed() < lasts && !streams.is_empty() {
+            let sent = Instant::now();
+            let before = streams.len();
+            streams.retain_mut(|stream| stream.write_all(&message).is_ok());
+            streams.retain_mut(|stream| {
+                let arrived = stream.read_exact(&mut message).is_ok();
+                let waited_ms = u64::try_from(sent.elapsed().as_millis()).unwrap_or(u64::MAX);
+                longest_ms.fetch_max(waited_ms, Ordering::Relaxed);
+                trips.fetch_add(u64::from(arrived), Ordering::Relaxed);
+                arrived
+            });
+            lost += before - streams.len();
+        }
+        lost
+    };
+    let lost: usize = std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        while !streams.is_empty() {
+            let share = streams.split_off(streams.len().saturating_sub(ECHO_SHARE));
+            threads.push(scope.spawn(|| one(share)));
+        }
+        // A thread that panicked has lost all of its connections.
+        threads.into_iter().map(|thread| thread.join().unwrap_or(ECHO_SHARE)).sum()
+    });
+    Ok(format!("{lost} {} {}", longest_ms.into_inner(), trips.into_inner()))
 }
 
 fn hold(address: &str, connections: &str, bytes: &str) -> Outcome {
