@@ -12,26 +12,22 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 /// Slices taken per call; longer lists are transferred in part (the callers loop anyway).
-pub const SLICES_MAX: usize = 64;
+pub const SLICES_MAX: usize = 256;
 
-/// An iovec array on the stack over the first [`SLICES_MAX`] slices.
+/// An iovec array over the first [`SLICES_MAX`] slices.
 struct IoVectors {
-    entries: [libc::iovec; SLICES_MAX],
-    count: usize,
+    entries: Vec<libc::iovec>,
 }
 
 impl IoVectors {
     fn new<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Self {
-        let mut entries = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; SLICES_MAX];
-        let count = slices.len().min(SLICES_MAX);
-        for (entry, slice) in entries.iter_mut().zip(slices) {
-            *entry = libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
-        }
-        Self { entries, count }
+        let vector =
+            |slice: &VolatileSlice<'_, B>| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
+        Self { entries: slices.iter().take(SLICES_MAX).map(vector).collect() }
     }
 
     fn count(&self) -> libc::c_int {
-        libc::c_int::try_from(self.count).expect("at most SLICES_MAX")
+        libc::c_int::try_from(self.entries.len()).expect("at most SLICES_MAX")
     }
 }
 
@@ -91,7 +87,7 @@ pub fn send<B: BitmapSlice>(socket: BorrowedFd<'_>, slices: &[VolatileSlice<'_, 
     // SAFETY: msghdr is plain data for which all zeroes means "no name, no control data".
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.entries.as_mut_ptr();
-    message.msg_iovlen = vectors.count;
+    message.msg_iovlen = vectors.entries.len();
     // SAFETY: `message` points at `vectors`, which outlives the call; entries as in `read_at`, only read.
     retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) })
 }

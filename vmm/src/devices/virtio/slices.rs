@@ -1,5 +1,5 @@
-//! The guest buffers of one request as a short list on the stack: gathered once from a descriptor chain, then consumed from the
-//! front by transfers (`memory::transfer`) and small copies.
+//! The guest buffers of one request as a short list: gathered once from a descriptor chain, then consumed from the front by transfers
+//! (`memory::transfer`) and small copies. It takes the memory of what it holds, so that a small request does not pay for the largest.
 //!
 //! Used by every worker. A chain with more pieces than the list holds is refused: no driver we know makes one, and a guest must
 //! not choose how much we keep.
@@ -21,17 +21,15 @@ pub enum GatherError {
 /// At most `N` pieces of guest memory, in order.
 #[derive(Clone)]
 pub struct SliceList<'memory, const N: usize> {
-    slices: [VolatileSlice<'memory>; N],
+    slices: Vec<VolatileSlice<'memory>>,
     start: usize,
-    end: usize,
     bytes: usize,
 }
 
 impl<'memory, const N: usize> SliceList<'memory, N> {
     /// An empty list.
     pub fn new() -> Self {
-        let nothing: &mut [u8] = &mut [];
-        Self { slices: [VolatileSlice::from(nothing); N], start: 0, end: 0, bytes: 0 }
+        Self { slices: Vec::new(), start: 0, bytes: 0 }
     }
 
     /// Appends the memory of one descriptor. A descriptor over two regions takes two places.
@@ -52,9 +50,10 @@ impl<'memory, const N: usize> SliceList<'memory, N> {
         if slice.is_empty() {
             return Ok(());
         }
-        let place = self.slices.get_mut(self.end).ok_or(GatherError::TooMany)?;
-        *place = slice;
-        self.end += 1;
+        if self.slices.len() == N {
+            return Err(GatherError::TooMany);
+        }
+        self.slices.push(slice);
         self.bytes += slice.len();
         Ok(())
     }
@@ -71,12 +70,12 @@ impl<'memory, const N: usize> SliceList<'memory, N> {
 
     /// The pieces left, in order.
     pub fn as_slices(&self) -> &[VolatileSlice<'memory>] {
-        &self.slices[self.start..self.end]
+        &self.slices[self.start..]
     }
 
     /// Drops `count` bytes from the front (all of them if there are fewer).
     pub fn advance(&mut self, mut count: usize) {
-        while count > 0 && self.start < self.end {
+        while count > 0 && self.start < self.slices.len() {
             let slice = self.slices[self.start];
             if count < slice.len() {
                 self.slices[self.start] = slice.offset(count).expect("count is inside the slice");
@@ -92,12 +91,12 @@ impl<'memory, const N: usize> SliceList<'memory, N> {
     /// Keeps at most `length` bytes.
     pub fn truncate(&mut self, length: usize) {
         let mut kept = 0;
-        for index in self.start..self.end {
+        for index in self.start..self.slices.len() {
             let slice = self.slices[index];
             if kept + slice.len() >= length {
                 let room = length - kept;
                 self.slices[index] = slice.subslice(0, room).expect("room is inside the slice");
-                self.end = if room == 0 { index } else { index + 1 };
+                self.slices.truncate(if room == 0 { index } else { index + 1 });
                 self.bytes = length;
                 return;
             }
