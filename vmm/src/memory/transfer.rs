@@ -21,8 +21,10 @@ struct IoVectors {
 
 impl IoVectors {
     fn new<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Self {
-        let vector =
-            |slice: &VolatileSlice<'_, B>| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
+        let vector = |slice: &VolatileSlice<'_, B>| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        };
         Self { entries: slices.iter().take(SLICES_MAX).map(vector).collect() }
     }
 
