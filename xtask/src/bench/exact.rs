@@ -123,6 +123,9 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     let code = lab::measure(&machine, build, &script, &more, &mut |line| {
         // As they come: a machine that ends early has still said something.
         println!("{line}");
+        // Behind what the progress of a command has left on the console's line.
+        let begins = ["FIGURE ", "COUNT ", "PHASE "].iter().find_map(|word| line.find(word));
+        let line = &line[begins.unwrap_or(0)..];
         counts.extend(Count::of(line));
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
@@ -174,7 +177,6 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
 
 /// Runs inside. Times are microseconds of the lab's clock, the median of the rounds. `ROWS` has the wanted keys between commas, none for all.
 const SCRIPT: &str = r#"set -u
-exec 2> >(exec cat >&2) # No terminal: progress is not shown between the lines.
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
 mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME; mount -t debugfs debug /sys/kernel/debug
 tracing=/sys/kernel/tracing; mountpoint -q $tracing || mount -t tracefs tracing $tracing
