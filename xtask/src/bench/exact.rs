@@ -302,7 +302,7 @@ fi
 if want python_cold python_fork python_ratio; then
   # A python with modules: from nothing, and from a snapshot with it in memory.
   msb image load -q -i /payload/python/python.tar >/dev/null
-  imports='import argparse, ast, configparser, csv, datetime, email, inspect, ipaddress, logging, optparse, pathlib, pickle, socket, ssl, subprocess, tempfile, typing, zipfile'
+  imports='import argparse, ast, base64, configparser, csv, datetime, email, inspect, ipaddress, logging, optparse, pathlib, pickle, random, socket, ssl, subprocess, typing, urllib.parse'
   cold() { msb run --engine kvm -m 512M python -- python3 -c "$imports; print(1)"; }
   cold >/dev/null
   cold=$(timed 2 cold); figure python_cold $cold
