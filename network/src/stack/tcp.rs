@@ -31,7 +31,8 @@ pub(super) const DNS_STREAM_IDLE: Duration = Duration::from_secs(10);
 /// Time after which a guest that acknowledges nothing is given up.
 const GUEST_SILENCE_MAX: Duration = Duration::from_secs(120);
 
-/// How long an acknowledgement waits for an answer to go with, unless two segments wait for it (RFC 9293, 3.8.6.3, allows 500 ms).
+/// How long an acknowledgement waits for an answer to go with, unless more than a full segment waits for it (RFC 9293, 3.8.6.3, allows
+/// 500 ms).
 const ACK_DELAY: Duration = Duration::from_millis(2);
 
 /// How large a connection's buffers are. The sum over all connections stays under the 64 MiB that are promised: 32 x 512 KiB, then

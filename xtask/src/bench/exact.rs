@@ -80,7 +80,7 @@ const FIGURES: &[Figure] = &[
     figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
 ];
 
-/// What is counted beside the times: one more turn of the row, in which nothing is timed.
+/// What is counted beside the times: two more turns of the row, in which nothing is timed.
 struct Count {
     key: String,
     /// Ways out of guests.
@@ -160,7 +160,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
             figure.what, figure.peer, figure.reach, figure.better
         );
     }
-    println!("\n{:<58} {:>10} {:>10} {:>10}", "counted, once", "VM exits", "calls", "faults");
+    println!("\n{:<58} {:>10} {:>10} {:>10}", "counted, a turn each", "VM exits", "calls", "faults");
     for Count { key, exits, calls, faults } in &counts {
         let what = FIGURES.iter().find(|figure| figure.key == key).map_or(key.as_str(), |figure| figure.what);
         println!("{what:<58} {exits:>10} {calls:>10} {faults:>10}");
@@ -178,7 +178,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
 /// Runs inside. Times are microseconds of the lab's clock, the median of the rounds. `ROWS` has the wanted keys between commas, none for all.
 const SCRIPT: &str = r#"set -u
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
-mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME; mount -t debugfs debug /sys/kernel/debug
+mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME
 tracing=/sys/kernel/tracing; mountpoint -q $tracing || mount -t tracefs tracing $tracing
 want() { local key; [ "$ROWS" = , ] && return 0; for key in "$@"; do [[ $ROWS == *,$key,* ]] && return 0; done; return 1; }
 median() { sort -n | awk '{v[NR]=$1} END {if (NR) print v[int((NR+1)/2)]}'; }
@@ -186,15 +186,15 @@ figure() { [ -n "${2:-}" ] && echo "FIGURE $1 $2"; }
 # took COMMAND...: microseconds, nothing if it failed.
 took() { local a=$EPOCHREALTIME b; if "$@" >/tmp/out 2>/tmp/err; then b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 timed() { local rounds=$1 i; shift; for ((i = 0; i < rounds; i++)); do took "$@"; done | median; }
-# Of the machines that there are: those of one that has ended are gone with it.
-exits() { cat /sys/kernel/debug/kvm/exits 2>/dev/null || echo 0; }
-# counted KEY COMMAND...: once more, with everything counted; the counting itself takes time, so nothing is timed.
-counted() { local key=$1 exits faults calls; shift
-  faults() { awk '$1 == "pgfault" {print $2}' /proc/vmstat; }
-  echo > $tracing/trace; exits=$(exits); faults=$(faults); echo 1 > $tracing/events/raw_syscalls/sys_enter/enable
-  "$@" >/dev/null 2>&1; echo 0 > $tracing/events/raw_syscalls/sys_enter/enable
-  calls=$(awk '/^(entries|overrun):/ {sum += $2} END {print sum}' $tracing/per_cpu/cpu0/stats)
-  echo COUNT $key $(( $(exits) - exits )) $calls $(( $(faults) - faults )); }
+# traced EVENT COMMAND...: how often something happens on the whole host meanwhile, also in a machine that ends with the command.
+traced() { local event=$tracing/events/$1/enable; shift
+  echo > $tracing/trace; echo 1 > $event; "$@" >/dev/null 2>&1; echo 0 > $event
+  awk '/^(entries|overrun):/ {sum += $2} END {print sum}' $tracing/per_cpu/cpu0/stats; }
+faults() { awk '$1 == "pgfault" {print $2}' /proc/vmstat; }
+# counted KEY COMMAND...: two turns more for what is counted; counting takes time, so nothing is timed in them.
+counted() { local key=$1 exits calls faults; shift
+  exits=$(traced kvm/kvm_exit "$@"); faults=$(faults); calls=$(traced raw_syscalls/sys_enter "$@")
+  echo COUNT $key $exits $calls $(( $(faults) - faults )); }
 # What each program of the host has run meanwhile, in microseconds: before a measurement without words, after it with its key.
 shares() { local pid thread name sum
   for pid in /proc/[0-9]*; do
@@ -227,7 +227,7 @@ if want ls; then
   box; figure ls $(timed 5 msb ls); counted ls msb ls
 fi
 if want sample; then
-  box; counted "one_idle_second" sleep 1
+  box; counted one_idle_second sleep 1
   # The lab's clock is one nanosecond for each instruction; samples are taken and sent by the thread of the control socket.
   control=$(for thread in /proc/$(pidof msb-vmm)/task/*; do [ "$(cat $thread/comm)" = control ] && echo $thread; done)
   before=$(cut -d' ' -f1 $control/schedstat); sleep 20; after=$(cut -d' ' -f1 $control/schedstat); echo FIGURE sample $(( (after - before) / 20 ))
@@ -244,7 +244,9 @@ if want block_write block_read random_write random_read; then
   empty() { msb exec box -- sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; }
   msb exec box -- dd if=/dev/zero of=/root/file bs=1M count=64
   figure block_read $(for turn in 1 2 3; do empty; inside time dd if=/root/file of=/dev/null bs=1M; done | median)
-  empty; counted block_read msb exec box -- dd if=/root/file of=/dev/null bs=1M
+  # Emptying is counted with it: both turns need it.
+  read_cold() { empty; msb exec box -- dd if=/root/file of=/dev/null bs=1M; }
+  counted block_read read_cold
   # Past the guest's page cache, into the host's: what waits for the lab's disk says nothing.
   figure block_write $(inside disk /root/file 64 write sequential 65536 1024)
   figure random_read $(inside disk /root/file 64 read random 4096 4000)
