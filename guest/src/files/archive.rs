@@ -18,7 +18,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::failure::GuestError;
 use crate::session::input::Credit;
-use crate::session::stream::FrameStream;
+use crate::session::stream::{FrameStream, PIECE_LEN};
 
 /// Packs or unpacks as the calling thread's user, and tells the end.
 pub fn serve(stream: &mut FrameStream, action: &ArchiveAction) {
@@ -166,7 +166,7 @@ impl Read for &mut Wire<'_> {
 
 impl Write for &mut Wire<'_> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let data = &data[..data.len().min(DATA_LEN_MAX)];
+        let data = &data[..data.len().min(PIECE_LEN)];
         self.stream.send_output(OutputStream::Stdout, data);
         self.write_until(FrameStream::has_room)?;
         Ok(data.len())

@@ -25,7 +25,7 @@ use super::Guest;
 use super::ending::{Ending, Verdict};
 use super::input::{Credit, InputQueue};
 use super::process::Process;
-use super::stream::{FrameStream, READ_LEN, StreamError};
+use super::stream::{FrameStream, PIECE_LEN, StreamError};
 use super::watcher::{Delivery, Lag};
 
 /// Time between the hang-up of an exec whose caller is gone and its kill.
@@ -193,7 +193,7 @@ impl<'a> Pump<'a> {
             log: None,
             kill_at: None,
             end: Exited::default(),
-            scratch: vec![0; READ_LEN],
+            scratch: vec![0; PIECE_LEN],
         }
     }
 

@@ -7,13 +7,15 @@ use std::io::IoSlice;
 
 use msb_protocol::frame::{DATA_LEN_MAX, Decoder, FrameError};
 use msb_protocol::guest::{Assembler, GuestBody, HostBody, OutputStream, encode_guest};
-use msb_protocol::piece::{self, MAIN_OUTPUT_TAG, OUTPUT_TAG};
+use msb_protocol::piece::{self, HEAD_LEN_MAX, MAIN_OUTPUT_TAG, OUTPUT_TAG};
 use rustix::io::Errno;
 
 /// Bytes of the outbox above which an owner must stop producing output.
 pub const OUTBOX_HIGH: usize = 128 << 10;
 /// Bytes that one read takes at most.
-pub const READ_LEN: usize = 64 << 10;
+const READ_LEN: usize = 64 << 10;
+/// Bytes of output that make one frame: with its head it fits a packet of Linux's vsock (64 KiB), else a few bytes would go in one of their own.
+pub const PIECE_LEN: usize = DATA_LEN_MAX - HEAD_LEN_MAX;
 /// Bytes that the first read takes: most streams bring a few words and no more.
 const READ_LEN_FIRST: usize = 4 << 10;
 
