@@ -61,6 +61,10 @@ const FIGURES: &[Figure] = &[
     figure("vsock_in_8", "the same over 8 streams at once", "ms", "–", 120.0, 100.0),
     figure("exec_out", "64 MiB from the guest through `msb exec`", "ms", "1.2 of bare vsock", 80.0, 70.0),
     figure("exec_in", "64 MiB into the guest through `msb exec -i`", "ms", "–", 100.0, 80.0),
+    figure("net_out", "64 MiB from the guest over TCP", "ms", "–", 200.0, 150.0),
+    figure("net_out_byte", "instructions of msb-vmm for each byte of it", "", "–", 3.0, 1.5),
+    figure("net_in", "64 MiB into the guest over TCP, published port", "ms", "–", 200.0, 150.0),
+    figure("net_in_byte", "instructions of msb-vmm for each byte of it", "", "–", 3.0, 1.5),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
     figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
     figure("fork", "msb fork box, msb exec -- true", "ms", "–", 60.0, 41.0),
@@ -262,6 +266,24 @@ if want vsock_out_1 vsock_in_1 vsock_out_8 vsock_in_8; then
     figure vsock_${way}_$streams $(for turn in 1 2 3; do bare $way $streams; done | median); shares vsock_${way}_$streams
   done; done
   counted vsock_out_1 bare out 1
+fi
+if want net_out net_in; then
+  unbox
+  msb create --engine kvm -m 128M --name net --net host -p 127.0.0.1:5301:5300 busybox >/dev/null
+  msb cp -q /payload/load net:/load
+  # Of everything in msb-vmm but the guest's own processor: the lab's nanosecond is an instruction.
+  served() { for thread in /proc/$(pidof msb-vmm | cut -d' ' -f1)/task/*; do case $(cat $thread/comm) in vcpu*) ;; *) cut -d' ' -f1 $thread/schedstat ;; esac; done | awk '{sum += $1} END {print sum}'; }
+  net_out() { /payload/load take 127.0.0.1:5302 64 >/dev/null & msb exec net -- /load give 172.16.0.1:5302 64; wait $!; }
+  net_in() { msb exec net -- /load take 0.0.0.0:5300 64 >/dev/null & sleep 1; /payload/load give 127.0.0.1:5301 64; wait $!; }
+  for way in out in; do shares; rm -f /tmp/bytes
+    figure net_$way $(for turn in 1 2 3; do
+      before=$(served); took=$(net_$way); after=$(served)
+      echo $(( (after - before) / 67109 )) >> /tmp/bytes; echo $(( took / 1000 ))
+    done | median)
+    figure net_${way}_byte $(median < /tmp/bytes); shares net_$way
+    counted net_$way net_$way
+  done
+  msb rm -f net >/dev/null
 fi
 if want exec_out; then
   box; shares

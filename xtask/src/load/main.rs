@@ -15,13 +15,15 @@
 //!      connections lost, longest wait in milliseconds, round trips
 //!  xtask-load hold ADDRESS CONNECTIONS BYTES
 //!      connections that stand with so many bytes sent; then it waits
+//!  xtask-load take ADDRESS MIB, xtask-load give ADDRESS MIB
+//!      nanoseconds from the connection to the last byte, at the end that listens and at the other
 //! ```
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool; it talks on its streams")]
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +41,10 @@ const MESSAGE_BYTES: usize = 1024;
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// Connections that one thread of `echo` has: it sends on all of them, then waits for all of them.
 const ECHO_SHARE: usize = 64;
+/// Bytes of a read and a write of `take` and `give`.
+const BULK_BYTES: usize = 64 << 10;
+/// How long `give` waits for somebody who listens.
+const LISTENER_WAIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -49,6 +55,8 @@ fn main() -> ExitCode {
         ["connect", address, seconds, threads] => connect(address, seconds, threads),
         ["echo", address, connections, seconds] => echo(address, connections, seconds),
         ["hold", address, connections, bytes] => hold(address, connections, bytes),
+        ["take", address, mib] => take(address, mib),
+        ["give", address, mib] => give(address, mib),
         _ => Err("see the head of xtask/src/load/main.rs".into()),
     };
     match outcome {
@@ -200,4 +208,40 @@ fn hold(address: &str, connections: &str, bytes: &str) -> Outcome {
     loop {
         std::thread::sleep(Duration::from_secs(60));
     }
+}
+
+fn take(address: &str, mib: &str) -> Outcome {
+    let bytes = mib.parse::<u64>()? << 20;
+    let (mut stream, _) = TcpListener::bind(address)?.accept()?;
+    let began = Instant::now();
+    let mut buffer = vec![0; BULK_BYTES];
+    let mut taken = 0;
+    while taken < bytes {
+        match stream.read(&mut buffer)? {
+            0 => return Err(format!("{taken} bytes came").into()),
+            count => taken += count as u64,
+        }
+    }
+    Ok(began.elapsed().as_nanos().to_string())
+}
+
+fn give(address: &str, mib: &str) -> Outcome {
+    let pieces = (mib.parse::<usize>()? << 20) / BULK_BYTES;
+    let waited = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(address) {
+            Ok(stream) => break stream,
+            Err(error) if waited.elapsed() > LISTENER_WAIT => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    let began = Instant::now();
+    let buffer = vec![7; BULK_BYTES];
+    for _ in 0..pieces {
+        stream.write_all(&buffer)?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    // The other end closes when it has everything.
+    while stream.read(&mut [0])? > 0 {}
+    Ok(began.elapsed().as_nanos().to_string())
 }
