@@ -34,6 +34,7 @@ use crate::inspect::Inspect;
 use crate::journal::SandboxRecord;
 use crate::kept::Kept;
 use crate::metrics::{self, Latest, snapshot::Fleet};
+use crate::pool::Count;
 use crate::sandbox::activity::{ActivityGuard, ActivityKind};
 use crate::sandbox::actor::{Ask, Explain, Halt, LetGo, OpenSsh, Relabel};
 use crate::sandbox::machine::{By, Event, Then};
@@ -257,7 +258,9 @@ impl Daemon {
         let latest = metrics.actor().send(Latest { now_ms: clock.now_ms() }).await.map_err(mailbox)?;
         // In this order: what is seen of a sandbox is as new as its sample, and a run that has just begun is not taken for one that has ended.
         let views = self.supervisor.send(Views).await.map_err(mailbox)?;
-        Ok(Fleet::new(metrics.identity(), clock.wall(), views, latest, choice))
+        let pool = self.surroundings.pool.send(Count).await.map_err(mailbox)?;
+        let ready_forks = pool.into_iter().map(|(name, forks)| (name.to_string(), forks.ready)).collect();
+        Ok(Fleet::new(metrics.identity(), clock.wall(), views, latest, ready_forks, choice))
     }
 
     /// The samples of one sandbox in the last `last_ms`, thinned to `points_max`.
@@ -635,6 +638,9 @@ impl Daemon {
         if let Err(error) = self.supervisor.send(LetGo).await {
             tracing::debug!(%error, "the supervisor had ended already");
         }
+        if let Err(error) = self.surroundings.pool.send(LetGo).await {
+            tracing::debug!(%error, "the pool had ended already");
+        }
     }
 
     /// How sandboxes use a volume.
@@ -729,6 +735,7 @@ impl Daemon {
         }
         actors.push(row_of("images", &self.surroundings.images).await?);
         actors.push(row_of("snapshots", &self.snapshots().actor).await?);
+        actors.push(row_of("pool", &self.surroundings.pool).await?);
         actors.push(row_of("metrics", self.surroundings.metrics.actor()).await?);
         Ok(ActorTree { actors })
     }

@@ -5,6 +5,7 @@
 //!                              │                  └─ machine (pure)                 └─ msb-vmm, one process per VM
 //!                              ├─► ImageActor     single flight, blocking work on a pool
 //!                              ├─► SnapshotActor  the index of snapshots, and how they come and go
+//!                              ├─► PoolActor      ready forks of templates: disks, and VM processes that stand by
 //!                              └─► MetricsActor   samples per sandbox
 //!                            journal (one writer thread, redb)
 //! ```
@@ -25,6 +26,7 @@ pub mod inspect;
 pub mod journal;
 pub mod kept;
 pub mod metrics;
+pub mod pool;
 pub mod sandbox;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;

@@ -33,6 +33,7 @@ use crate::images::{ImageActor, ImageUser, ImageUsers};
 use crate::journal::{Journal, SandboxRecord};
 use crate::kept::{Kept, Life, Ticket};
 use crate::metrics::MetricsHandle;
+use crate::pool::PoolActor;
 use crate::sandbox::activity::Activity;
 use crate::sandbox::actor::{Birth, LetGo, SandboxActor};
 use crate::sandbox::directories::Directories;
@@ -70,6 +71,8 @@ pub struct Surroundings {
     pub images: Kept<ImageActor>,
     /// Snapshots.
     pub snapshots: Snapshots,
+    /// Ready forks of templates.
+    pub pool: Kept<PoolActor>,
     /// Samples.
     pub metrics: MetricsHandle,
     /// What is durable.

@@ -13,6 +13,8 @@ mod faults;
 mod load;
 #[path = "sim/pause.rs"]
 mod pause;
+#[path = "sim/pool.rs"]
+mod pool;
 #[path = "sim/sleep.rs"]
 mod sleep;
 

@@ -28,6 +28,8 @@ pub const ATTRIBUTE_REASON: &str = "reason";
 pub const ATTRIBUTE_DNS_OUTCOME: &str = "dns.outcome";
 /// Attribute: the state of a sandbox.
 pub const ATTRIBUTE_STATE: &str = "sandbox.state";
+/// The name of a template.
+pub const ATTRIBUTE_TEMPLATE: &str = "template.name";
 /// Attribute: the phase of a boot.
 pub const ATTRIBUTE_PHASE: &str = "boot.phase";
 
@@ -84,6 +86,9 @@ pub enum Unit {
     /// `{record}`.
     #[serde(rename = "{record}")]
     Records,
+    /// `{fork}`.
+    #[serde(rename = "{fork}")]
+    Forks,
 }
 
 impl Unit {
@@ -101,6 +106,7 @@ impl Unit {
             Self::Restarts => "{restart}",
             Self::Sandboxes => "{sandbox}",
             Self::Records => "{record}",
+            Self::Forks => "{fork}",
         }
     }
 }
@@ -195,6 +201,7 @@ metrics! {
     State "microsandbox.state" One Gauge Unsigned Sandbox [ATTRIBUTE_STATE] "1 for the state the sandbox is in"
     BootDuration "microsandbox.boot.duration" Seconds Gauge Float Sandbox [ATTRIBUTE_PHASE] "duration of each phase of the last boot"
     Sandboxes "microsandbox.sandboxes" Sandboxes Gauge Unsigned Daemon [ATTRIBUTE_STATE] "sandboxes the daemon knows, by state"
+    ReadyForks "microsandbox.template.ready_forks" Forks Gauge Unsigned Daemon [ATTRIBUTE_TEMPLATE] "ready forks that stand by, by template"
     ExportsSuccess "microsandbox.collector.exports.success" One Counter Unsigned Collector [] "batches the backend took"
     ExportsFailure "microsandbox.collector.exports.failure" One Counter Unsigned Collector [] "batches the backend refused or did not answer"
     CollectionsDropped "microsandbox.collector.collections.dropped" One Counter Unsigned Collector [] "collections dropped because the buffer was full, oldest first"

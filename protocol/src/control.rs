@@ -705,6 +705,9 @@ pub struct MetricsSnapshot {
     pub taken_at: Timestamp,
     /// Sandboxes by state.
     pub states: BTreeMap<String, u64>,
+    /// Ready forks by template.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ready_forks: BTreeMap<String, u64>,
     /// The samples, by name.
     pub sandboxes: Vec<SandboxMetrics>,
 }

@@ -47,6 +47,8 @@ struct Fleet {
     states: BTreeMap<String, u64>,
     #[prost(message, repeated, tag = "6")]
     rows: Vec<Row>,
+    #[prost(btree_map = "string, uint64", tag = "7")]
+    ready_forks: BTreeMap<String, u64>,
 }
 
 /// As google.protobuf.Timestamp.
@@ -210,6 +212,7 @@ impl FleetWriter {
             instance_id: snapshot.instance_id.clone(),
             taken_at: Some(snapshot.taken_at.into()),
             states: snapshot.states.clone(),
+            ready_forks: snapshot.ready_forks.clone(),
             rows: Vec::new(),
         };
         // A Vec grows as needed, so encoding into it cannot run out of room; the same holds below.
@@ -304,6 +307,7 @@ pub fn decode(wire: Bytes) -> Result<MetricsSnapshot, FrameError> {
         instance_id: fleet.instance_id,
         taken_at: timestamp(fleet.taken_at)?,
         states: fleet.states,
+        ready_forks: fleet.ready_forks,
         sandboxes,
     })
 }
@@ -395,6 +399,7 @@ mod tests {
             instance_id: "instance".into(),
             taken_at: "2026-01-02T03:04:05Z".parse().unwrap(),
             states: BTreeMap::from([("running".into(), 3)]),
+            ready_forks: BTreeMap::from([("python".into(), 2)]),
             sandboxes: (1..4).map(sandbox).collect(),
         }
     }

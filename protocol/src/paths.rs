@@ -138,6 +138,11 @@ impl HomeLayout {
     pub fn snapshots(&self) -> PathBuf {
         self.home.join("snapshots")
     }
+    /// Disks of ready forks.
+    #[must_use]
+    pub fn pool(&self) -> PathBuf {
+        self.home.join("pool")
+    }
     /// The configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {

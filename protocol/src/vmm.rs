@@ -1,7 +1,7 @@
 //! The VMM border: what `msbd` and `msb-vmm` say to each other on a sandbox's control socket.
 //!
 //! Frames ([`crate::frame`]) with JSON bodies. The first connection is the socketpair that `msb-vmm` got as its standard
-//! input; it begins with [`Request::Launch`]. A daemon that was restarted connects to `<run>/control.sock` and begins with
+//! input; it begins with [`Request::Launch`], before which [`Request::StandBy`] may come. A daemon that was restarted connects to `<run>/control.sock` and begins with
 //! [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
 
 use std::path::PathBuf;
@@ -32,6 +32,8 @@ pub const END_FILE: &str = "end.json";
 pub const BOOT_ERROR_FILE: &str = "boot-error.json";
 /// File name of the main workload's log in the log directory: lines of `LogRecord`; rotated ones end in `.1` (newest), `.2`…
 pub const WORKLOAD_LOG_FILE: &str = "workload.jsonl";
+/// File name of what `msb-vmm` itself says, in the log directory.
+pub const VMM_LOG_FILE: &str = "vmm.log";
 /// File name of the guest's console output in the log directory: raw bytes; rotated as the workload's log.
 pub const CONSOLE_LOG_FILE: &str = "console.log";
 /// File name of the network's decision log in the log directory: JSON lines; rotated as the workload's log.
@@ -56,6 +58,16 @@ pub struct RequestFrame {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
+    /// Before `Launch`: make what of a saved machine can be made before it is known whose it will be, and wait for the launch, which
+    /// must restore this one. Nothing of the guest runs meanwhile; the process ends when the connection does.
+    StandBy {
+        /// Its processors.
+        cpus: u32,
+        /// Its memory in MiB.
+        memory_mib: u32,
+        /// Its files.
+        restore: RestoreSpec,
+    },
     /// First on the first connection: boot this.
     Launch {
         /// What to boot.

@@ -13,6 +13,7 @@ use msb_actors::images::ImageActor;
 use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
 use msb_actors::metrics::MetricsHandle;
+use msb_actors::pool::PoolActor;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::supervisor::Surroundings;
@@ -180,13 +181,16 @@ async fn serve(
         );
     let heartbeats =
         HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
+    let snapshots = Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), clock.clone());
+    let pool = PoolActor::keep(settings.home.pool(), snapshots.clone(), launcher.clone(), clock.clone());
     let surroundings = Arc::new(Surroundings {
         home: settings.home.clone(),
         runtime_dir: settings.runtime_dir.clone(),
         host: settings.host_settings(),
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),
-        snapshots: Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), clock.clone()),
+        snapshots,
+        pool,
         metrics,
         journal,
         clock,

@@ -1,7 +1,7 @@
 //! `msb-vmm`: one virtual machine. Started by `msbd` with a control socket as its standard input; by hand for benches and debugging.
 //!
 //! ```text
-//!  msb-vmm                    standard input is a socket: wait for `Launch`
+//!  msb-vmm                    standard input is a socket: wait for `Launch`, or stand by for one (`StandBy`)
 //!  msb-vmm --spec FILE        boot the VmSpec in FILE (JSON), as a benchmark or a developer does; control.sock works as usual
 //!  msb-vmm --probe            print which engine this host can run (JSON)
 //!  msb-vmm --explain TARGET   print which rule of the VmNetwork on standard input (JSON) would decide about TARGET (JSON)
@@ -11,17 +11,22 @@
 //! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`.
 
 use std::ffi::OsString;
+use std::fs::OpenOptions;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use msb_vmm::control::{Connection, explain_network, receive_launch};
+use msb_protocol::error::ApiError;
+use msb_protocol::vmm::{Message, Reply, VMM_LOG_FILE};
+use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
 use msb_vmm::launch::engine_choice;
+use msb_vmm::launch::machine::StandBy;
 use msb_vmm::process::{self, Launcher};
 use tracing_subscriber::fmt::format::FmtSpan;
 
@@ -80,8 +85,33 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
         bail!("standard input is not a socket: msb-vmm is started by msbd, or by hand with --spec FILE");
     }
     let mut connection = Connection::new(stream).context("control socket")?;
-    let (request_id, spec) = receive_launch(&mut connection, LAUNCH_TIMEOUT).context("no launch request came")?;
-    Ok(process::run(&spec, Some(Launcher { connection, request_id }), started))
+    let no_launch = "no launch request came";
+    let (request_id, first) = receive_first(&mut connection, Some(LAUNCH_TIMEOUT)).context(no_launch)?;
+    match first {
+        First::Launch(spec) => {
+            Ok(process::run(&spec, Some(Launcher { connection, request_id, stand_by: None }), started))
+        }
+        First::StandBy { cpus, memory_mib, restore } => {
+            let made = StandBy::new(cpus, memory_mib, restore);
+            let result = made.as_ref().map(|_| Reply::Done).map_err(ApiError::clone);
+            connection.send(&Message::Reply { id: request_id, result });
+            let Ok(stand_by) = made else { return Ok(EXIT_USAGE) };
+            // A daemon that has no use for it any more, or ends, just closes the connection.
+            let Ok((request_id, First::Launch(spec))) = receive_first(&mut connection, None) else { return Ok(0) };
+            let started = Instant::now();
+            log_to(&spec.log_dir.join(VMM_LOG_FILE))?;
+            let launcher = Launcher { connection, request_id, stand_by: Some(stand_by) };
+            Ok(process::run(&spec, Some(launcher), started))
+        }
+    }
+}
+
+/// Makes a file the standard output and error of a process that was started before it was known whose it would be.
+fn log_to(path: &Path) -> anyhow::Result<()> {
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    let log = log.with_context(|| path.display().to_string())?;
+    nix::unistd::dup2_stdout(&log).context("standard output")?;
+    nix::unistd::dup2_stderr(&log).context("standard error")
 }
 
 fn launched_by_hand(path: &Path, started: Instant) -> anyhow::Result<u8> {

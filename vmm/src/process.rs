@@ -24,10 +24,10 @@ use crate::devices::virtio::event_loop::LoopHandle;
 use crate::end::{self, EVIDENCE_BYTES, Verdict};
 use crate::engine::kvm::KvmEngine;
 use crate::engine::qemu::QemuEngine;
-use crate::engine::{BootError, Engine, EngineEnd};
+use crate::engine::{Engine, EngineEnd};
 use crate::jail::{self, FilePlan, JailPlan};
 use crate::launch::engine_choice::{self, Chosen};
-use crate::launch::machine;
+use crate::launch::machine::{self, StandBy, boot_error};
 use crate::launch::volumes::SharedPath;
 use crate::link::thread::{self as link_thread, LinkOptions};
 use crate::logs::console::ConsoleLog;
@@ -40,6 +40,8 @@ pub struct Launcher {
     pub connection: Connection,
     /// The id of its `Launch`.
     pub request_id: u64,
+    /// What of the machine stands already.
+    pub stand_by: Option<StandBy>,
 }
 
 /// Runs one machine from beginning to end; gives the exit code.
@@ -115,6 +117,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     };
     let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
     let listeners = launcher.as_mut().map(|launcher| launcher.connection.take_descriptors()).unwrap_or_default();
+    let stand_by = launcher.as_mut().and_then(|launcher| launcher.stand_by.take());
     let ready = engine_choice::choose(spec.engine, qemu.as_deref()).and_then(|chosen| {
         if spec.restore.is_some() && chosen.engine == EngineChoice::Qemu {
             let message = "engine qemu cannot go on with a saved machine: this needs engine kvm";
@@ -125,7 +128,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         }
         // The control thread gives them to a daemon that adopts this process.
         let kept = duplicate(&listeners)?;
-        let prepared = machine::prepare(spec, chosen.engine, run, listeners)?;
+        let prepared = machine::prepare(spec, chosen.engine, run, listeners, stand_by)?;
         Ok((chosen, prepared, kept, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
     });
     let (chosen, prepared, ports, listener) = ready.map_err(|error| refused(launcher, error))?;
@@ -239,22 +242,6 @@ fn make_engine(engine: EngineChoice, qemu: Option<PathBuf>) -> Box<dyn Engine> {
         (EngineChoice::Qemu, Some(program)) => Box::new(QemuEngine::new(program)),
         _ => Box::new(KvmEngine::new()),
     }
-}
-
-/// An engine's refusal as users see it.
-fn boot_error(error: BootError) -> ApiError {
-    let code = match &error {
-        BootError::Unavailable { .. } => ErrorCode::EngineUnavailable,
-        BootError::Kernel { .. } => ErrorCode::InvalidKernel,
-        BootError::TooManyDevices { .. } => ErrorCode::InvalidConfig,
-        BootError::Restore { .. } => ErrorCode::UnsupportedOperation,
-        BootError::Memory { .. } | BootError::Device { .. } | BootError::System { .. } => ErrorCode::BootFailed,
-    };
-    let mut message = error.to_string();
-    if let BootError::System { source, .. } = &error {
-        message = format!("{message}: {source}");
-    }
-    ApiError::new(code, message)
 }
 
 fn launch_status(run: &Run, chosen: &Chosen) -> VmStatus {

@@ -17,6 +17,7 @@ use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 
 use super::{Daemon, mailbox};
 use crate::images::{ImageUser, ImageUsers, Prepare, PreparedImage};
+use crate::pool::{Count, Mind};
 use crate::sandbox::actor::{HoldDisk, HoldMachine};
 use crate::snapshots::{ListSnapshots, Make, RemoveSnapshot, Snapshot, Snapshots};
 use crate::supervisor::SandboxRef;
@@ -96,7 +97,12 @@ impl Daemon {
         all.retain(|snapshot| !snapshot.manifest.transient);
         let files = self.snapshots().files.clone();
         let shown = tokio::task::spawn_blocking(move || all.iter().map(|snapshot| snapshot.summary(&files)).collect());
-        shown.await.map_err(ApiError::internal)
+        let mut shown: Vec<SnapshotSummary> = shown.await.map_err(ApiError::internal)?;
+        let pool = self.surroundings.pool.send(Count).await.map_err(mailbox)?;
+        for summary in &mut shown {
+            summary.ready_forks = pool.get(&summary.name).copied();
+        }
+        Ok(shown)
     }
 
     /// One snapshot, by name or identity.
@@ -110,7 +116,16 @@ impl Daemon {
 
     async fn shown(&self, snapshot: Snapshot) -> Result<SnapshotDetail, ApiError> {
         let files = self.snapshots().files.clone();
-        tokio::task::spawn_blocking(move || snapshot.detail(&files)).await.map_err(ApiError::internal)
+        let shown = tokio::task::spawn_blocking(move || snapshot.detail(&files));
+        let mut shown = shown.await.map_err(ApiError::internal)?;
+        let mut pool = self.surroundings.pool.send(Count).await.map_err(mailbox)?;
+        shown.summary.ready_forks = pool.remove(&shown.summary.name);
+        Ok(shown)
+    }
+
+    /// The pool looks at the templates again.
+    async fn mind_pool(&self) -> Result<(), ApiError> {
+        self.surroundings.pool.send(Mind).await.map_err(mailbox)
     }
 
     /// Takes a snapshot of a sandbox at rest, or of a running one with its memory.
@@ -145,6 +160,9 @@ impl Daemon {
             None => Make::of_sandbox(request.name, request.labels, source, clock),
         };
         let made = self.snapshots().actor.send(make).await.map_err(mailbox)??;
+        if made.manifest.pool_size() > 0 {
+            self.mind_pool().await?;
+        }
         self.shown(made).await
     }
 
@@ -238,7 +256,8 @@ impl Daemon {
     /// # Errors
     /// `snapshot_not_found`, `snapshot_in_use` naming its children.
     pub async fn remove_snapshot(&self, name: SandboxName) -> Result<(), ApiError> {
-        self.snapshots().actor.send(RemoveSnapshot(name)).await.map_err(mailbox)?
+        self.snapshots().actor.send(RemoveSnapshot(name)).await.map_err(mailbox)??;
+        self.mind_pool().await
     }
 
     /// Compares every byte of a snapshot with what was written.

@@ -65,6 +65,7 @@ impl Fleet {
         taken_at: Timestamp,
         views: Vec<Arc<View>>,
         (newest, departed): (Vec<(SandboxId, Newest)>, Vec<Departed>),
+        ready_forks: BTreeMap<String, u64>,
         choice: &Choice,
     ) -> Self {
         let mut states: BTreeMap<&'static str, u64> = BTreeMap::new();
@@ -89,6 +90,7 @@ impl Fleet {
             instance_id: identity.instance_id.clone(),
             taken_at,
             states: states.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
+            ready_forks,
             sandboxes: Vec::new(),
         };
         Self { head, rows }

@@ -27,7 +27,7 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::BootId;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, NetworkExplanation, RestoreSpec};
+use msb_protocol::vmm::{BootError, NetworkExplanation};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::effects::News;
@@ -183,7 +183,7 @@ pub struct SandboxActor {
     vmm_generation: u32,
     image: Option<PreparedImage>,
     /// The machine that this start goes on with. Only of the disk that was made in this start: one that ran since fits no memory.
-    restore: Option<RestoreSpec>,
+    restore: Option<effects::Restore>,
     /// The newest try to write the machine down for its sleep.
     suspension: sleeping::Attempt,
     /// Tries whose answers are not here: the machine may be standing, whatever state it is in.

@@ -20,7 +20,9 @@ use super::agent;
 use crate::clock::Clock;
 use crate::identity::{self, ProcessIdentity};
 use crate::vm::unhurried::LOOK_INTERVAL_MS;
-use crate::vm::{AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle};
+use crate::vm::{
+    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, Spare, StandBy, VmCommand, VmEvent, VmHandle,
+};
 
 /// What goes wrong from now on.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +49,10 @@ pub struct Faults {
     pub save: bool,
     /// A machine that was written down cannot go on.
     pub restore: bool,
+    /// No VM can stand by.
+    pub stand_by: bool,
+    /// Those that stood by are gone.
+    pub spares_died: bool,
     /// The VM processes are of this generation, not of this build's.
     pub vmm_generation: Option<u32>,
 }
@@ -81,7 +87,27 @@ pub struct FakeLauncher {
     vms: Mutex<HashMap<PathBuf, Arc<FakeVm>>>,
     pids: AtomicU32,
     launched: AtomicU64,
+    launched_standing: AtomicU64,
     boots: Mutex<Vec<BootId>>,
+}
+
+/// A fake VM that stands by.
+struct FakeSpare(Arc<FakeLauncher>);
+
+impl Spare for FakeSpare {
+    fn is_alive(&self) -> bool {
+        !self.0.faults().spares_died
+    }
+
+    fn launch(
+        self: Box<Self>,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>> {
+        self.0.launched_standing.fetch_add(1, Ordering::Relaxed);
+        self.0.launch(spec, listeners, events)
+    }
 }
 
 impl FakeLauncher {
@@ -94,6 +120,7 @@ impl FakeLauncher {
             vms: Mutex::default(),
             pids: AtomicU32::new(4_000_000),
             launched: AtomicU64::new(0),
+            launched_standing: AtomicU64::new(0),
             boots: Mutex::default(),
         })
     }
@@ -128,6 +155,12 @@ impl FakeLauncher {
     #[must_use]
     pub fn launched(&self) -> u64 {
         self.launched.load(Ordering::Relaxed)
+    }
+
+    /// How many of them stood by before.
+    #[must_use]
+    pub fn launched_standing(&self) -> u64 {
+        self.launched_standing.load(Ordering::Relaxed)
     }
 
     /// Every boot id in the order of launches.
@@ -201,6 +234,13 @@ impl Launcher for Arc<FakeLauncher> {
     ) -> Boxed<Result<VmHandle, ApiError>> {
         (**self).launch(spec, listeners, events)
     }
+    fn stand_by(&self, _: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+        let made = match self.faults().stand_by {
+            true => Err(ApiError::new(ErrorCode::EngineUnavailable, "injected: nothing stands by")),
+            false => Ok(Box::new(FakeSpare(Arc::clone(self))) as Box<dyn Spare>),
+        };
+        Box::pin(async move { made })
+    }
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
         (**self).adopt(request, events)
     }
@@ -246,6 +286,10 @@ impl Launcher for FakeLauncher {
         }
         tokio::spawn(live(vm, faults, self.clock.clone(), events, queue, inputs));
         Box::pin(async move { Ok(VmHandle { identity, commands }) })
+    }
+
+    fn stand_by(&self, _: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+        Box::pin(async { Err(ApiError::internal("a fake stands by for a shared launcher only")) })
     }
 
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {

@@ -33,10 +33,12 @@ use crate::daemon::Daemon;
 use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
+use crate::pool::PoolActor;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
 use crate::snapshots::Snapshots;
 use crate::supervisor::Surroundings;
+use crate::vm::Launcher;
 
 /// Images that exist: `busybox`, `app` (with every default an image can have).
 #[derive(Debug, Default)]
@@ -196,9 +198,13 @@ impl ImageStore for FakeImages {
 pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLauncher>) -> Daemon {
     let (journal, found) = open_journal(directory, &clock);
     let files = SnapshotFiles::new(HomeLayout::new(directory).snapshots());
+    let home = HomeLayout::new(directory);
+    let launcher: Arc<dyn Launcher> = Arc::new(launcher);
+    let snapshots = Snapshots::start(files, journal.clone(), clock.clone());
     let surroundings = Surroundings {
-        home: HomeLayout::new(directory),
-        snapshots: Snapshots::start(files, journal.clone(), clock.clone()),
+        pool: PoolActor::keep(home.pool(), snapshots.clone(), launcher.clone(), clock.clone()),
+        home,
+        snapshots,
         runtime_dir: directory.join("rt"),
         host: HostSettings {
             kernel: "/fake/vmlinux".into(),

@@ -106,6 +106,7 @@ impl Snapshot {
             size_bytes: manifest.disk.size_bytes,
             allocated_bytes: files.allocated_bytes(&self.name),
             labels: manifest.labels.clone(),
+            ready_forks: None,
         }
     }
 

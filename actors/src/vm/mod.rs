@@ -26,7 +26,7 @@ use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
 use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, VmSpec, VmStatus};
+use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, RestoreSpec, Sample, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::error::SendError;
@@ -241,6 +241,30 @@ pub enum Adoption {
     Gone(Gone),
 }
 
+/// A saved machine to stand by with.
+#[derive(Clone, Debug)]
+pub struct StandBy {
+    /// Its processors.
+    pub cpus: u32,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Its files.
+    pub restore: RestoreSpec,
+}
+
+/// A VM for which everything is made that does not depend on whose it will be. It ends when this is dropped.
+pub trait Spare: Send {
+    /// Whether it can still be launched.
+    fn is_alive(&self) -> bool;
+    /// As [`Launcher::launch`], of a spec that restores what it stands by with.
+    fn launch(
+        self: Box<Self>,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>>;
+}
+
 /// Whatever runs virtual machines.
 pub trait Launcher: Send + Sync + 'static {
     /// Starts one, with the listeners of its published ports. Returns when its process exists and has taken the spec.
@@ -250,6 +274,8 @@ pub trait Launcher: Send + Sync + 'static {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Boxed<Result<VmHandle, ApiError>>;
+    /// Makes what can be made of a saved machine before it is known whose it will be.
+    fn stand_by(&self, machine: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
     /// Looks for one.
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
     /// Which rule of a network that does not run would decide about a target.

@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
     BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply,
-    Request, RequestFrame, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    Request, RequestFrame, VMM_LOG_FILE, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -39,8 +39,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::samples::SampleReader;
 use super::scope::{self, Scopes};
 use super::{
-    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, VmCommand, VmEvent, VmHandle, agent,
-    descriptors, explain,
+    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, Spare, StandBy, VmCommand, VmEvent, VmHandle,
+    agent, descriptors, explain,
 };
 use crate::identity::{self, ProcessIdentity};
 
@@ -79,6 +79,11 @@ impl Launcher for ProcessLauncher {
         Box::pin(async move { this.spawn(spec, listeners, events).await })
     }
 
+    fn stand_by(&self, machine: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+        let this = self.clone();
+        Box::pin(async move { this.stand_by(machine).await })
+    }
+
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
         let this = self.clone();
         Box::pin(async move { this.find(request, events).await })
@@ -111,6 +116,40 @@ impl Launcher for ProcessLauncher {
             Ok(Box::new(stream) as Box<dyn AgentIo>)
         })
     }
+}
+
+/// A VM process that was started.
+struct Process {
+    child: tokio::process::Child,
+    identity: ProcessIdentity,
+    pidfd: Option<OwnedFd>,
+    control: UnixStream,
+}
+
+/// A process that stands by; it ends when its control link is closed.
+struct ProcessSpare {
+    launcher: ProcessLauncher,
+    process: Process,
+}
+
+impl Spare for ProcessSpare {
+    fn is_alive(&self) -> bool {
+        self.process.pidfd.as_ref().is_some_and(|pidfd| !identity::has_ended(pidfd))
+    }
+
+    fn launch(
+        self: Box<Self>,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Boxed<Result<VmHandle, ApiError>> {
+        Box::pin(async move { self.launcher.hand_over(self.process, spec, listeners, events).await })
+    }
+}
+
+fn failed(what: &str, error: io::Error) -> ApiError {
+    let code = if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
+    ApiError::new(code, format!("{what}: {error}"))
 }
 
 /// The VM process as the driver holds it.
@@ -147,14 +186,7 @@ impl ProcessLauncher {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Result<VmHandle, ApiError> {
-        let failed = |what: &str, error: io::Error| {
-            let code =
-                if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
-            ApiError::new(code, format!("{what}: {error}"))
-        };
-        let (ours, theirs) =
-            StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
-        let log_path = spec.log_dir.join("vmm.log");
+        let log_path = spec.log_dir.join(VMM_LOG_FILE);
         let log = OpenOptions::new()
             .append(true)
             .create(true)
@@ -174,10 +206,17 @@ impl ProcessLauncher {
                 command
             }
         };
-        let mut child = command
+        command.stdout(log).stderr(second);
+        let process = self.start(command)?;
+        self.hand_over(process, spec, listeners, events).await
+    }
+
+    /// Starts the program, with a control link as its standard input.
+    fn start(&self, mut command: tokio::process::Command) -> Result<Process, ApiError> {
+        let (ours, theirs) =
+            StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
+        let child = command
             .stdin(OwnedFd::from(theirs))
-            .stdout(log)
-            .stderr(second)
             .current_dir("/")
             // A daemon that ends leaves its VMs alone.
             .kill_on_drop(false)
@@ -186,20 +225,70 @@ impl ProcessLauncher {
         let identity = child.id().ok_or_else(|| io::Error::other("it ended at once")).and_then(ProcessIdentity::of);
         let identity = identity.map_err(|error| failed("the VM process", error))?;
         let pidfd = identity.open();
+        ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
+        let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
+        Ok(Process { child, identity, pidfd, control })
+    }
+
+    /// Starts a process that stands by with a saved machine.
+    async fn stand_by(self, machine: StandBy) -> Result<Box<dyn Spare>, ApiError> {
+        if matches!(self.scopes, Some(Scopes::Manager(_))) {
+            let message =
+                "where the service manager starts VM processes, none can be started before it is known whose it is";
+            return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
+        }
+        let mut command = tokio::process::Command::new(&self.program);
+        // It has no log before it has a sandbox.
+        command.env_clear().stdout(Stdio::null()).stderr(Stdio::null());
+        let mut process = self.start(command)?;
+        let StandBy { cpus, memory_mib, restore } = machine;
+        let mut wire = Vec::new();
+        let frame = RequestFrame { id: 1, request: Request::StandBy { cpus, memory_mib, restore } };
+        encode_json(&frame, &mut wire).map_err(ApiError::internal)?;
+        let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
+            process.control.write_all(&wire).await?;
+            let (mut decoder, mut buffer) = (Decoder::new(), vec![0; 4 << 10]);
+            loop {
+                if let Some(body) = decoder.next_body().map_err(io::Error::other)? {
+                    return decode_json::<Message>(body).map_err(io::Error::other);
+                }
+                match process.control.read(&mut buffer).await? {
+                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    read => decoder.push(&buffer[..read]),
+                }
+            }
+        });
+        match answered.await {
+            Ok(Ok(Message::Reply { result: Ok(_), .. })) => Ok(Box::new(ProcessSpare { launcher: self, process })),
+            Ok(Ok(Message::Reply { result: Err(error), .. })) => Err(error),
+            Ok(Ok(Message::Event { .. })) => Err(ApiError::internal("a VM process that stands by told an event")),
+            Ok(Err(error)) => Err(failed("a VM process that stands by", error)),
+            Err(_) => Err(failed("a VM process that stands by", io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// Tells a process what it runs.
+    async fn hand_over(
+        self,
+        process: Process,
+        spec: Box<VmSpec>,
+        listeners: Vec<Arc<OwnedFd>>,
+        events: EventSink,
+    ) -> Result<VmHandle, ApiError> {
+        let Process { mut child, identity, pidfd, control } = process;
         // Before it is told what to do: all that it makes and uses afterwards is in its scope.
         if let Some(Scopes::Door(socket)) = &self.scopes
             && let Err(error) = scope::ask(socket, identity.pid, spec.boot_id).await
         {
             tracing::warn!(boot_id = %spec.boot_id, %error, "a VM process has no scope of its own and shares the service's");
         }
-        ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
-        let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
         let boot_limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;
         let mut driver = Driver {
             launcher: self,
             control,
             decoder: Decoder::new(),
-            next_id: 1,
+            // A process that stood by has answered number 1.
+            next_id: 2,
             pending: Vec::new(),
             pidfd,
             kills: 0,

@@ -1,12 +1,10 @@
 //! A panic in each handler of each actor: at most the request that hit it fails, every VM lives on, and everything works afterwards.
 
-use std::collections::BTreeMap;
-
 use msb_actors::faults::injected;
 use msb_actors::images::{ArchiveSource, LoadOptions};
 use msb_protocol::control::LabelRequest;
 use msb_protocol::error::ApiError;
-use msb_protocol::snapshot::CreateSnapshot;
+use msb_protocol::snapshot::{CreateSnapshot, POOL_LABEL, TEMPLATE_LABEL};
 
 use super::*;
 
@@ -87,7 +85,8 @@ async fn drive(world: &World) {
 async fn snapshot(world: &World, memory: bool) {
     let daemon = &world.daemon;
     insist(world, "snapshot", || async {
-        let request = CreateSnapshot { name: name("kept"), from: name("new"), labels: BTreeMap::new(), memory };
+        let labels = [(TEMPLATE_LABEL, "true"), (POOL_LABEL, "1")].map(|(key, value)| (key.into(), value.into()));
+        let request = CreateSnapshot { name: name("kept"), from: name("new"), labels: labels.into(), memory };
         match daemon.take_snapshot(request).await {
             Err(error) if error.code == ErrorCode::SnapshotAlreadyExists => daemon.inspect_snapshot("kept").await,
             outcome => outcome,
@@ -96,6 +95,22 @@ async fn snapshot(world: &World, memory: bool) {
     .await;
     insist(world, "inspect", || daemon.inspect_snapshot("kept")).await;
     assert_eq!(insist(world, "snapshots", || daemon.list_snapshots()).await.len(), 1);
+    if memory {
+        // A ready fork of it may stand or not.
+        let spec = insist(world, "inspect", || daemon.inspect_snapshot("kept")).await.spec;
+        insist(world, "copy", || async {
+            let own =
+                SandboxSpec { name: Some(name("copy")), snapshot: Some(name("kept")), detached: true, ..spec.clone() };
+            let request =
+                CreateRequest { spec: own, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            match daemon.create(request, None).await {
+                Err(error) if error.code == ErrorCode::SandboxAlreadyExists => Ok(()),
+                outcome => outcome.map(drop),
+            }
+        })
+        .await;
+        gone(world, "copy").await;
+    }
     insist(world, "snapshot rm", || async {
         match daemon.remove_snapshot(name("kept")).await {
             Err(error) if error.code == ErrorCode::SnapshotNotFound => Ok(()),

@@ -10,9 +10,7 @@ use futures_util::{Stream, StreamExt};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity::show_bytes;
-use msb_protocol::snapshot::{
-    CreateSnapshot, ImportSnapshot, SnapshotDetail, SnapshotKind, SnapshotSummary, snapshot_name,
-};
+use msb_protocol::snapshot::{CreateSnapshot, ImportSnapshot, SnapshotDetail, SnapshotKind, snapshot_name};
 use tokio_util::io::ReaderStream;
 
 use super::save;
@@ -115,7 +113,7 @@ fn named(text: &str) -> Result<SandboxName, Failure> {
 pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStatus, Failure> {
     match command {
         SnapshotCommand::Create(args) => create(args, context).await,
-        SnapshotCommand::List => list(context, |_| true).await,
+        SnapshotCommand::List => list(context).await,
         SnapshotCommand::Inspect(args) => inspect(args, context).await,
         SnapshotCommand::Remove(args) => remove(args, context).await,
         SnapshotCommand::Verify(args) => verify(args, context).await,
@@ -150,9 +148,8 @@ pub(super) fn said(detail: &SnapshotDetail, context: &Context) -> Result<ExitSta
 }
 
 /// Prints those that are wanted.
-pub(super) async fn list(context: &Context, wanted: impl Fn(&SnapshotSummary) -> bool) -> Result<ExitStatus, Failure> {
-    let mut snapshots = context.client().await?.snapshots().await?.snapshots;
-    snapshots.retain(wanted);
+async fn list(context: &Context) -> Result<ExitStatus, Failure> {
+    let snapshots = context.client().await?.snapshots().await?.snapshots;
     if context.printer.is_json() {
         context.printer.json(&snapshots)?;
     } else if context.printer.is_quiet() {
@@ -361,6 +358,7 @@ pub(crate) fn example(spec: msb_protocol::spec::SandboxSpec) -> SnapshotDetail {
             size_bytes: 0,
             allocated_bytes: 0,
             labels: Default::default(),
+            ready_forks: None,
         },
         spec,
         disk: SnapshotDisk { size_bytes: 0, data_bytes: 0, digest: "sha256:02".into() },

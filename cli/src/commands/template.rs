@@ -5,7 +5,10 @@ use clap::{Args, Subcommand};
 use msb_protocol::control::ExecRequest;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
-use msb_protocol::snapshot::{CreateSnapshot, SnapshotDetail, SnapshotKind, snapshot_name};
+use msb_protocol::quantity::show_bytes;
+use msb_protocol::snapshot::{
+    CreateSnapshot, POOL_LABEL, POOL_SIZE_MAX, SnapshotDetail, SnapshotKind, TEMPLATE_LABEL, snapshot_name,
+};
 use msb_protocol::spec::Workload;
 use msb_sdk::Client;
 use msb_sdk::exec::OUTPUT_LEN_MAX_DEFAULT;
@@ -16,9 +19,9 @@ use crate::context::{Context, host_variable};
 use crate::creation::CreationArgs;
 use crate::failure::{ExitStatus, Failure, invalid};
 use crate::parse;
+use crate::table::Table;
+use crate::time;
 
-/// What makes a snapshot a template.
-const LABEL: &str = "msb.template";
 /// What of a failed command's last words is shown, in bytes.
 const LAST_WORDS_LEN: usize = 2000;
 
@@ -49,6 +52,9 @@ pub struct TemplateCreateArgs {
     /// A line for the sandbox's shell that warms it up; several run in turn
     #[arg(long, value_name = "COMMAND")]
     pub warm: Vec<String>,
+    /// Keep this many ready forks of it: copies whose disk and VM process are made before they are needed
+    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=POOL_SIZE_MAX as u64))]
+    pub pool: u64,
     /// How its sandbox is made, and so those that begin with it.
     #[command(flatten)]
     pub creation: CreationArgs,
@@ -61,7 +67,7 @@ pub struct TemplateCreateArgs {
 pub async fn run(command: TemplateCommand, context: &Context) -> Result<ExitStatus, Failure> {
     match command {
         TemplateCommand::Create(args) => create(*args, context).await,
-        TemplateCommand::List => snapshot::list(context, |snapshot| snapshot.labels.contains_key(LABEL)).await,
+        TemplateCommand::List => list(context).await,
         TemplateCommand::Inspect(args) => snapshot::inspect(args, context).await,
         TemplateCommand::Remove(args) => snapshot::remove(args, context).await,
     }
@@ -74,13 +80,39 @@ pub async fn run(command: TemplateCommand, context: &Context) -> Result<ExitStat
 pub async fn find(word: &str, client: &Client) -> Result<Option<SnapshotDetail>, Failure> {
     let Ok(name) = snapshot_name(word) else { return Ok(None) };
     match client.snapshot(&name).await {
-        Ok(found) if found.summary.kind == SnapshotKind::Memory && found.summary.labels.contains_key(LABEL) => {
+        Ok(found)
+            if found.summary.kind == SnapshotKind::Memory && found.summary.labels.contains_key(TEMPLATE_LABEL) =>
+        {
             Ok(Some(found))
         }
         Ok(_) => Ok(None),
         Err(error) if error.code() == ErrorCode::SnapshotNotFound => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+async fn list(context: &Context) -> Result<ExitStatus, Failure> {
+    let mut templates = context.client().await?.snapshots().await?.snapshots;
+    templates.retain(|snapshot| snapshot.labels.contains_key(TEMPLATE_LABEL));
+    if context.printer.is_json() {
+        context.printer.json(&templates)?;
+    } else if context.printer.is_quiet() {
+        context.printer.text(&templates.iter().map(|template| format!("{}\n", template.name)).collect::<String>())?;
+    } else {
+        let zone = context.zone();
+        let mut table = Table::new(&["TEMPLATE", "IMAGE", "READY", "ON DISK", "CREATED"]);
+        for template in &templates {
+            table.row(vec![
+                template.name.to_string(),
+                template.image.reference.clone(),
+                template.ready_forks.map_or_else(String::new, |forks| format!("{}/{}", forks.ready, forks.wanted)),
+                show_bytes(template.allocated_bytes),
+                time::local(template.created_at, &zone),
+            ]);
+        }
+        context.printer.table(&table)?;
+    }
+    Ok(ExitStatus::SUCCESS)
 }
 
 async fn create(args: TemplateCreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
@@ -101,7 +133,11 @@ async fn create(args: TemplateCreateArgs, context: &Context) -> Result<ExitStatu
     spec.workload = Workload::None;
     // If we die, it goes.
     (spec.detached, spec.ephemeral) = (false, true);
-    let labels = spec.labels.clone().into_iter().chain([(LABEL.to_owned(), "true".to_owned())]).collect();
+    let mut labels = spec.labels.clone();
+    labels.insert(TEMPLATE_LABEL.to_owned(), "true".to_owned());
+    if args.pool > 0 {
+        labels.insert(POOL_LABEL.to_owned(), args.pool.to_string());
+    }
     let detail = create::create(spec, false, &args.creation, context).await?;
     let from = detail.summary.name;
     let made = async {

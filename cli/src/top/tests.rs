@@ -27,6 +27,7 @@ fn snapshot(second: u64) -> MetricsSnapshot {
 
 fn of(sandboxes: Vec<SandboxMetrics>) -> MetricsSnapshot {
     MetricsSnapshot {
+        ready_forks: BTreeMap::new(),
         host_id: "id".into(),
         host_name: "lab".into(),
         instance_id: "instance".into(),

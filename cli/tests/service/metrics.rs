@@ -70,6 +70,7 @@ fn answer(pairs: &[(String, String)], second: u64) -> MetricsSnapshot {
         instance_id: "fedcba9876543210".into(),
         taken_at: time("2026-01-02T03:06:40Z"),
         states: [("running".to_owned(), 1)].into(),
+        ready_forks: [].into(),
         sandboxes: rows.collect(),
     }
 }

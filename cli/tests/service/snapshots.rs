@@ -35,6 +35,7 @@ fn detail(text: &str) -> SnapshotDetail {
             size_bytes: 8 << 30,
             allocated_bytes: 3 << 20,
             labels: if child { Default::default() } else { [("team".to_owned(), "ml".to_owned())].into() },
+            ready_forks: None,
         },
         spec,
         disk: SnapshotDisk { size_bytes: 8 << 30, data_bytes: 2 << 20, digest: DIGEST.into() },

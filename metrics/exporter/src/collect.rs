@@ -206,6 +206,7 @@ pub(crate) fn collect(snapshot: &MetricsSnapshot, choice: &AttributeChoice, memo
         host: memory.host(snapshot),
         taken_ns,
         states: snapshot.states.iter().map(|(state, count)| (state.clone(), *count)).collect(),
+        ready_forks: snapshot.ready_forks.iter().map(|(template, count)| (template.clone(), *count)).collect(),
         readings: Vec::with_capacity(snapshot.sandboxes.len()),
         counts: Vec::with_capacity(
             snapshot.sandboxes.iter().map(|sandbox| sandbox.sample.network.values().len()).sum(),
@@ -295,6 +296,7 @@ pub(crate) mod tests {
             instance_id: "instance".into(),
             taken_at: time(101),
             states: BTreeMap::from([("running".into(), 1)]),
+            ready_forks: BTreeMap::from([("python".into(), 2)]),
             sandboxes: vec![SandboxMetrics {
                 name: SandboxName::parse("web").unwrap(),
                 id: SandboxId(uuid::Uuid::from_u128(1)),
@@ -408,6 +410,7 @@ pub(crate) mod tests {
         assert_eq!(of(&collection, Metric::NetworkIo).len(), 2);
         assert_eq!(of(&collection, Metric::DecisionLogSuppressed).len(), 1);
         assert_eq!(of(&collection, Metric::Sandboxes)[0].value, Value::Unsigned(1));
+        assert_eq!(of(&collection, Metric::ReadyForks)[0].value, Value::Unsigned(2));
         let mut points = 0;
         collection.points_of(&collection.readings[0], |_| points += 1);
         assert!((points..points + 10).contains(&collection.readings[0].points_len()), "{points}");

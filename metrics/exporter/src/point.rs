@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use msb_metrics::{
-    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, Kind, Metric,
+    ATTRIBUTE_DISK_DIRECTION, ATTRIBUTE_NETWORK_DIRECTION, ATTRIBUTE_PHASE, ATTRIBUTE_STATE, ATTRIBUTE_TEMPLATE, Kind,
+    Metric,
 };
 use msb_protocol::control::GuestMetrics;
 use msb_protocol::state::SandboxState;
@@ -164,6 +165,8 @@ pub(crate) struct Collection {
     pub taken_ns: u64,
     /// Sandboxes by state.
     pub states: Vec<(String, u64)>,
+    /// Ready forks by template.
+    pub ready_forks: Vec<(String, u64)>,
     /// The readings.
     pub readings: Vec<Reading>,
     /// Counters of the network, those of one reading after those of another: a box for each would cost more than what is in it.
@@ -212,6 +215,17 @@ impl Collection {
                 value: Value::Unsigned(*count),
                 attributes: &[],
                 extra: [Some((ATTRIBUTE_STATE, state)), None],
+                start_ns: 0,
+                time_ns: self.taken_ns,
+                is_last: false,
+            });
+        }
+        for (template, count) in &self.ready_forks {
+            each(Point {
+                metric: Metric::ReadyForks,
+                value: Value::Unsigned(*count),
+                attributes: &[],
+                extra: [Some((ATTRIBUTE_TEMPLATE, template)), None],
                 start_ns: 0,
                 time_ns: self.taken_ns,
                 is_last: false,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
 use msb_protocol::id::BootId;
 use msb_protocol::network::PORTS_COUNT_MAX;
-use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, VmSpec};
+use msb_protocol::vmm::{Event, Message, Request, RequestFrame, RestoreSpec, Sample, SampleEncoder, VmSpec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -215,28 +215,46 @@ impl AsFd for Connection {
     }
 }
 
-/// Waits for the `Launch` that begins the first connection; gives its id and spec.
+/// What begins the first connection.
+pub enum First {
+    /// Boot this.
+    Launch(Box<VmSpec>),
+    /// Make what can be made of this; the launch follows when somebody wants it.
+    StandBy {
+        /// Its processors.
+        cpus: u32,
+        /// Its memory in MiB.
+        memory_mib: u32,
+        /// Its files.
+        restore: RestoreSpec,
+    },
+}
+
+/// Waits for the request that begins the first connection, or for the launch behind a `StandBy`, which has no time limit; gives its id too.
 ///
 /// # Errors
 /// The daemon is gone, too slow, or says something else.
-pub fn receive_launch(connection: &mut Connection, timeout: Duration) -> io::Result<(u64, Box<VmSpec>)> {
-    let deadline = Instant::now() + timeout;
+pub fn receive_first(connection: &mut Connection, timeout: Option<Duration>) -> io::Result<(u64, First)> {
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
     loop {
         if let Some(frame) = connection.next_request().map_err(io::Error::other)? {
             return match frame.request {
                 Request::Launch { spec } => {
                     connection.wants_events = true;
-                    Ok((frame.id, spec))
+                    Ok((frame.id, First::Launch(spec)))
+                }
+                Request::StandBy { cpus, memory_mib, restore } => {
+                    Ok((frame.id, First::StandBy { cpus, memory_mib, restore }))
                 }
                 _ => Err(io::Error::other("the first request is not a launch")),
             };
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
         }
         connection.stream.set_nonblocking(false)?;
-        connection.stream.set_read_timeout(Some(left))?;
+        connection.stream.set_read_timeout(left)?;
         let mut buffer = [0u8; READ_BYTES];
         let read = connection.receive_bytes(&mut buffer);
         connection.stream.set_nonblocking(true)?;

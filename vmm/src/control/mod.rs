@@ -13,6 +13,6 @@ mod explanation;
 mod sample;
 mod server;
 
-pub use connection::{Connection, receive_launch};
+pub use connection::{Connection, First, receive_first};
 pub use explanation::explain_network;
 pub use server::{Control, ControlOptions};

@@ -349,7 +349,9 @@ impl Server {
 
     fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
-            Request::Launch { .. } => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
+            Request::Launch { .. } | Request::StandBy { .. } => {
+                Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch"))
+            }
             Request::Adopt { generation: 0 } => {
                 Err(ApiError::new(ErrorCode::UnsupportedOperation, "generation 0 of the VMM border does not exist"))
             }

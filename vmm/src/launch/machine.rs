@@ -30,8 +30,9 @@ use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
+use crate::engine::kvm::machine::Standing;
 use crate::engine::kvm::saved::{SavedError, SavedMachine};
-use crate::engine::{KernelFile, Machine, Restore};
+use crate::engine::{BootError, KernelFile, Machine, Restore};
 use crate::jail::ThreadClass;
 use crate::logs::decisions::DecisionLog;
 use crate::run::Run;
@@ -82,6 +83,22 @@ pub(super) fn failed(what: &str, path: &Path, error: &std::io::Error) -> ApiErro
         _ => ErrorCode::BootFailed,
     };
     ApiError::new(code, format!("{what} {}: {error}", path.display()))
+}
+
+/// An engine's refusal as users see it.
+pub fn boot_error(error: BootError) -> ApiError {
+    let code = match &error {
+        BootError::Unavailable { .. } => ErrorCode::EngineUnavailable,
+        BootError::Kernel { .. } => ErrorCode::InvalidKernel,
+        BootError::TooManyDevices { .. } => ErrorCode::InvalidConfig,
+        BootError::Restore { .. } => ErrorCode::UnsupportedOperation,
+        BootError::Memory { .. } | BootError::Device { .. } | BootError::System { .. } => ErrorCode::BootFailed,
+    };
+    let mut message = error.to_string();
+    if let BootError::System { source, .. } = &error {
+        message = format!("{message}: {source}");
+    }
+    ApiError::new(code, message)
 }
 
 /// Checks the numbers and texts of a spec, touching nothing.
@@ -202,8 +219,8 @@ fn call_agent(socket: &Path) -> std::io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Opens the files of a saved machine and reads the smaller one; `kernel` is the one that it would boot.
-fn open_saved(spec: &RestoreSpec, kernel: &KernelFile) -> Result<Restore, ApiError> {
+/// Opens the files of a saved machine and reads the smaller one.
+fn open_saved(spec: &RestoreSpec) -> Result<(File, Box<SavedMachine>), ApiError> {
     let open = |path: &Path| {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
         file.map_err(|error| failed("saved machine", path, &error))
@@ -215,24 +232,61 @@ fn open_saved(spec: &RestoreSpec, kernel: &KernelFile) -> Result<Restore, ApiErr
         };
         ApiError::new(code, format!("the saved machine {} cannot go on here: {error}", spec.state.display()))
     })?;
-    if let Some(saved) = state.kernel.as_ref().filter(|saved| **saved != kernel.fingerprint) {
-        // It would run: but what is told of this kernel, and what was mended in it, would not be true of it.
-        let (path, own) = (kernel.path.display(), &kernel.fingerprint);
-        let message = format!(
-            "the saved machine {} cannot go on here: its guest kernel is {saved}, and {path} is {own}",
-            spec.state.display()
-        );
-        return Err(ApiError::new(ErrorCode::UnsupportedOperation, message)
-            .with_hint("take it anew with this kernel, or bring back the one that it was saved with"));
-    }
-    Ok(Restore { memory: open(&spec.memory)?, state })
+    Ok((open(&spec.memory)?, Box::new(state)))
 }
 
-/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports.
+/// Refuses a saved machine whose kernel is not the one that it would boot.
+fn check_kernel(saved: &SavedMachine, spec: &RestoreSpec, kernel: &KernelFile) -> Result<(), ApiError> {
+    let Some(saved) = saved.kernel.as_ref().filter(|saved| **saved != kernel.fingerprint) else { return Ok(()) };
+    // It would run: but what is told of this kernel, and what was mended in it, would not be true of it.
+    let (path, own) = (kernel.path.display(), &kernel.fingerprint);
+    let message = format!(
+        "the saved machine {} cannot go on here: its guest kernel is {saved}, and {path} is {own}",
+        spec.state.display()
+    );
+    Err(ApiError::new(ErrorCode::UnsupportedOperation, message)
+        .with_hint("take it anew with this kernel, or bring back the one that it was saved with"))
+}
+
+/// A saved machine that stands, and what it was made of.
+pub struct StandBy {
+    restore: RestoreSpec,
+    standing: Standing,
+}
+
+impl StandBy {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// What is wrong with the files, or that engine kvm is not to be had.
+    pub fn new(cpus: u32, memory_mib: u32, restore: RestoreSpec) -> Result<Self, ApiError> {
+        let cpus = u8::try_from(cpus).map_err(|_| invalid("too many cpus"))?;
+        let (memory, state) = open_saved(&restore)?;
+        let standing = Standing::new(memory_mib, cpus, memory, state).map_err(boot_error)?;
+        Ok(Self { restore, standing })
+    }
+
+    /// Gives the machine to a launch, which must be one that restores it.
+    fn take(self, spec: &VmSpec) -> Result<Standing, ApiError> {
+        match &spec.restore {
+            Some(restore) if *restore == self.restore => Ok(self.standing),
+            _ => Err(invalid("this process stands by for another machine")),
+        }
+    }
+}
+
+/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports,
+/// `stand_by` is what there is of it already.
 ///
 /// # Errors
 /// What is wrong, for users.
-pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
+pub fn prepare(
+    spec: &VmSpec,
+    engine: EngineChoice,
+    run: &Run,
+    listeners: Vec<OwnedFd>,
+    stand_by: Option<StandBy>,
+) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let upper = open_upper(&spec.upper)?;
@@ -331,7 +385,17 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         loops.push(shared.event_loop);
         devices.push(Box::new(shared.device));
     }
-    let restore = spec.restore.as_ref().map(|saved| open_saved(saved, &kernel)).transpose()?;
+    let restore = match (&spec.restore, stand_by) {
+        (None, None) => None,
+        (_, Some(stand_by)) => Some(Restore::Standing(stand_by.take(spec)?)),
+        (Some(saved), None) => {
+            let (memory, state) = open_saved(saved)?;
+            Some(Restore::Saved { memory, state })
+        }
+    };
+    if let (Some(restore), Some(saved)) = (&restore, &spec.restore) {
+        check_kernel(restore.state(), saved, &kernel)?;
+    }
     let machine = Machine {
         cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
         memory_mib: spec.memory_mib,

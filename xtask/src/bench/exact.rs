@@ -4,7 +4,7 @@
 //! them and prints the table. Because the lab's clock counts instructions, waiting is free and exits look cheap: so VM exits, page
 //! faults and system calls of the whole host are counted beside the times.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 
@@ -67,6 +67,7 @@ const FIGURES: &[Figure] = &[
     figure("net_in_byte", "instructions of msb-vmm for each byte of it", "", "–", 3.0, 1.5),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
     figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
+    figure("ready", "the same of a template with a ready fork", "ms", "0.15 of run", 41.0, 27.0),
     figure("fork", "msb fork box, msb exec -- true", "ms", "–", 60.0, 41.0),
     figure("stood", "standing still for a snapshot of 128 MiB", "ms", "–", 100.0, 50.0),
     figure("wake", "msb exec of a sandbox that sleeps with its memory", "ms", "0.15 of run", 41.0, 27.0),
@@ -83,6 +84,9 @@ const FIGURES: &[Figure] = &[
     figure("fork_memory", "resident memory of an idle fork that it does not share", "MiB", "–", 8.0, 4.0),
     figure("memory", "private memory of msb-vmm outside the guest", "MiB", "Firecracker < 5", 5.0, 3.0),
 ];
+
+/// Machines that are started for one table at most.
+const TRIES_MAX: usize = 3;
 
 /// What is counted beside the times: two more turns of the row, in which nothing is timed.
 struct Count {
@@ -118,13 +122,11 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
     let mut counts: Vec<Count> = Vec::new();
-    let wanted: String = rows.iter().map(|row| format!(",{row}")).collect();
-    let script = format!("ROWS={wanted},\n{SCRIPT}");
     let mut more = vec![(by_hand::load_program()?, "load")];
     if rows.is_empty() || rows.iter().any(|row| row.starts_with("python")) {
         more.push((images::python()?, "python"));
     }
-    let code = lab::measure(&machine, build, &script, &more, &mut |line| {
+    let mut note = |line: &str| {
         // As they come: a machine that ends early has still said something.
         println!("{line}");
         // Behind what the progress of a command has left on the console's line.
@@ -145,7 +147,33 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
             }
             _ => {}
         }
-    })?;
+    };
+    let mut left: Vec<&str> = rows.iter().map(String::as_str).collect();
+    let mut tries = 0;
+    let code = loop {
+        tries += 1;
+        let wanted: String = left.iter().map(|row| format!(",{row}")).collect();
+        let script = format!("ROWS={wanted},\n{SCRIPT}");
+        let mut measured: BTreeSet<String> = BTreeSet::new();
+        let outcome = lab::measure(&machine, build, &script, &more, &mut |line| {
+            measured.extend(line.split("FIGURE ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned));
+            note(line);
+        });
+        match outcome {
+            Ok(code) => break code,
+            // This machine hangs now and then (docs/performance.md): the rows that are left get another.
+            Err(error) if error.is::<lab::Hung>() && tries < TRIES_MAX => {
+                println!("again, for the rows that are left: {error:#}");
+                let all = FIGURES.iter().map(|figure| figure.key);
+                left = if left.is_empty() { all.collect() } else { left };
+                left.retain(|key| !measured.contains(*key));
+                if left.is_empty() {
+                    break 0;
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    };
     println!(
         "\n{:<58} {:>10}  {:<18} {:>8} {:>8}",
         "engine kvm, lab that counts instructions", "measured", "peer", "reach", "better"
@@ -314,6 +342,13 @@ if want restore fork stood fork_memory; then
   awk '/^RssAnon/ {print "FIGURE fork_memory " $2 * 1000 / 1024}' /proc/$(pidof msb-vmm | tr ' ' '\n' | sort -n | tail -1)/status
   sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/twin/logs/vmm.log
   msb rm -f twin box >/dev/null; msb snapshot rm mem >/dev/null
+fi
+if want ready; then
+  msb template create warm --from busybox --engine kvm -m 128M --pool 2 >/dev/null
+  stands() { until msb template ls | grep -q ' 2/2 '; do sleep 0.2; done; sleep 1; }
+  prompt() { msb create warm --name copy >/dev/null && msb exec copy -- true; }
+  figure ready $(for turn in 1 2 3; do stands; took prompt; sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/copy/logs/vmm.log >&2; msb rm -f copy >/dev/null; done | median)
+  msb template rm warm >/dev/null
 fi
 if want wake; then
   # Asleep with its memory, then needed.

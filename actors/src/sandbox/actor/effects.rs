@@ -23,26 +23,34 @@ use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::journal::{Change, EventDraft};
 use crate::metrics::meter::{Meter, Subject};
 use crate::metrics::{Forget, LastWords};
+use crate::pool::{Ready, Take};
 use crate::sandbox::machine::{Effect, Event, StartPhase};
 use crate::sandbox::network::BoundPorts;
 use crate::sandbox::probe::Probed;
 use crate::sandbox::view::{self, View};
 use crate::sandbox::{mounts, plan};
 use crate::supervisor::Surroundings;
-use crate::vm::{AdoptRequest, Adoption, EventSink, VmCommand, VmHandle};
+use crate::vm::{AdoptRequest, Adoption, EventSink, Spare, VmCommand, VmHandle};
 
 /// News from the actor's own tasks.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub(super) enum News {
     Leased(Result<PreparedImage, ApiError>),
-    Disks(Result<Option<RestoreSpec>, ApiError>),
+    Disks(Result<Option<Restore>, ApiError>),
     Suspended(sleeping::Attempt, Result<(), ApiError>),
     Spawned(Result<VmHandle, ApiError>),
     Adopted(Adoption),
     FilesRemoved(Result<(), ApiError>),
     Examined(BootId, Probed),
     Hooked(BootId, Probed),
+}
+
+/// What a start goes on with in place of booting.
+pub(super) struct Restore {
+    pub(super) files: RestoreSpec,
+    /// A VM that stands by with it.
+    pub(super) spare: Option<Box<dyn Spare>>,
 }
 
 impl SandboxActor {
@@ -101,6 +109,7 @@ impl SandboxActor {
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
         let (snapshots, begun_with) = (self.surroundings.snapshots.clone(), self.record.snapshot.clone());
+        let pool = self.surroundings.pool.clone();
         let wakes = self.machine.run().and_then(|run| run.wakes);
         self.later(ctx, async move {
             // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
@@ -108,10 +117,18 @@ impl SandboxActor {
                 Some(parent) => Some(snapshots.find(&parent.id).await),
                 None => None,
             };
+            // One for a disk that is there already stays in the pool.
+            let ready = match &snapshot {
+                Some(Ok(snapshot)) if snapshot.manifest.pool_size() > 0 && !directories.upper.exists() => {
+                    pool.send(Take(snapshot.id.clone())).await.ok().flatten()
+                }
+                _ => None,
+            };
             let prepared = {
                 tokio::task::spawn_blocking(move || {
                     directories.prepare()?;
-                    let mut restore = wakes.map(|run| directories.kept_memory(run)).transpose()?;
+                    let kept = wakes.map(|run| directories.kept_memory(run)).transpose()?;
+                    let mut restore = kept.map(|files| Restore { files, spare: None });
                     let mut disks = mounts::missing_disks(&spec, &volumes)?;
                     if !directories.upper.exists() {
                         match snapshot {
@@ -120,10 +137,20 @@ impl SandboxActor {
                                 let snapshot = snapshot?;
                                 let (size_bytes, bytes) =
                                     (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
-                                snapshots.files.clone_disk(&snapshot.name, size_bytes, &directories.upper, bytes)?;
+                                let moved = ready.and_then(|Ready { disk, spare }| {
+                                    std::fs::rename(disk.path(), &directories.upper).ok().map(|()| spare)
+                                });
+                                if moved.is_none() {
+                                    snapshots.files.clone_disk(
+                                        &snapshot.name,
+                                        size_bytes,
+                                        &directories.upper,
+                                        bytes,
+                                    )?;
+                                }
                                 if snapshot.manifest.memory.is_some() {
                                     let (memory, state) = snapshots.files.memory_files(&snapshot.name);
-                                    restore = Some(RestoreSpec { memory, state });
+                                    restore = Some(Restore { files: RestoreSpec { memory, state }, spare: moved });
                                 }
                             }
                         }
@@ -169,9 +196,17 @@ impl SandboxActor {
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(mut spec) => {
-                spec.restore = self.restore.take();
+                let restore = self.restore.take();
+                let spare = restore.map(|Restore { files, spare }| {
+                    spec.restore = Some(files);
+                    spare
+                });
                 let events = self.listen(run.boot_id);
-                let launching = self.surroundings.launcher.launch(Box::new(spec), self.ports.listeners(), events);
+                let (spec, listeners) = (Box::new(spec), self.ports.listeners());
+                let launching = match spare.flatten().filter(|spare| spare.is_alive()) {
+                    Some(spare) => spare.launch(spec, listeners, events),
+                    None => self.surroundings.launcher.launch(spec, listeners, events),
+                };
                 self.later(ctx, async move { News::Spawned(launching.await) });
             }
         }

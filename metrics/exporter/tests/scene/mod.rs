@@ -130,6 +130,7 @@ fn snapshot(number: u64, count: u128) -> MetricsSnapshot {
         instance_id: "instance-1".into(),
         taken_at: at,
         states: BTreeMap::from([("running".into(), u64::try_from(count).unwrap())]),
+        ready_forks: BTreeMap::new(),
         sandboxes: (1..=count).map(one).collect(),
     }
 }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -25,6 +26,7 @@ use crate::arch::x86_64::layout::{
 };
 use crate::arch::x86_64::registers::{boot_msrs, fpu, general_registers, system_registers};
 use crate::devices::virtio::notifier::Notifier;
+use crate::launch::phases::Phases;
 use crate::memory::GuestRam;
 use crate::transport::mmio::MmioTransport;
 use crate::transport::mmio::registers::QUEUE_NOTIFY_OFFSET;
@@ -77,25 +79,11 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
     if devices.len() > MMIO_SLOT_COUNT {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
-    // Making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab): meanwhile the kernel is loaded.
-    let (vm, loaded) = std::thread::scope(|scope| {
-        let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
-        // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
-        std::thread::yield_now();
-        let loaded = match restore {
-            Some(restore) => load_saved(memory_mib, cpus, restore),
-            None => load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)),
-        };
-        phases.mark("kernel_loaded");
-        let made = match making {
-            Ok(thread) => thread.join().unwrap_or_else(|_| Err(thread_failed(std::io::ErrorKind::Other.into()))),
-            Err(source) => Err(thread_failed(source)),
-        };
-        (made, loaded)
-    });
-    let (kvm, vm) = vm?;
-    let Loaded { memory, content } = loaded?;
-    register_memory(&vm, &memory)?;
+    let Made { kvm, vm, memory, content } = match restore {
+        Some(Restore::Standing(standing)) => standing.for_machine(memory_mib, cpus)?,
+        Some(Restore::Saved { memory, state }) => make(&phases, || load_saved(memory_mib, cpus, memory, state))?,
+        None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)))?,
+    };
     phases.mark("vm_created");
 
     if let Content::Kernel { kernel, initramfs } = &content {
@@ -143,6 +131,68 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
     Ok(Built { vm: Vm { fd: vm, memory }, bus, vcpus, devices })
 }
 
+/// A VM with memory that has something in it.
+struct Made {
+    kvm: Kvm,
+    vm: VmFd,
+    memory: GuestRam,
+    content: Content,
+}
+
+/// Makes the VM, and what `load` makes beside it: making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab).
+fn make(phases: &Phases, load: impl FnOnce() -> Result<Loaded, BootError>) -> Result<Made, BootError> {
+    let (made, loaded) = std::thread::scope(|scope| {
+        let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
+        // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
+        std::thread::yield_now();
+        let loaded = load();
+        phases.mark("kernel_loaded");
+        let made = match making {
+            Ok(thread) => thread.join().unwrap_or_else(|_| Err(thread_failed(std::io::ErrorKind::Other.into()))),
+            Err(source) => Err(thread_failed(source)),
+        };
+        (made, loaded)
+    });
+    let (kvm, vm) = made?;
+    let Loaded { memory, content } = loaded?;
+    register_memory(&vm, &memory)?;
+    Ok(Made { kvm, vm, memory, content })
+}
+
+/// A saved machine for which everything is made that does not depend on whose it will be: its VM, and its memory in it. No processor
+/// and no clock of it exists yet, so that for its guest no time passes while it stands.
+pub struct Standing {
+    kvm: Kvm,
+    vm: VmFd,
+    memory: GuestRam,
+    state: Box<SavedMachine>,
+}
+
+impl Standing {
+    /// Makes one of its files.
+    ///
+    /// # Errors
+    /// Engine kvm is not to be had, or the files do not fit what is asked for.
+    pub fn new(memory_mib: u32, cpus: u8, memory: File, state: Box<SavedMachine>) -> Result<Self, BootError> {
+        let made = make(&Phases::new(Instant::now(), None), || load_saved(memory_mib, cpus, memory, state))?;
+        match made {
+            Made { kvm, vm, memory, content: Content::Saved(state) } => Ok(Self { kvm, vm, memory, state }),
+            Made { .. } => Err(BootError::Restore { reason: "it is no saved machine".into() }),
+        }
+    }
+
+    /// What was saved of it beside its memory.
+    pub fn state(&self) -> &SavedMachine {
+        &self.state
+    }
+
+    fn for_machine(self, memory_mib: u32, cpus: u8) -> Result<Made, BootError> {
+        check_size(&self.state, memory_mib, cpus)?;
+        let Self { kvm, vm, memory, state } = self;
+        Ok(Made { kvm, vm, memory, content: Content::Saved(state) })
+    }
+}
+
 fn thread_failed(source: std::io::Error) -> BootError {
     BootError::System { what: "start a thread that makes the VM".into(), source }
 }
@@ -174,8 +224,7 @@ enum Content {
     Saved(Box<SavedMachine>),
 }
 
-fn load_saved(memory_mib: u32, cpus: u8, restore: Restore) -> Result<Loaded, BootError> {
-    let Restore { memory, state } = restore;
+fn check_size(state: &SavedMachine, memory_mib: u32, cpus: u8) -> Result<(), BootError> {
     if state.memory_mib != memory_mib || state.vcpus.len() != usize::from(cpus) {
         let reason = format!(
             "it has {} MiB of memory and {} processors, {memory_mib} and {cpus} were asked for",
@@ -184,9 +233,14 @@ fn load_saved(memory_mib: u32, cpus: u8, restore: Restore) -> Result<Loaded, Boo
         );
         return Err(BootError::Restore { reason });
     }
+    Ok(())
+}
+
+fn load_saved(memory_mib: u32, cpus: u8, memory: File, state: Box<SavedMachine>) -> Result<Loaded, BootError> {
+    check_size(&state, memory_mib, cpus)?;
     let memory =
         GuestRam::restored(memory_mib.into(), memory).map_err(|error| BootError::Restore { reason: chain(&error) })?;
-    Ok(Loaded { memory, content: Content::Saved(Box::new(state)) })
+    Ok(Loaded { memory, content: Content::Saved(state) })
 }
 
 fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<Loaded, BootError> {
