@@ -36,6 +36,7 @@ pub mod network_options;
 pub mod parse;
 pub mod printer;
 pub mod root;
+mod shortcut;
 pub mod signals;
 pub mod table;
 pub mod terminal;
@@ -64,7 +65,9 @@ pub fn command() -> clap::Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
-    let status = match command().try_get_matches_from(&words).and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let short = shortcut::command(&words).and_then(|command| command.try_get_matches_from(&words).ok());
+    let matches = short.map_or_else(|| command().try_get_matches_from(&words), Ok);
+    let status = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => run(cli),
         Err(error) => usage(&words, &error),
     };

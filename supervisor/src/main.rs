@@ -41,6 +41,9 @@ const RECOVERY: std::time::Duration = std::time::Duration::from_secs(5);
 const HANDED_OVER_LEN: usize = 64;
 /// Descriptors this process may have open.
 const DESCRIPTORS: u64 = 65_536;
+/// Descriptors that there is room for from the beginning: when the table of a process with threads grows, the kernel waits for an RCU grace
+/// period.
+const DESCRIPTORS_FIRST: i32 = 1_024;
 /// Time for answers under way after the end was asked for.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -76,6 +79,8 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Without it the wait comes later, and nothing else happens.
+    drop(rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), DESCRIPTORS_FIRST - 1));
     if arguments.print_openapi {
         #[expect(clippy::print_stdout, reason = "printing is what the flag asks for")]
         {

@@ -25,6 +25,7 @@ use msb_protocol::vmm::{Message, Reply, VMM_LOG_FILE};
 use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
+use msb_vmm::jail::process::{close_inherited, make_room_for_descriptors};
 use msb_vmm::launch::engine_choice;
 use msb_vmm::launch::machine::StandBy;
 use msb_vmm::process::{self, Launcher};
@@ -41,6 +42,8 @@ fn main() -> ExitCode {
         let error = become_qemu(words);
         return complain(&format!("QEMU could not be started: {error}"), ExitCode::FAILURE);
     }
+    close_inherited(&[]);
+    make_room_for_descriptors();
     start_log();
     match dispatch(first, words, started) {
         Ok(code) => ExitCode::from(code),

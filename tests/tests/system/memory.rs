@@ -274,6 +274,53 @@ fn a_template_is_warm_where_an_image_is_cold() {
     home.finish();
 }
 
+#[test]
+fn ready_forks_stand_by_and_become_whoever_takes_them() {
+    if engine() == "qemu" {
+        return;
+    }
+    let home = Home::with_busybox("ready_forks");
+    let words =
+        ["template", "create", "warm", "--from", "busybox", "-m", "128M", "--warm", "echo warm > /dev/shm/file"];
+    home.succeeds(&[&words[..], &["--pool", "2"]].concat());
+    let stand = |count: &str| home.succeeds(&["template", "ls"]).contains(&format!(" {count} "));
+    let disks = || std::fs::read_dir(home.path().join("pool")).expect("the pool").count();
+    wait_until("no ready forks", || stand("2/2"));
+    assert!(home.sandboxes().is_empty(), "a ready fork is no sandbox");
+    assert_eq!(disks(), 2);
+
+    // Taken: what the template had, and an identity of its own each.
+    home.succeeds(&["create", "warm", "--name", "one"]);
+    home.succeeds(&["create", "warm", "--name", "two"]);
+    assert!(!stand("2/2"), "nobody took one");
+    let said = ["one", "two"].map(|name| {
+        exec(
+            &home,
+            name,
+            "cat /dev/shm/file; hostname; cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id",
+        )
+    });
+    for (name, said) in ["one", "two"].into_iter().zip(&said) {
+        assert!(said.starts_with(&format!("warm\n{name}\n")), "{said}");
+        let log = home.path().join("sandboxes").join(name).join("logs/vmm.log");
+        assert!(std::fs::read_to_string(log).expect("its log").contains("launch"), "its log is another's");
+    }
+    let drawn: std::collections::BTreeSet<&str> = said.iter().flat_map(|said| said.lines().skip(2)).collect();
+    assert_eq!(drawn.len(), 4, "{said:?}");
+    home.succeeds(&["rm", "-f", "one"]);
+    wait_until("they are not made again", || stand("2/2"));
+
+    // They end with the service, however it ends; the next one sweeps and makes its own.
+    home.daemon().signal(Signal::KILL);
+    wait_until("no ready forks of the next service", || stand("2/2"));
+    assert_eq!(disks(), 2);
+    assert_eq!(exec(&home, "two", "cat /dev/shm/file"), "warm\n");
+    home.succeeds(&["template", "rm", "warm"]);
+    wait_until("disks of a template that is gone", || disks() == 0);
+    home.succeeds(&["rm", "-f", "two"]);
+    home.finish();
+}
+
 /// Turns one bit of the first page that has data.
 fn flip(path: &Path) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).expect("permissions");

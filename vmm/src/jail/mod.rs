@@ -20,6 +20,7 @@
 pub mod child;
 pub mod files;
 pub mod process;
+mod program;
 pub mod system_calls;
 
 use std::cell::Cell;

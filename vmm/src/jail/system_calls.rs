@@ -8,10 +8,9 @@ use std::collections::BTreeMap;
 
 use kvm_bindings::KVMIO;
 use libc::c_long;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction};
 
+use super::program::{Condition, assemble};
 use super::{JailError, ThreadClass};
 
 /// Bit sets of [`ThreadClass`].
@@ -257,9 +256,10 @@ impl Filters {
             .into_iter()
             .map(|class| Ok((class, compile(class as u8, has_child)?)))
             .collect::<Result<Vec<_>, JailError>>()?;
-        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+        let clone3 = BTreeMap::from([(u32::try_from(libc::SYS_clone3).map_err(error)?, Vec::new())]);
         // Both actions are errnos or allow: the kernel takes the stricter of all filters, and of equals the newest.
-        let old_clone = program(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
+        let no_such_call = SeccompAction::Errno(libc::ENOSYS as u32);
+        let old_clone = assemble(&clone3, SeccompAction::Allow.into(), no_such_call.into());
         let mut union = if has_network { ALL } else { ALL & !NETWORK };
         if has_shares {
             union |= SHARE;
@@ -282,50 +282,36 @@ impl Filters {
 }
 
 fn compile(classes: u8, has_child: bool) -> Result<BpfProgram, JailError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut rules: BTreeMap<u32, Vec<Condition>> = BTreeMap::new();
     let mut unconditional = Vec::new();
     for Line(number, who, when, _why) in TABLE {
         if who & classes == 0 || (who & WITH_CHILD != 0 && !has_child) {
             continue;
         }
-        let chain = rules.entry(*number).or_default();
-        match conditions(*when)? {
-            None => unconditional.push(*number),
-            Some(alternatives) => chain.extend(alternatives),
+        let number = u32::try_from(*number).map_err(error)?;
+        let alternatives = conditions(*when);
+        if alternatives.is_empty() {
+            unconditional.push(number);
         }
+        rules.entry(number).or_default().extend(alternatives);
     }
-    // An empty chain means "always": it wins over conditional lines of other classes.
+    // No condition means "always": it wins over conditional lines of other classes.
     for number in unconditional {
         rules.insert(number, Vec::new());
     }
-    program(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+    Ok(assemble(&rules, SeccompAction::Errno(libc::EPERM as u32).into(), SeccompAction::Allow.into()))
 }
 
-fn program(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    mismatch: SeccompAction,
-    matched: SeccompAction,
-) -> Result<BpfProgram, JailError> {
-    let filter = SeccompFilter::new(rules, mismatch, matched, TargetArch::x86_64).map_err(error)?;
-    filter.try_into().map_err(error)
-}
-
-/// The alternatives under which a line applies; none means always.
-fn conditions(when: When) -> Result<Option<Vec<SeccompRule>>, JailError> {
-    let rule = |argument: u8, operator: SeccompCmpOp, value: u64| {
-        let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value).map_err(error)?;
-        SeccompRule::new(vec![condition]).map_err(error)
-    };
-    let alternatives = match when {
-        Any => return Ok(None),
-        OneOf(argument, values) => {
-            values.iter().map(|&value| rule(argument, SeccompCmpOp::Eq, value)).collect::<Result<Vec<_>, _>>()?
-        }
-        Without(argument, mask) => vec![rule(argument, SeccompCmpOp::MaskedEq(mask), 0)?],
-        With(argument, mask) => vec![rule(argument, SeccompCmpOp::MaskedEq(mask), mask)?],
-        OwnProcess(argument) => vec![rule(argument, SeccompCmpOp::Eq, u64::from(std::process::id()))?],
-    };
-    Ok(Some(alternatives))
+/// The alternatives under which a line applies; none means always. Values and masks are those of 32 bits.
+fn conditions(when: When) -> Vec<Condition> {
+    let equal = |argument, value: u64| Condition { argument, mask: u32::MAX, value: value as u32 };
+    match when {
+        Any => Vec::new(),
+        OneOf(argument, values) => values.iter().map(|&value| equal(argument, value)).collect(),
+        Without(argument, mask) => vec![Condition { argument, mask: mask as u32, value: 0 }],
+        With(argument, mask) => vec![Condition { argument, mask: mask as u32, value: mask as u32 }],
+        OwnProcess(argument) => vec![equal(argument, u64::from(std::process::id()))],
+    }
 }
 
 #[cfg(test)]

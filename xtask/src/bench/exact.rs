@@ -23,6 +23,9 @@ struct Figure {
     better: f64,
 }
 
+/// Key of what each word of the kernel's line is worth, which is no figure: `OPTION <words> <hello> <kernel>`.
+const OPTIONS: &str = "options";
+
 const fn figure(
     key: &'static str,
     what: &'static str,
@@ -113,8 +116,8 @@ impl Count {
 ///
 /// `rows` are the keys of those that are wanted, none for all.
 pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
-    if let Some(unknown) = rows.iter().find(|row| FIGURES.iter().all(|figure| figure.key != row.as_str())) {
-        let known: Vec<&str> = FIGURES.iter().map(|figure| figure.key).collect();
+    let known: Vec<&str> = FIGURES.iter().map(|figure| figure.key).chain([OPTIONS]).collect();
+    if let Some(unknown) = rows.iter().find(|row| !known.contains(&row.as_str())) {
         bail!("there is no row {unknown}; there are: {}", known.join(", "));
     }
     debian::ensure(lab::PACKAGES)?;
@@ -122,6 +125,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     let mut figures: BTreeMap<String, f64> = BTreeMap::new();
     let mut phases: Vec<(String, f64)> = Vec::new();
     let mut counts: Vec<Count> = Vec::new();
+    let mut options: Vec<(String, f64, f64)> = Vec::new();
     let mut more = vec![(by_hand::load_program()?, "load")];
     if rows.is_empty() || rows.iter().any(|row| row.starts_with("python")) {
         more.push((images::python()?, "python"));
@@ -130,7 +134,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
         // As they come: a machine that ends early has still said something.
         println!("{line}");
         // Behind what the progress of a command has left on the console's line.
-        let begins = ["FIGURE ", "COUNT ", "PHASE "].iter().find_map(|word| line.find(word));
+        let begins = ["FIGURE ", "COUNT ", "PHASE ", "OPTION "].iter().find_map(|word| line.find(word));
         let line = &line[begins.unwrap_or(0)..];
         counts.extend(Count::of(line));
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -145,6 +149,11 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
                     phases.push(((*name).to_owned(), value / 1000.0));
                 }
             }
+            ["OPTION", words, hello, kernel] => {
+                if let (Ok(hello), Ok(kernel)) = (hello.parse::<f64>(), kernel.parse::<f64>()) {
+                    options.push(((*words).replace('+', " "), hello / 1000.0, kernel / 1000.0));
+                }
+            }
             _ => {}
         }
     };
@@ -157,6 +166,9 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
         let mut measured: BTreeSet<String> = BTreeSet::new();
         let outcome = lab::measure(&machine, build, &script, &more, &mut |line| {
             measured.extend(line.split("FIGURE ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned));
+            if line.contains("OPTION last") {
+                measured.insert(OPTIONS.to_owned());
+            }
             note(line);
         });
         match outcome {
@@ -164,8 +176,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
             // This machine hangs now and then (docs/performance.md): the rows that are left get another.
             Err(error) if error.is::<lab::Hung>() && tries < TRIES_MAX => {
                 println!("again, for the rows that are left: {error:#}");
-                let all = FIGURES.iter().map(|figure| figure.key);
-                left = if left.is_empty() { all.collect() } else { left };
+                left = if left.is_empty() { known.clone() } else { left };
                 left.retain(|key| !measured.contains(*key));
                 if left.is_empty() {
                     break 0;
@@ -200,6 +211,14 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     println!("\nwhere a boot's time goes (msb inspect)");
     for (name, value) in &phases {
         println!("  {name:<24} {value:>8.1} ms");
+    }
+    if let Some((_, hello, kernel)) = options.first().cloned() {
+        println!(
+            "\nwhat words of the kernel's line change, in ms to the hello and in the kernel ({hello:.1} and {kernel:.1} without)"
+        );
+        for (words, own, own_kernel) in &options[1..] {
+            println!("  {words:<48} {:>+8.1} {:>+8.1}", own - hello, own_kernel - kernel);
+        }
     }
     if code != 0 {
         bail!("the measuring script ended with status {code}");
@@ -376,6 +395,19 @@ while True:
   fork=$(for turn in 1 2 3; do took first_output; msb rm -f pytwin >/dev/null; done | median)
   figure python_fork $fork; figure python_ratio $(( fork * 100000 / cold ))
   msb rm -f py >/dev/null
+fi
+if want options; then
+  # What each word of the kernel's line changes: a service of its own for each, which hands the words to its guests.
+  unbox
+  for words in none nokaslr mitigations=off nopti rcupdate.rcu_expedited=0 random.trust_cpu=off+random.trust_bootloader=off loglevel=7 init_on_alloc=1 noreplace-smp last; do
+    msb self stop >/dev/null 2>&1; while pidof msbd >/dev/null; do sleep 0.1; done
+    case $words in none) extra= ;; last) echo OPTION last; break ;; *) extra=${words//+/ } ;; esac
+    for turn in 1 2 3; do
+      MSB_CMDLINE_EXTRA=$extra msb create --engine kvm -m 128M --name option busybox >/dev/null
+      msb inspect option --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); if (name == "kernel") kernel = part[2]; if (name != "setup") sum += part[2]} END {print sum, kernel}'
+      msb rm -f option >/dev/null
+    done | sort -n | awk -v words=$words '{line[NR] = $0} END {print "OPTION", words, line[2]}'
+  done
 fi
 exit 0
 "#;
