@@ -546,6 +546,7 @@ fn compact_metrics_are_frozen() {
         instance_id: "instance".into(),
         taken_at: "2026-01-02T03:04:07Z".parse().unwrap(),
         states: BTreeMap::from([("running".into(), 1)]),
+        ready_forks: BTreeMap::new(),
         sandboxes: vec![row],
     };
     let subscribe = RequestFrame { id: 1, request: Request::Subscribe { sample_interval_ms: 1000, compact: true } };

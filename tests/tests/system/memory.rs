@@ -290,8 +290,8 @@ fn ready_forks_stand_by_and_become_whoever_takes_them() {
     assert_eq!(disks(), 2);
 
     // Taken: what the template had, and an identity of its own each.
-    home.succeeds(&["create", "warm", "--name", "one"]);
-    home.succeeds(&["create", "warm", "--name", "two"]);
+    home.succeeds(&["create", "--name", "one", "warm"]);
+    home.succeeds(&["create", "--name", "two", "warm"]);
     assert!(!stand("2/2"), "nobody took one");
     let said = ["one", "two"].map(|name| {
         exec(

@@ -112,7 +112,7 @@ mod tests {
             ARCHITECTURE_OFFSET => ARCHITECTURE,
             _ => {
                 let argument = arguments[(offset - ARGUMENTS_OFFSET) as usize / 8];
-                if offset % 8 == 0 { argument as u32 } else { (argument >> 32) as u32 }
+                if offset.is_multiple_of(8) { argument as u32 } else { (argument >> 32) as u32 }
             }
         };
         let (mut accumulator, mut at, mut steps) = (0u32, 0usize, 0);

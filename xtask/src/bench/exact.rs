@@ -365,7 +365,7 @@ fi
 if want ready; then
   msb template create warm --from busybox --engine kvm -m 128M --pool 2 >/dev/null
   stands() { until msb template ls | grep -q ' 2/2 '; do sleep 0.2; done; sleep 1; }
-  prompt() { msb create --engine kvm warm --name copy >/dev/null && msb exec copy -- true; }
+  prompt() { msb create --engine kvm --name copy warm >/dev/null && msb exec copy -- true; }
   figure ready $(for turn in 1 2 3; do stands; took prompt; sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/copy/logs/vmm.log >&2; msb rm -f copy >/dev/null; done | median)
   msb template rm warm >/dev/null
 fi
