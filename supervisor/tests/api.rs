@@ -419,7 +419,7 @@ fn the_service_describes_itself() {
         let (_, tree) = world.call("GET", "/v1/debug/actors", Value::Null).await;
         let names: Vec<&str> =
             tree["actors"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
-        assert_eq!(names, ["supervisor", "images", "snapshots", "metrics"]);
+        assert_eq!(names, ["supervisor", "images", "snapshots", "pool", "metrics"]);
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(std::fs::metadata(world.socket()).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(server::listen(&world.socket()).unwrap_err().code, ErrorCode::DaemonRunning);

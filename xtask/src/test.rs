@@ -219,8 +219,14 @@ fn sdks(arguments: &Arguments) -> Result<Outcome> {
 }
 
 /// The cases that run in the lab unless a filter names others. A guest inside an emulated machine is some ten times slower than one beside
-/// it; these take every road through the engine: boot, streams, ends, stop, start, restart, logs, memory. `cargo xtask lab` runs all of them.
-const LAB_CASES: [&str; 3] = ["session::", "exec::exec_tells_ends_truly", "machine::memory_that"];
+/// it; these take every road through the engine: boot, streams, ends, stop, start, restart, logs, memory, copies of memory, sleep. `cargo xtask lab` runs all.
+const LAB_CASES: [&str; 5] = [
+    "session::",
+    "exec::exec_tells_ends_truly",
+    "machine::memory_that",
+    "memory::ready_forks",
+    "suspend::a_sandbox_sleeps",
+];
 
 fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     if debian::ensure(lab::PACKAGES).is_err() {

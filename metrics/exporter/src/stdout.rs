@@ -84,7 +84,8 @@ mod tests {
             assert_eq!(text.matches('\n').count(), 1);
             let value: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert_eq!(value["name"], point.metric.name());
-            assert_eq!(value["attributes"]["sandbox.name"] == "web", point.metric != msb_metrics::Metric::Sandboxes);
+            let of_the_service = point.metric.definition().family == msb_metrics::Family::Daemon;
+            assert_eq!(value["attributes"]["sandbox.name"] == "web", !of_the_service);
             lines += 1;
         });
         assert!(lines > 20);
