@@ -6,7 +6,7 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use super::JailError;
 
-/// Descriptors that there is room for at once; a machine with a network and some sessions has 70 to 200.
+/// Descriptors that there is room for at once. A restored machine with a network passes 64 before its guest runs.
 const DESCRIPTORS: RawFd = 512;
 
 /// Closes every descriptor above standard error that is not in `keep`. For the first lines of `main`: a daemon with a leak must not pass

@@ -14,7 +14,7 @@ use crate::devices::virtio::device::{
 use crate::devices::virtio::event_loop::{LoopHandle, WorkerId};
 
 /// Entries of the receive, transmit and event rings. Linux fills the receive ring with buffers of 4 KiB before it goes on, and each is a page
-/// that the host has to find: 128 of them cost a boot 6 ms less than 256 (exact lab), and bulk into the guest is as fast.
+/// that the host has to find: 128 of them cost a boot some 10 ms less than 256 (exact lab), and bulk into the guest is as fast.
 const QUEUE_SIZES: [u16; 3] = [128, 256, 64];
 /// Receive and transmit; the event ring may stay with the transport (QEMU keeps it).
 const QUEUES_NEEDED: usize = 2;
