@@ -9,6 +9,7 @@ use std::time::Duration;
 use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use msb_protocol::error::ApiError;
+use msb_protocol::id::SandboxName;
 use serde::Serialize;
 
 use crate::arguments::Format;
@@ -100,6 +101,30 @@ impl Printer {
     /// As [`Printer::text`].
     pub fn table(&self, table: &Table) -> Result<(), Failure> {
         self.text(&table.render())
+    }
+
+    /// Writes a list in the form that was asked for: JSON, names alone, or a table with a row for each.
+    ///
+    /// # Errors
+    /// As [`Printer::text`].
+    pub fn list<T: Serialize>(
+        &self,
+        items: &[T],
+        name: impl Fn(&T) -> &SandboxName,
+        header: &[&'static str],
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> Result<(), Failure> {
+        if self.is_json() {
+            return self.json(items);
+        }
+        if self.is_quiet() {
+            return self.text(&items.iter().map(|item| format!("{}\n", name(item))).collect::<String>());
+        }
+        let mut table = Table::new(header);
+        for item in items {
+            table.row(row(item));
+        }
+        self.table(&table)
     }
 
     /// Writes a table in place of the one before: on a terminal from its top, elsewhere after an empty line.

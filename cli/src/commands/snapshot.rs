@@ -18,7 +18,6 @@ use crate::context::Context;
 use crate::failure::{self, ExitStatus, Failure};
 use crate::parse;
 use crate::printer::plain;
-use crate::table::Table;
 use crate::time;
 
 type Archive = Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>;
@@ -147,18 +146,16 @@ pub(super) fn said(detail: &SnapshotDetail, context: &Context) -> Result<ExitSta
     Ok(ExitStatus::SUCCESS)
 }
 
-/// Prints those that are wanted.
 async fn list(context: &Context) -> Result<ExitStatus, Failure> {
     let snapshots = context.client().await?.snapshots().await?.snapshots;
-    if context.printer.is_json() {
-        context.printer.json(&snapshots)?;
-    } else if context.printer.is_quiet() {
-        context.printer.text(&snapshots.iter().map(|snapshot| format!("{}\n", snapshot.name)).collect::<String>())?;
-    } else {
-        let zone = context.zone();
-        let mut table = Table::new(&["SNAPSHOT", "KIND", "OF", "IMAGE", "PARENT", "SIZE", "ON DISK", "CREATED"]);
-        for snapshot in &snapshots {
-            table.row(vec![
+    let zone = context.zone();
+    let header = &["SNAPSHOT", "KIND", "OF", "IMAGE", "PARENT", "SIZE", "ON DISK", "CREATED"];
+    context.printer.list(
+        &snapshots,
+        |snapshot| &snapshot.name,
+        header,
+        |snapshot| {
+            vec![
                 snapshot.name.to_string(),
                 match snapshot.kind {
                     SnapshotKind::Disk => "disk".into(),
@@ -170,10 +167,9 @@ async fn list(context: &Context) -> Result<ExitStatus, Failure> {
                 show_bytes(snapshot.size_bytes),
                 show_bytes(snapshot.allocated_bytes),
                 time::local(snapshot.created_at, &zone),
-            ]);
-        }
-        context.printer.table(&table)?;
-    }
+            ]
+        },
+    )?;
     Ok(ExitStatus::SUCCESS)
 }
 

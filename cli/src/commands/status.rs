@@ -4,11 +4,9 @@ use clap::Args;
 use msb_protocol::control::{RunEnd, SandboxSummary};
 
 use super::bulk::FilterArgs;
-use super::list::names;
 use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 use crate::parse;
-use crate::table::Table;
 
 /// Longest command in the table, in characters; `inspect` shows it whole.
 const COMMAND_LEN_MAX: usize = 40;
@@ -43,14 +41,13 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<ExitStatus, Fail
             rows
         }
     };
-    if context.printer.is_json() {
-        context.printer.json(&rows)?;
-    } else if context.printer.is_quiet() {
-        context.printer.text(&names(&rows))?;
-    } else {
-        let mut table = Table::new(&["NAME", "IMAGE", "COMMAND", "STATUS", "RESTARTS", "LAST EXIT", "PORTS"]);
-        for row in &rows {
-            table.row(vec![
+    let header = &["NAME", "IMAGE", "COMMAND", "STATUS", "RESTARTS", "LAST EXIT", "PORTS"];
+    context.printer.list(
+        &rows,
+        |row| &row.name,
+        header,
+        |row| {
+            vec![
                 row.name.to_string(),
                 row.image.clone(),
                 command(&row.command),
@@ -58,10 +55,9 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<ExitStatus, Fail
                 row.restarts.to_string(),
                 row.last_end.as_ref().map(end).unwrap_or_default(),
                 row.ports.join(", "),
-            ]);
-        }
-        context.printer.table(&table)?;
-    }
+            ]
+        },
+    )?;
     Ok(ExitStatus::SUCCESS)
 }
 

@@ -19,7 +19,6 @@ use crate::context::{Context, host_variable};
 use crate::creation::CreationArgs;
 use crate::failure::{ExitStatus, Failure, invalid};
 use crate::parse;
-use crate::table::Table;
 use crate::time;
 
 /// What of a failed command's last words is shown, in bytes.
@@ -94,24 +93,22 @@ pub async fn find(word: &str, client: &Client) -> Result<Option<SnapshotDetail>,
 async fn list(context: &Context) -> Result<ExitStatus, Failure> {
     let mut templates = context.client().await?.snapshots().await?.snapshots;
     templates.retain(|snapshot| snapshot.labels.contains_key(TEMPLATE_LABEL));
-    if context.printer.is_json() {
-        context.printer.json(&templates)?;
-    } else if context.printer.is_quiet() {
-        context.printer.text(&templates.iter().map(|template| format!("{}\n", template.name)).collect::<String>())?;
-    } else {
-        let zone = context.zone();
-        let mut table = Table::new(&["TEMPLATE", "IMAGE", "READY", "ON DISK", "CREATED"]);
-        for template in &templates {
-            table.row(vec![
+    let zone = context.zone();
+    let header = &["TEMPLATE", "IMAGE", "READY", "ON DISK", "CREATED"];
+    context.printer.list(
+        &templates,
+        |template| &template.name,
+        header,
+        |template| {
+            vec![
                 template.name.to_string(),
                 template.image.reference.clone(),
                 template.ready_forks.map_or_else(String::new, |forks| format!("{}/{}", forks.ready, forks.wanted)),
                 show_bytes(template.allocated_bytes),
                 time::local(template.created_at, &zone),
-            ]);
-        }
-        context.printer.table(&table)?;
-    }
+            ]
+        },
+    )?;
     Ok(ExitStatus::SUCCESS)
 }
 

@@ -11,7 +11,6 @@ use crate::context::Context;
 use crate::failure::{ExitStatus, Failure};
 use crate::parse;
 use crate::printer::plain;
-use crate::table::Table;
 use crate::time;
 
 /// What to do with volumes.
@@ -114,25 +113,23 @@ async fn create(args: VolumeCreateArgs, context: &Context) -> Result<ExitStatus,
 
 async fn list(context: &Context) -> Result<ExitStatus, Failure> {
     let volumes = context.client().await?.volumes().await?.volumes;
-    if context.printer.is_json() {
-        context.printer.json(&volumes)?;
-    } else if context.printer.is_quiet() {
-        context.printer.text(&volumes.iter().map(|volume| format!("{}\n", volume.name)).collect::<String>())?;
-    } else {
-        let zone = context.zone();
-        let mut table = Table::new(&["VOLUME", "KIND", "SIZE", "ON DISK", "CREATED", "MOUNTED BY"]);
-        for volume in &volumes {
-            table.row(vec![
+    let zone = context.zone();
+    let header = &["VOLUME", "KIND", "SIZE", "ON DISK", "CREATED", "MOUNTED BY"];
+    context.printer.list(
+        &volumes,
+        |volume| &volume.name,
+        header,
+        |volume| {
+            vec![
                 volume.name.to_string(),
                 volume.kind.as_str().into(),
                 volume.size_bytes.map(show_bytes).unwrap_or_default(),
                 show_bytes(volume.allocated_bytes),
                 time::local(volume.created_at, &zone),
                 users(volume).join(", "),
-            ]);
-        }
-        context.printer.table(&table)?;
-    }
+            ]
+        },
+    )?;
     Ok(ExitStatus::SUCCESS)
 }
 
