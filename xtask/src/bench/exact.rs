@@ -4,7 +4,7 @@
 //! them and prints the table. Because the lab's clock counts instructions, waiting is free and exits look cheap: so VM exits, page
 //! faults and system calls of the whole host are counted beside the times.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
@@ -23,7 +23,7 @@ struct Figure {
     better: f64,
 }
 
-/// Key of what each word of the kernel's line is worth, which is no figure: `OPTION <words> <hello> <kernel>`.
+/// Key of what each word of the kernel's line is worth: lines `OPTION <words> <hello> <kernel>`, and a figure of no meaning when all are there.
 const OPTIONS: &str = "options";
 
 const fn figure(
@@ -112,6 +112,52 @@ impl Count {
     }
 }
 
+/// What the script has said so far.
+#[derive(Default)]
+struct Told {
+    /// By key.
+    figures: BTreeMap<String, f64>,
+    /// Names and milliseconds.
+    phases: Vec<(String, f64)>,
+    counts: Vec<Count>,
+    /// Words, milliseconds to the hello and in the kernel; the first are no words.
+    options: Vec<(String, f64, f64)>,
+}
+
+impl Told {
+    fn hear(&mut self, line: &str) {
+        // As they come: a machine that ends early has still said something.
+        println!("{line}");
+        // Behind what the progress of a command has left on the console's line.
+        let begins = ["FIGURE ", "COUNT ", "PHASE ", "OPTION "].iter().find_map(|word| line.find(word));
+        let line = &line[begins.unwrap_or(0)..];
+        self.counts.extend(Count::of(line));
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let milliseconds = |value: &str| value.parse::<f64>().map(|value| value / 1000.0);
+        match words.as_slice() {
+            ["FIGURE", key, value] => {
+                if let Ok(value) = value.parse::<f64>() {
+                    self.figures.insert((*key).to_owned(), value);
+                }
+            }
+            ["PHASE", name, value] => {
+                if let Ok(value) = milliseconds(value) {
+                    self.phases.push(((*name).to_owned(), value));
+                }
+            }
+            ["OPTION", words, hello, kernel] => {
+                if let (Ok(hello), Ok(kernel)) = (milliseconds(hello), milliseconds(kernel)) {
+                    if *words == "none" {
+                        self.options.clear();
+                    }
+                    self.options.push(((*words).replace('+', " "), hello, kernel));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 /// Measures and prints; fails only when something cannot be measured at all.
 ///
 /// `rows` are the keys of those that are wanted, none for all.
@@ -122,62 +168,24 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
     }
     debian::ensure(lab::PACKAGES)?;
     let machine = Machine { exact: true, cpus: 1, memory_mib: 4096, timeout_s: 1800, system: System::Bare };
-    let mut figures: BTreeMap<String, f64> = BTreeMap::new();
-    let mut phases: Vec<(String, f64)> = Vec::new();
-    let mut counts: Vec<Count> = Vec::new();
-    let mut options: Vec<(String, f64, f64)> = Vec::new();
     let mut more = vec![(by_hand::load_program()?, "load")];
     if rows.is_empty() || rows.iter().any(|row| row.starts_with("python")) {
         more.push((images::python()?, "python"));
     }
-    let mut note = |line: &str| {
-        // As they come: a machine that ends early has still said something.
-        println!("{line}");
-        // Behind what the progress of a command has left on the console's line.
-        let begins = ["FIGURE ", "COUNT ", "PHASE ", "OPTION "].iter().find_map(|word| line.find(word));
-        let line = &line[begins.unwrap_or(0)..];
-        counts.extend(Count::of(line));
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words.as_slice() {
-            ["FIGURE", key, value] => {
-                if let Ok(value) = value.parse::<f64>() {
-                    figures.insert((*key).to_owned(), value);
-                }
-            }
-            ["PHASE", name, value] => {
-                if let Ok(value) = value.parse::<f64>() {
-                    phases.push(((*name).to_owned(), value / 1000.0));
-                }
-            }
-            ["OPTION", words, hello, kernel] => {
-                if let (Ok(hello), Ok(kernel)) = (hello.parse::<f64>(), kernel.parse::<f64>()) {
-                    options.push(((*words).replace('+', " "), hello / 1000.0, kernel / 1000.0));
-                }
-            }
-            _ => {}
-        }
-    };
+    let mut told = Told::default();
     let mut left: Vec<&str> = rows.iter().map(String::as_str).collect();
     let mut tries = 0;
     let code = loop {
         tries += 1;
         let wanted: String = left.iter().map(|row| format!(",{row}")).collect();
         let script = format!("ROWS={wanted},\n{SCRIPT}");
-        let mut measured: BTreeSet<String> = BTreeSet::new();
-        let outcome = lab::measure(&machine, build, &script, &more, &mut |line| {
-            measured.extend(line.split("FIGURE ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned));
-            if line.contains("OPTION last") {
-                measured.insert(OPTIONS.to_owned());
-            }
-            note(line);
-        });
-        match outcome {
+        match lab::measure(&machine, build, &script, &more, &mut |line| told.hear(line)) {
             Ok(code) => break code,
             // This machine hangs now and then (docs/performance.md): the rows that are left get another.
             Err(error) if error.is::<lab::Hung>() && tries < TRIES_MAX => {
                 println!("again, for the rows that are left: {error:#}");
                 left = if left.is_empty() { known.clone() } else { left };
-                left.retain(|key| !measured.contains(*key));
+                left.retain(|key| !told.figures.contains_key(*key));
                 if left.is_empty() {
                     break 0;
                 }
@@ -185,6 +193,7 @@ pub(super) fn run(build: binaries::Arguments, rows: &[String]) -> Result<()> {
             Err(error) => return Err(error),
         }
     };
+    let Told { figures, phases, counts, options } = told;
     println!(
         "\n{:<58} {:>10}  {:<18} {:>8} {:>8}",
         "engine kvm, lab that counts instructions", "measured", "peer", "reach", "better"
@@ -254,6 +263,8 @@ shares() { local pid thread name sum
   done | awk '{sum[$1] += $2} END {for (name in sum) print name, sum[name]}' | sort > /tmp/shares.new
   [ $# = 1 ] && join /tmp/shares.old /tmp/shares.new | awk -v key=$1 '$3 - $2 > 500000 {printf "SHARE %s %s %d us\n", key, $1, ($3 - $2) / 1000}'
   mv /tmp/shares.new /tmp/shares.old; }
+# phases NAME: where the time of its boot went, a name and microseconds a line.
+phases() { msb inspect $1 --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print name, part[2]}'; }
 box() { [ -e /tmp/box ] && return; touch /tmp/box
   msb create --engine kvm -m 128M --name box busybox >/dev/null
   timed 2 msb exec box -- true >/dev/null; }
@@ -285,7 +296,7 @@ if want sample; then
 fi
 want memory && { box; awk '/^[0-9a-f]+-[0-9a-f]+ /{big=0} /^Size:/{big=($2 >= 120000)} /^Private_/{if (!big) sum += $2} END {print "FIGURE memory " sum * 1000 / 1024}' /proc/$(pidof msb-vmm)/smaps; }
 if want hello; then
-  box; msb inspect box --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); print "PHASE " name " " part[2]; if (name != "setup") sum += part[2]} END {print "FIGURE hello " sum}'
+  box; phases box | awk '{print "PHASE", $1, $2; if ($1 != "setup") sum += $2} END {print "FIGURE hello " sum}'
 fi
 if want block_write block_read random_write random_read; then
   box
@@ -399,15 +410,16 @@ fi
 if want options; then
   # What each word of the kernel's line changes: a service of its own for each, which hands the words to its guests.
   unbox
-  for words in none nokaslr mitigations=off nopti rcupdate.rcu_expedited=0 random.trust_cpu=off+random.trust_bootloader=off loglevel=7 init_on_alloc=1 noreplace-smp last; do
+  for words in none nokaslr mitigations=off nopti rcupdate.rcu_expedited=0 random.trust_cpu=off+random.trust_bootloader=off loglevel=7 init_on_alloc=1 noreplace-smp; do
     msb self stop >/dev/null 2>&1; while pidof msbd >/dev/null; do sleep 0.1; done
-    case $words in none) extra= ;; last) echo OPTION last; break ;; *) extra=${words//+/ } ;; esac
+    extra=${words//+/ }; [ $words = none ] && extra=
     for turn in 1 2 3; do
       MSB_CMDLINE_EXTRA=$extra msb create --engine kvm -m 128M --name option busybox >/dev/null
-      msb inspect option --format json | tr ',{' '\n\n' | awk -F'"' '/"name":/{name=$4} /"duration_us":/{split($0, part, ":"); gsub(/[^0-9]/, "", part[2]); if (name == "kernel") kernel = part[2]; if (name != "setup") sum += part[2]} END {print sum, kernel}'
+      phases option | awk '$1 == "kernel" {kernel = $2} $1 != "setup" {sum += $2} END {print sum, kernel}'
       msb rm -f option >/dev/null
     done | sort -n | awk -v words=$words '{line[NR] = $0} END {print "OPTION", words, line[2]}'
   done
+  figure options 0
 fi
 exit 0
 "#;
