@@ -19,8 +19,8 @@ use actix::prelude::*;
 use msb_image::snapshot::SnapshotFiles;
 use msb_protocol::error::ApiError;
 use msb_protocol::id::SandboxName;
-use msb_protocol::snapshot::{POOL_SIZE_MAX, ReadyForks, SnapshotManifest};
-use msb_protocol::vmm::RestoreSpec;
+use msb_protocol::snapshot::ReadyForks;
+use msb_protocol::vmm::StandBySpec;
 
 use crate::clock::Clock;
 use crate::faults;
@@ -28,7 +28,7 @@ use crate::inspect::{ActorReport, Inspect};
 use crate::kept::{Kept, Life};
 use crate::sandbox::actor::LetGo;
 use crate::snapshots::{ListSnapshots, Snapshot, Snapshots};
-use crate::vm::{Launcher, Spare, StandBy};
+use crate::vm::{Launcher, Spare};
 
 /// Messages that wait for the actor.
 const MAILBOX_LEN: usize = 1_024;
@@ -68,13 +68,17 @@ pub struct Ready {
 
 /// A template that asks for ready forks.
 struct Template {
-    name: SandboxName,
-    manifest: SnapshotManifest,
-    wanted: usize,
+    snapshot: Snapshot,
     ready: VecDeque<Ready>,
     /// None is made before this time.
     not_before_ms: u64,
     failure: Option<String>,
+}
+
+impl Template {
+    fn wanted(&self) -> usize {
+        self.snapshot.manifest.pool_size()
+    }
 }
 
 /// Keeps them.
@@ -133,14 +137,11 @@ impl PoolActor {
 
     fn see(&mut self, listed: Vec<Snapshot>) {
         let mut left = std::mem::take(&mut self.templates);
-        for Snapshot { name, id, manifest, .. } in listed {
-            let wanted = manifest.pool_size();
-            if wanted > 0 {
-                let fresh =
-                    || Template { name, manifest, wanted, ready: VecDeque::new(), not_before_ms: 0, failure: None };
-                let template = left.remove(&id).unwrap_or_else(fresh);
-                self.templates.insert(id, template);
-            }
+        for snapshot in listed.into_iter().filter(|snapshot| snapshot.manifest.pool_size() > 0) {
+            let id = snapshot.id.clone();
+            let fresh = || Template { snapshot, ready: VecDeque::new(), not_before_ms: 0, failure: None };
+            let template = left.remove(&id).unwrap_or_else(fresh);
+            self.templates.insert(id, template);
         }
         // Large files take a moment to go.
         tokio::task::spawn_blocking(move || drop(left));
@@ -148,11 +149,10 @@ impl PoolActor {
 
     /// Makes one if one is missing and none is being made; else comes back when it may.
     fn fill(&mut self, ctx: &mut Context<Self>) {
-        let standing: usize = self.templates.values().map(|template| template.ready.len()).sum();
-        if self.is_making || standing >= READY_MAX {
+        if self.is_making || self.standing() >= READY_MAX {
             return;
         }
-        let missing = self.templates.iter().filter(|(_, template)| template.ready.len() < template.wanted);
+        let missing = self.templates.iter().filter(|(_, template)| template.ready.len() < template.wanted());
         // The emptiest first.
         let Some((id, template)) = missing.min_by_key(|(_, template)| (template.not_before_ms, template.ready.len()))
         else {
@@ -164,13 +164,18 @@ impl PoolActor {
         self.is_making = true;
         self.made += 1;
         let (id, file) = (id.clone(), self.directory.join(format!("{}.img", self.made)));
-        let (name, manifest) = (template.name.clone(), template.manifest.clone());
-        let making = make(self.snapshots.files.clone(), Arc::clone(&self.launcher), name, manifest, file);
+        let snapshot = template.snapshot.clone();
+        let making = make(self.snapshots.files.clone(), Arc::clone(&self.launcher), snapshot, file);
         ctx.spawn(making.into_actor(self).map(move |made, this, ctx| {
             this.is_making = false;
             this.stands(&id, made);
             this.fill(ctx);
         }));
+    }
+
+    /// Ready forks of all templates.
+    fn standing(&self) -> usize {
+        self.templates.values().map(|template| template.ready.len()).sum()
     }
 
     fn stands(&mut self, id: &str, made: Result<Ready, ApiError>) {
@@ -186,7 +191,7 @@ impl PoolActor {
                 template.not_before_ms = retry_ms;
                 // Once, however often it happens.
                 if template.failure.as_ref() != Some(&error.message) {
-                    tracing::warn!(template = %template.name, error = %error.message, "no ready fork could be made; sandboxes start without");
+                    tracing::warn!(template = %template.snapshot.name, error = %error.message, "no ready fork could be made; sandboxes start without");
                     template.failure = Some(error.message);
                 }
             }
@@ -205,11 +210,14 @@ impl PoolActor {
 async fn make(
     files: SnapshotFiles,
     launcher: Arc<dyn Launcher>,
-    name: SandboxName,
-    manifest: SnapshotManifest,
+    Snapshot { name, manifest, .. }: Snapshot,
     file: PathBuf,
 ) -> Result<Ready, ApiError> {
-    let (memory, state) = files.memory_files(&name);
+    let stand_by = StandBySpec {
+        cpus: manifest.spec.cpus,
+        memory_mib: manifest.spec.memory_mib,
+        restore: files.memory_files(&name),
+    };
     let size_bytes = manifest.disk.size_bytes;
     let cloned = tokio::task::spawn_blocking(move || {
         let disk = ReadyDisk(file);
@@ -217,8 +225,6 @@ async fn make(
         Ok::<_, ApiError>(disk)
     });
     let disk = cloned.await.map_err(ApiError::internal)??;
-    let (cpus, memory_mib) = (manifest.spec.cpus, manifest.spec.memory_mib);
-    let stand_by = StandBy { cpus, memory_mib, restore: RestoreSpec { memory, state } };
     Ok(Ready { disk, spare: launcher.stand_by(stand_by).await? })
 }
 
@@ -286,11 +292,11 @@ impl Handler<Count> for PoolActor {
     fn handle(&mut self, _: Count, _: &mut Self::Context) -> Self::Result {
         faults::here("pool/count");
         self.handled += 1;
-        let count = |template: &Template| ReadyForks {
-            ready: template.ready.len() as u64,
-            wanted: template.wanted.min(POOL_SIZE_MAX) as u64,
+        let count = |template: &Template| {
+            let forks = ReadyForks { ready: template.ready.len() as u64, wanted: template.wanted() as u64 };
+            (template.snapshot.name.clone(), forks)
         };
-        MessageResult(self.templates.values().map(|template| (template.name.clone(), count(template))).collect())
+        MessageResult(self.templates.values().map(count).collect())
     }
 }
 
@@ -307,10 +313,10 @@ impl Handler<Inspect> for PoolActor {
     type Result = MessageResult<Inspect>;
     fn handle(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Result {
         faults::here("pool/inspect");
-        let standing: usize = self.templates.values().map(|template| template.ready.len()).sum();
+        let (standing, templates, taken) = (self.standing(), self.templates.len(), self.taken);
         MessageResult(ActorReport {
             handled: self.handled,
-            state: format!("{standing} ready forks of {} templates, {} taken", self.templates.len(), self.taken),
+            state: format!("{standing} ready forks of {templates} templates, {taken} taken"),
         })
     }
 }

@@ -28,7 +28,7 @@ pub const ATTRIBUTE_REASON: &str = "reason";
 pub const ATTRIBUTE_DNS_OUTCOME: &str = "dns.outcome";
 /// Attribute: the state of a sandbox.
 pub const ATTRIBUTE_STATE: &str = "sandbox.state";
-/// The name of a template.
+/// Attribute: the name of a template.
 pub const ATTRIBUTE_TEMPLATE: &str = "template.name";
 /// Attribute: the phase of a boot.
 pub const ATTRIBUTE_PHASE: &str = "boot.phase";

@@ -1,8 +1,8 @@
 //! The VMM border: what `msbd` and `msb-vmm` say to each other on a sandbox's control socket.
 //!
 //! Frames ([`crate::frame`]) with JSON bodies. The first connection is the socketpair that `msb-vmm` got as its standard
-//! input; it begins with [`Request::Launch`], before which [`Request::StandBy`] may come. A daemon that was restarted connects to `<run>/control.sock` and begins with
-//! [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
+//! input; it begins with [`Request::Launch`], before which [`Request::StandBy`] may come. A daemon that was restarted connects to
+//! `<run>/control.sock` and begins with [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
 
 use std::path::PathBuf;
 
@@ -60,14 +60,7 @@ pub struct RequestFrame {
 pub enum Request {
     /// Before `Launch`: make what of a saved machine can be made before it is known whose it will be, and wait for the launch, which
     /// must restore this one. Nothing of the guest runs meanwhile; the process ends when the connection does.
-    StandBy {
-        /// Its processors.
-        cpus: u32,
-        /// Its memory in MiB.
-        memory_mib: u32,
-        /// Its files.
-        restore: RestoreSpec,
-    },
+    StandBy(StandBySpec),
     /// First on the first connection: boot this.
     Launch {
         /// What to boot.
@@ -445,6 +438,17 @@ pub struct VmSpec {
     /// Disks of volumes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,
+}
+
+/// A saved machine to stand by with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandBySpec {
+    /// Its processors.
+    pub cpus: u32,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Its files.
+    pub restore: RestoreSpec,
 }
 
 /// A machine that was written down.

@@ -94,8 +94,8 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
         First::Launch(spec) => {
             Ok(process::run(&spec, Some(Launcher { connection, request_id, stand_by: None }), started))
         }
-        First::StandBy { cpus, memory_mib, restore } => {
-            let made = StandBy::new(cpus, memory_mib, restore);
+        First::StandBy(spec) => {
+            let made = StandBy::new(spec);
             let result = made.as_ref().map(|_| Reply::Done).map_err(ApiError::clone);
             connection.send(&Message::Reply { id: request_id, result });
             let Ok(stand_by) = made else { return Ok(EXIT_USAGE) };

@@ -26,7 +26,7 @@ use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
 use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, RestoreSpec, Sample, VmSpec, VmStatus};
+use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, StandBySpec, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::error::SendError;
@@ -241,17 +241,6 @@ pub enum Adoption {
     Gone(Gone),
 }
 
-/// A saved machine to stand by with.
-#[derive(Clone, Debug)]
-pub struct StandBy {
-    /// Its processors.
-    pub cpus: u32,
-    /// Its memory in MiB.
-    pub memory_mib: u32,
-    /// Its files.
-    pub restore: RestoreSpec,
-}
-
 /// A VM for which everything is made that does not depend on whose it will be. It ends when this is dropped.
 pub trait Spare: Send {
     /// Whether it can still be launched.
@@ -275,7 +264,7 @@ pub trait Launcher: Send + Sync + 'static {
         events: EventSink,
     ) -> Boxed<Result<VmHandle, ApiError>>;
     /// Makes what can be made of a saved machine before it is known whose it will be.
-    fn stand_by(&self, machine: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
+    fn stand_by(&self, machine: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
     /// Looks for one.
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
     /// Which rule of a network that does not run would decide about a target.

@@ -30,7 +30,7 @@ use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
     BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply,
-    Request, RequestFrame, VMM_LOG_FILE, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    Request, RequestFrame, StandBySpec, VMM_LOG_FILE, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -39,8 +39,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::samples::SampleReader;
 use super::scope::{self, Scopes};
 use super::{
-    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, Spare, StandBy, VmCommand, VmEvent, VmHandle,
-    agent, descriptors, explain,
+    AdoptRequest, Adoption, AgentIo, Boxed, EventSink, Gone, Launcher, Spare, VmCommand, VmEvent, VmHandle, agent,
+    descriptors, explain,
 };
 use crate::identity::{self, ProcessIdentity};
 
@@ -79,7 +79,7 @@ impl Launcher for ProcessLauncher {
         Box::pin(async move { this.spawn(spec, listeners, events).await })
     }
 
-    fn stand_by(&self, machine: StandBy) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+    fn stand_by(&self, machine: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
         let this = self.clone();
         Box::pin(async move { this.stand_by(machine).await })
     }
@@ -231,7 +231,7 @@ impl ProcessLauncher {
     }
 
     /// Starts a process that stands by with a saved machine.
-    async fn stand_by(self, machine: StandBy) -> Result<Box<dyn Spare>, ApiError> {
+    async fn stand_by(self, machine: StandBySpec) -> Result<Box<dyn Spare>, ApiError> {
         if matches!(self.scopes, Some(Scopes::Manager(_))) {
             let message =
                 "where the service manager starts VM processes, none can be started before it is known whose it is";
@@ -241,9 +241,8 @@ impl ProcessLauncher {
         // It has no log before it has a sandbox.
         command.env_clear().stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = self.start(command)?;
-        let StandBy { cpus, memory_mib, restore } = machine;
         let mut wire = Vec::new();
-        let frame = RequestFrame { id: 1, request: Request::StandBy { cpus, memory_mib, restore } };
+        let frame = RequestFrame { id: 1, request: Request::StandBy(machine) };
         encode_json(&frame, &mut wire).map_err(ApiError::internal)?;
         let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
             process.control.write_all(&wire).await?;

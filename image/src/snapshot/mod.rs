@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use msb_protocol::id::SandboxName;
 use msb_protocol::snapshot::{SNAPSHOT_MANIFEST_LEN_MAX, SnapshotManifest};
+use msb_protocol::vmm::RestoreSpec;
 
 use crate::digest::Digest;
 pub use archive::Importing;
@@ -259,8 +260,8 @@ impl SnapshotFiles {
 
     /// The files of a snapshot's memory and machine.
     #[must_use]
-    pub fn memory_files(&self, name: &SandboxName) -> (PathBuf, PathBuf) {
-        (self.path(name).join(MEMORY), self.path(name).join(MACHINE))
+    pub fn memory_files(&self, name: &SandboxName) -> RestoreSpec {
+        RestoreSpec { memory: self.path(name).join(MEMORY), state: self.path(name).join(MACHINE) }
     }
 
     /// Writes a snapshot as one `.tar.zst`, its disk as a sparse entry. What is damaged is not written to its end.

@@ -209,27 +209,22 @@ impl Collection {
 
     /// The points about the daemon itself.
     pub(crate) fn daemon_points<'a>(&'a self, mut each: impl FnMut(Point<'a>)) {
-        for (state, count) in &self.states {
-            each(Point {
-                metric: Metric::Sandboxes,
-                value: Value::Unsigned(*count),
-                attributes: &[],
-                extra: [Some((ATTRIBUTE_STATE, state)), None],
-                start_ns: 0,
-                time_ns: self.taken_ns,
-                is_last: false,
-            });
-        }
-        for (template, count) in &self.ready_forks {
-            each(Point {
-                metric: Metric::ReadyForks,
-                value: Value::Unsigned(*count),
-                attributes: &[],
-                extra: [Some((ATTRIBUTE_TEMPLATE, template)), None],
-                start_ns: 0,
-                time_ns: self.taken_ns,
-                is_last: false,
-            });
+        let gauges = [
+            (Metric::Sandboxes, ATTRIBUTE_STATE, &self.states),
+            (Metric::ReadyForks, ATTRIBUTE_TEMPLATE, &self.ready_forks),
+        ];
+        for (metric, attribute, counts) in gauges {
+            for (of, count) in counts {
+                each(Point {
+                    metric,
+                    value: Value::Unsigned(*count),
+                    attributes: &[],
+                    extra: [Some((attribute, of)), None],
+                    start_ns: 0,
+                    time_ns: self.taken_ns,
+                    is_last: false,
+                });
+            }
         }
     }
 

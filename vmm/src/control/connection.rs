@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
 use msb_protocol::id::BootId;
 use msb_protocol::network::PORTS_COUNT_MAX;
-use msb_protocol::vmm::{Event, Message, Request, RequestFrame, RestoreSpec, Sample, SampleEncoder, VmSpec};
+use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, StandBySpec, VmSpec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -220,14 +220,7 @@ pub enum First {
     /// Boot this.
     Launch(Box<VmSpec>),
     /// Make what can be made of this; the launch follows when somebody wants it.
-    StandBy {
-        /// Its processors.
-        cpus: u32,
-        /// Its memory in MiB.
-        memory_mib: u32,
-        /// Its files.
-        restore: RestoreSpec,
-    },
+    StandBy(StandBySpec),
 }
 
 /// Waits for the request that begins the first connection, or for the launch behind a `StandBy`, which has no time limit; gives its id too.
@@ -243,9 +236,7 @@ pub fn receive_first(connection: &mut Connection, timeout: Option<Duration>) -> 
                     connection.wants_events = true;
                     Ok((frame.id, First::Launch(spec)))
                 }
-                Request::StandBy { cpus, memory_mib, restore } => {
-                    Ok((frame.id, First::StandBy { cpus, memory_mib, restore }))
-                }
+                Request::StandBy(spec) => Ok((frame.id, First::StandBy(spec))),
                 _ => Err(io::Error::other("the first request is not a launch")),
             };
         }

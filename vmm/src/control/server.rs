@@ -349,7 +349,7 @@ impl Server {
 
     fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
-            Request::Launch { .. } | Request::StandBy { .. } => {
+            Request::Launch { .. } | Request::StandBy(_) => {
                 Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch"))
             }
             Request::Adopt { generation: 0 } => {

@@ -16,7 +16,8 @@ use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
-    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
+    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, StandBySpec, UPPER_SERIAL,
+    VSOCK_SOCKET, VmSpec,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -259,7 +260,8 @@ impl StandBy {
     ///
     /// # Errors
     /// What is wrong with the files, or that engine kvm is not to be had.
-    pub fn new(cpus: u32, memory_mib: u32, restore: RestoreSpec) -> Result<Self, ApiError> {
+    pub fn new(spec: StandBySpec) -> Result<Self, ApiError> {
+        let StandBySpec { cpus, memory_mib, restore } = spec;
         let cpus = u8::try_from(cpus).map_err(|_| invalid("too many cpus"))?;
         let (memory, state) = open_saved(&restore)?;
         let standing = Standing::new(memory_mib, cpus, memory, state).map_err(boot_error)?;

@@ -149,8 +149,8 @@ impl SandboxActor {
                                     )?;
                                 }
                                 if snapshot.manifest.memory.is_some() {
-                                    let (memory, state) = snapshots.files.memory_files(&snapshot.name);
-                                    restore = Some(Restore { files: RestoreSpec { memory, state }, spare: moved });
+                                    let files = snapshots.files.memory_files(&snapshot.name);
+                                    restore = Some(Restore { files, spare: moved });
                                 }
                             }
                         }
@@ -196,14 +196,14 @@ impl SandboxActor {
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(mut spec) => {
-                let restore = self.restore.take();
-                let spare = restore.map(|Restore { files, spare }| {
+                let mut stands_by = None;
+                if let Some(Restore { files, spare }) = self.restore.take() {
                     spec.restore = Some(files);
-                    spare
-                });
+                    stands_by = spare.filter(|spare| spare.is_alive());
+                }
                 let events = self.listen(run.boot_id);
                 let (spec, listeners) = (Box::new(spec), self.ports.listeners());
-                let launching = match spare.flatten().filter(|spare| spare.is_alive()) {
+                let launching = match stands_by {
                     Some(spare) => spare.launch(spec, listeners, events),
                     None => self.surroundings.launcher.launch(spec, listeners, events),
                 };

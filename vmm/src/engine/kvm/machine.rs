@@ -80,8 +80,13 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
     let Made { kvm, vm, memory, content } = match restore {
-        Some(Restore::Standing(standing)) => standing.for_machine(memory_mib, cpus)?,
-        Some(Restore::Saved { memory, state }) => make(&phases, || load_saved(memory_mib, cpus, memory, state))?,
+        Some(Restore::Standing(standing)) => {
+            check_size(&standing.content, memory_mib, cpus)?;
+            standing.map(Content::Saved)
+        }
+        Some(Restore::Saved { memory, state }) => {
+            make(&phases, || load_saved(memory_mib, cpus, memory, state))?.map(Content::Saved)
+        }
         None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)))?,
     };
     phases.mark("vm_created");
@@ -131,16 +136,23 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
     Ok(Built { vm: Vm { fd: vm, memory }, bus, vcpus, devices })
 }
 
-/// A VM with memory that has something in it.
-struct Made {
+/// A VM with its memory, and what is in that.
+pub struct Made<T> {
     kvm: Kvm,
     vm: VmFd,
     memory: GuestRam,
-    content: Content,
+    content: T,
+}
+
+impl<T> Made<T> {
+    fn map<U>(self, turn: impl FnOnce(T) -> U) -> Made<U> {
+        let Self { kvm, vm, memory, content } = self;
+        Made { kvm, vm, memory, content: turn(content) }
+    }
 }
 
 /// Makes the VM, and what `load` makes beside it: making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab).
-fn make(phases: &Phases, load: impl FnOnce() -> Result<Loaded, BootError>) -> Result<Made, BootError> {
+fn make<T>(phases: &Phases, load: impl FnOnce() -> Result<(GuestRam, T), BootError>) -> Result<Made<T>, BootError> {
     let (made, loaded) = std::thread::scope(|scope| {
         let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
         // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
@@ -154,19 +166,14 @@ fn make(phases: &Phases, load: impl FnOnce() -> Result<Loaded, BootError>) -> Re
         (made, loaded)
     });
     let (kvm, vm) = made?;
-    let Loaded { memory, content } = loaded?;
+    let (memory, content) = loaded?;
     register_memory(&vm, &memory)?;
     Ok(Made { kvm, vm, memory, content })
 }
 
 /// A saved machine for which everything is made that does not depend on whose it will be: its VM, and its memory in it. No processor
 /// and no clock of it exists yet, so that for its guest no time passes while it stands.
-pub struct Standing {
-    kvm: Kvm,
-    vm: VmFd,
-    memory: GuestRam,
-    state: Box<SavedMachine>,
-}
+pub type Standing = Made<Box<SavedMachine>>;
 
 impl Standing {
     /// Makes one of its files.
@@ -174,22 +181,12 @@ impl Standing {
     /// # Errors
     /// Engine kvm is not to be had, or the files do not fit what is asked for.
     pub fn new(memory_mib: u32, cpus: u8, memory: File, state: Box<SavedMachine>) -> Result<Self, BootError> {
-        let made = make(&Phases::new(Instant::now(), None), || load_saved(memory_mib, cpus, memory, state))?;
-        match made {
-            Made { kvm, vm, memory, content: Content::Saved(state) } => Ok(Self { kvm, vm, memory, state }),
-            Made { .. } => Err(BootError::Restore { reason: "it is no saved machine".into() }),
-        }
+        make(&Phases::new(Instant::now(), None), || load_saved(memory_mib, cpus, memory, state))
     }
 
     /// What was saved of it beside its memory.
     pub fn state(&self) -> &SavedMachine {
-        &self.state
-    }
-
-    fn for_machine(self, memory_mib: u32, cpus: u8) -> Result<Made, BootError> {
-        check_size(&self.state, memory_mib, cpus)?;
-        let Self { kvm, vm, memory, state } = self;
-        Ok(Made { kvm, vm, memory, content: Content::Saved(state) })
+        &self.content
     }
 }
 
@@ -208,12 +205,6 @@ fn make_vm() -> Result<(Kvm, VmFd), BootError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(failed("create the timer"))?;
     Ok((kvm, vm))
-}
-
-/// Guest memory with something in it.
-struct Loaded {
-    memory: GuestRam,
-    content: Content,
 }
 
 /// What is in a guest's memory before its first instruction.
@@ -236,14 +227,19 @@ fn check_size(state: &SavedMachine, memory_mib: u32, cpus: u8) -> Result<(), Boo
     Ok(())
 }
 
-fn load_saved(memory_mib: u32, cpus: u8, memory: File, state: Box<SavedMachine>) -> Result<Loaded, BootError> {
+fn load_saved(
+    memory_mib: u32,
+    cpus: u8,
+    memory: File,
+    state: Box<SavedMachine>,
+) -> Result<(GuestRam, Box<SavedMachine>), BootError> {
     check_size(&state, memory_mib, cpus)?;
     let memory =
         GuestRam::restored(memory_mib.into(), memory).map_err(|error| BootError::Restore { reason: chain(&error) })?;
-    Ok(Loaded { memory, content: Content::Saved(state) })
+    Ok((memory, state))
 }
 
-fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<Loaded, BootError> {
+fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<(GuestRam, Content), BootError> {
     let refused = |error: &dyn std::error::Error| BootError::Kernel { reason: chain(error) };
     let memory = GuestRam::private(memory_mib.into()).map_err(|error| BootError::Memory { reason: chain(&error) })?;
     let (map, size_bytes) = (memory.map(), memory.size_bytes());
@@ -253,7 +249,7 @@ fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<
         .map(|file| boot_data::load_initramfs(file, map, size_bytes, kernel.end))
         .transpose()
         .map_err(|error| refused(&error))?;
-    Ok(Loaded { memory, content: Content::Kernel { kernel, initramfs } })
+    Ok((memory, Content::Kernel { kernel, initramfs }))
 }
 
 fn eventfd_failed(source: std::io::Error) -> BootError {
