@@ -25,6 +25,7 @@ use msb_protocol::vmm::{Message, Reply, VMM_LOG_FILE};
 use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
+use msb_vmm::jail::namespaces;
 use msb_vmm::jail::process::{close_inherited, make_room_for_descriptors};
 use msb_vmm::launch::engine_choice;
 use msb_vmm::launch::machine::StandBy;
@@ -87,6 +88,7 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
     if stream.peer_addr().is_err() {
         bail!("standard input is not a socket: msb-vmm is started by msbd, or by hand with --spec FILE");
     }
+    namespaces::enter();
     let mut connection = Connection::new(stream).context("control socket")?;
     let no_launch = "no launch request came";
     let (request_id, first) = receive_first(&mut connection, Some(LAUNCH_TIMEOUT)).context(no_launch)?;
@@ -120,6 +122,7 @@ fn log_to(path: &Path) -> anyhow::Result<()> {
 fn launched_by_hand(path: &Path, started: Instant) -> anyhow::Result<u8> {
     let text = std::fs::read(path).with_context(|| path.display().to_string())?;
     let spec = serde_json::from_slice(&text).with_context(|| format!("{} is not a VmSpec", path.display()))?;
+    namespaces::enter();
     Ok(process::run(&spec, None, started))
 }
 

@@ -70,6 +70,8 @@ fn shared_directories_files_and_memory_are_what_their_options_say() {
     {
         assert!(inspect.contains(shown), "{shown}: {inspect}");
     }
+    // In force, or the host is said to lack it.
+    assert!(inspect.contains("mount namespace"), "{inspect}");
     // chown, chmod and mknod are the guest's; the host's files stay ordinary.
     let root = |line: &str| home.msb(["exec", "-u", "root", "box", "--", "sh", "-c", line]).run();
     let made = root(

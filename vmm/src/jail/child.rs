@@ -1,13 +1,13 @@
-//! The confinement of QEMU: Landlock around its program, its libraries and the two files it loads, entered by the process that is about
-//! to become it, so that not one of its instructions runs outside.
+//! The confinement of QEMU: namespaces and Landlock around its program, its libraries and the two files it loads, entered by the process that is
+//! about to become it, so that not one of its instructions runs outside.
 //!
 //! Called by `engine/qemu/child` between the start of that process and the exec. QEMU's system calls are its own affair
 //! (`-sandbox on,…`), which knows them; what is here is what it may open by path, and that it may not use TCP.
 
 use std::path::{Path, PathBuf};
 
-use super::JailError;
 use super::files::{FilePlan, Ruleset};
+use super::{JailError, ThreadClass, namespaces};
 
 /// Where programs and their libraries live.
 const PROGRAMS: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/nix/store"];
@@ -22,15 +22,27 @@ const START_UP: [&str; 7] = [
     "/sys/devices/system",
 ];
 
-/// Confines the calling process, which has one thread, for `program` and these files. Tells the Landlock ABI that enforces it; none on a
-/// host without, where nothing happens.
-pub fn confine(program: &Path, files: Vec<PathBuf>) -> Result<Option<i32>, JailError> {
+/// How far the host let a child be confined.
+#[derive(Debug)]
+pub struct Confinement {
+    /// The Landlock ABI that enforces it; none on a host without.
+    pub landlock: Option<i32>,
+    /// Why it has no root of its own, if it has none.
+    pub shares_root: Option<String>,
+}
+
+/// Confines the calling process, which has one thread and has entered its namespaces, for `program` and these files.
+pub fn confine(program: &Path, files: Vec<PathBuf>) -> Result<Confinement, JailError> {
     let mut read: Vec<PathBuf> = START_UP.iter().map(PathBuf::from).collect();
     read.extend(files);
     let mut execute: Vec<PathBuf> = PROGRAMS.iter().map(PathBuf::from).collect();
     // One that was built by hand lies elsewhere, with its firmware beside it.
     execute.extend(program.parent().map(Path::to_path_buf));
-    let (ruleset, abi) = Ruleset::build(&FilePlan { read, execute, ..FilePlan::default() }, false)?;
+    let plan = FilePlan { read, execute, ..FilePlan::default() };
+    let (ruleset, landlock) = Ruleset::build(&plan, false)?;
+    let shares_root = namespaces::hide(&plan)?.err();
+    namespaces::drop_capabilities(ThreadClass::Service)
+        .map_err(|source| JailError::Process { what: "capabilities", source })?;
     ruleset.restrict_thread()?;
-    Ok(abi)
+    Ok(Confinement { landlock, shares_root })
 }

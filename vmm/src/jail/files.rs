@@ -3,7 +3,7 @@
 //! Everything else that a VM works on (disks, kernel, sockets) is open before the jail closes and stays usable. The ruleset is built
 //! once and applied by each thread to itself, because Landlock binds a thread and what it starts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset as Builder,
@@ -28,6 +28,19 @@ pub struct FilePlan {
     pub execute: Vec<PathBuf>,
     /// Whether TCP may be used.
     pub network: bool,
+}
+
+impl FilePlan {
+    /// Every path once, but for those below another and those that mean an open descriptor.
+    pub(super) fn paths(&self) -> Vec<&Path> {
+        let all = [&self.read, &self.write, &self.shares, &self.execute];
+        let mut paths: Vec<&Path> = all.into_iter().flatten().map(PathBuf::as_path).collect();
+        paths.retain(|path| !path.starts_with("/proc/self/fd"));
+        // In this order a directory comes before what is below it.
+        paths.sort_unstable();
+        paths.dedup_by(|path, above| path.starts_with(above));
+        paths
+    }
 }
 
 /// A ruleset that threads apply to themselves; nothing on hosts without Landlock.

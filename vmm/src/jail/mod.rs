@@ -1,10 +1,11 @@
 //! What confines the VM process: closed once, before the first guest instruction, and narrower on every thread than on the process.
 //!
 //! ```text
-//!  main:    close_inherited ─► … open everything, spawn QEMU (child::confine) … ─► close(plan) ─► Engine::run
-//!                                                                                        │
-//!  process:   no core dumps, not dumpable, no_new_privs, union seccomp filter on every thread (TSYNC), descriptors above as opened
-//!  thread:    enter(class): Landlock (this sandbox's own files), the class's own seccomp filter
+//!  main:    close_inherited ─► namespaces::enter ─► … open everything, spawn QEMU (child::confine) … ─► close(plan) ─► Engine::run
+//!                                                                                                            │
+//!  process:   a root directory with its own files alone, no core dumps, not dumpable, no_new_privs, union seccomp filter on every thread
+//!             (TSYNC), descriptors above as opened
+//!  thread:    enter(class): no capabilities, Landlock (this sandbox's own files), the class's own seccomp filter
 //! ```
 //!
 //! * Threads are started before `close` and call [`enter`] after it: vCPUs are parked for that, event loops are sent a job, the others
@@ -19,6 +20,7 @@
 
 pub mod child;
 pub mod files;
+pub mod namespaces;
 pub mod process;
 mod program;
 pub mod system_calls;
@@ -106,6 +108,10 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
         None => report.missing.push("landlock: this kernel has it switched off or lacks it".into()),
     }
     let filters = system_calls::Filters::compile(plan.has_child, plan.files.network, plan.has_shares)?;
+    match namespaces::hide(&plan.files)? {
+        Ok(what) => report.in_force.push(what.into()),
+        Err(what) => report.missing.push(what),
+    }
     process::forbid_core_dumps()?;
     report.in_force.push("no core dumps".into());
     process::forbid_new_privileges()?;
@@ -117,6 +123,7 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
     closed.filters.apply_union_to_all_threads()?;
     report.in_force.push("seccomp allow-list on every thread".into());
     enter(ThreadClass::Service)?;
+    report.in_force.push("no capabilities".into());
     report.in_force.push("seccomp allow-list per thread class".into());
     if plan.has_child {
         report.in_force.push("qemu: its own seccomp sandbox".into());
@@ -139,6 +146,7 @@ pub fn enter(class: ThreadClass) -> Result<(), JailError> {
     if ENTERED.get() {
         return Ok(());
     }
+    namespaces::drop_capabilities(class).map_err(|source| JailError::Process { what: "capabilities", source })?;
     closed.files.restrict_thread()?;
     closed.filters.apply(class)?;
     ENTERED.set(true);

@@ -159,6 +159,8 @@ const TABLE: &[Line] = &[
     // The jail's own: a thread that narrows itself.
     Line(libc::SYS_seccomp, ALL, Any, "narrowing only: a filter cannot loosen"),
     Line(libc::SYS_landlock_restrict_self, ALL, Any, "narrowing only"),
+    Line(libc::SYS_capget, ALL, Any, "which capabilities there are to drop"),
+    Line(libc::SYS_capset, ALL, Any, "narrowing only: none can be gained"),
     // vCPUs.
     Line(libc::SYS_ioctl, VCPU, OneOf(1, VCPU_REQUESTS), "KVM_RUN, KVM_KVMCLOCK_CTRL, and reading the machine"),
     // Disks.
@@ -337,6 +339,11 @@ mod tests {
             libc::SYS_vfork,
             libc::SYS_bpf,
             libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_pivot_root,
+            libc::SYS_open_tree,
+            libc::SYS_move_mount,
+            libc::SYS_mount_setattr,
             libc::SYS_open,
             libc::SYS_process_vm_readv,
             libc::SYS_process_vm_writev,

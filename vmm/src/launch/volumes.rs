@@ -15,7 +15,7 @@ use crate::devices::virtio::block::storage::{Concatenation, SparseFile, Storage}
 use crate::devices::virtio::block::{Block, BlockOptions, DiskFullObserver};
 use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::fs::{Fs, Share};
-use crate::jail::ThreadClass;
+use crate::jail::{ThreadClass, namespaces};
 
 /// Shares of one machine at most.
 const SHARES_MAX: usize = 64;
@@ -82,6 +82,7 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
         if !matches!(kind, FileType::Directory | FileType::RegularFile) {
             return Err(invalid(format!("{} is neither a directory nor a regular file", path.display())));
         }
+        let root = namespaces::detached(root, *read_only).map_err(|error| failed("shared directory", path, &error))?;
         paths.push(SharedPath {
             path: PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd())),
             read_only: *read_only,

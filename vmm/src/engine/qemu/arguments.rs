@@ -1,7 +1,6 @@
 //! QEMU's command line, made from a machine: pure, so that a test reads it.
 
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
 
 use crate::devices::virtio::device::DeviceType;
 
@@ -18,9 +17,9 @@ pub(super) struct Attachment {
 enum Channel {
     /// It inherits a connected one.
     Inherited(RawFd),
-    /// It connects. Only for `-netdev vhost-user`, which refuses others: QEMU believes that descriptors can be passed over sockets that
-    /// it connected itself and over no other.
-    Path(PathBuf),
+    /// It inherits the name of one (`O_PATH`) and connects. Only for `-netdev vhost-user`, which refuses others: QEMU believes that descriptors
+    /// can be passed over sockets that it connected itself and over no other.
+    Named(RawFd),
 }
 
 impl Attachment {
@@ -33,7 +32,7 @@ impl Attachment {
             DeviceType::Block => "vhost-user-blk,num-queues=1,config-wce=off",
             DeviceType::Vsock => "vhost-user-vsock-device",
             DeviceType::Rng => "vhost-user-rng",
-            DeviceType::Net => return Err("a network card is attached by path".into()),
+            DeviceType::Net => return Err("a network card is attached by its socket's name".into()),
             DeviceType::Fs => "vhost-user-fs-device,tag=msb,queue-size=512",
             DeviceType::Balloon => return Err("the balloon is QEMU's own on this engine".into()),
         };
@@ -41,12 +40,12 @@ impl Attachment {
     }
 
     /// The network card of this Ethernet address, which QEMU must be told: it answers for the configuration space itself.
-    pub(super) fn network(name: &str, mac: [u8; 6], socket: &Path) -> Self {
+    pub(super) fn network(name: &str, mac: [u8; 6], socket: RawFd) -> Self {
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
         Self {
             qemu_device: format!("virtio-net-device,netdev=net-{name},mac={mac}"),
             name: name.to_owned(),
-            channel: Channel::Path(socket.to_owned()),
+            channel: Channel::Named(socket),
         }
     }
 
@@ -57,10 +56,8 @@ impl Attachment {
                 words.extend(["-chardev".into(), format!("socket,id=chr-{name},fd={socket}")]);
                 words.extend(["-device".into(), format!("{qemu_device},chardev=chr-{name}")]);
             }
-            Channel::Path(path) => {
-                // A comma in a value is written twice.
-                let path = path.to_string_lossy().replace(',', ",,");
-                words.extend(["-chardev".into(), format!("socket,id=chr-{name},path={path}")]);
+            Channel::Named(socket) => {
+                words.extend(["-chardev".into(), format!("socket,id=chr-{name},path=/proc/self/fd/{socket}")]);
                 words.extend(["-netdev".into(), format!("vhost-user,id=net-{name},chardev=chr-{name}")]);
                 words.extend(["-device".into(), qemu_device.clone()]);
             }
@@ -151,10 +148,10 @@ mod tests {
             assert!(!line.contains(forbidden), "{forbidden} is in {line}");
         }
         let mac = [2, 0x6d, 0x73, 0x62, 0, 2];
-        arguments.attachments.push(Attachment::network("net", mac, Path::new("/r/a,b/net.sock")));
+        arguments.attachments.push(Attachment::network("net", mac, 12));
         let line = arguments.to_words().join(" ");
         assert!(line.ends_with(
-            "-chardev socket,id=chr-net,path=/r/a,,b/net.sock -netdev vhost-user,id=net-net,chardev=chr-net \
+            "-chardev socket,id=chr-net,path=/proc/self/fd/12 -netdev vhost-user,id=net-net,chardev=chr-net \
              -device virtio-net-device,netdev=net-net,mac=02:6d:73:62:00:02"
         ));
         assert!(Attachment::new(DeviceType::Net, "net", 1).is_err());

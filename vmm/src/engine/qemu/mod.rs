@@ -27,11 +27,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{BootError, Engine, EngineEnd, Machine, Stopper};
 use crate::devices::virtio::device::{DeviceType, VirtioDevice};
+use crate::jail::namespaces;
 use crate::launch::phases::Phases;
 use crate::run::GUEST_ENDED;
 use crate::transport::vhost_user::{Served, serve, serve_accepted};
@@ -109,14 +111,18 @@ fn attach(device: &dyn VirtioDevice, socket: &UnixStream) -> Result<Attachment, 
         .map_err(|reason| BootError::Device { device: device.name().to_owned(), reason })
 }
 
-/// Serves the network card on a socket that QEMU will connect to.
-fn attach_network(device: Box<dyn VirtioDevice>, path: &Path) -> std::io::Result<(Attachment, Served)> {
+/// Serves the network card on a socket that QEMU will connect to, by the descriptor that comes back: its path is taken away at once, so that
+/// nobody else can.
+fn attach_network(device: Box<dyn VirtioDevice>, path: &Path) -> std::io::Result<(Attachment, Served, OwnedFd)> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path)?;
+    let name = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty());
+    std::fs::remove_file(path)?;
+    let name = name?;
     let mut mac = [0; 6];
     device.read_config(0, &mut mac);
-    let attachment = Attachment::network(device.name(), mac, path);
-    Ok((attachment, serve_accepted(device, listener, path.to_owned())?))
+    let attachment = Attachment::network(device.name(), mac, name.as_raw_fd());
+    Ok((attachment, serve_accepted(device, listener)?, name))
 }
 
 /// The shared kernel line with what this engine adds.
@@ -151,9 +157,10 @@ impl Engine for QemuEngine {
         for device in machine.devices {
             if device.device_type() == DeviceType::Net {
                 let path = machine.work_directory.join(NETWORK_SOCKET);
-                let (attachment, served) = attach_network(device, &path).map_err(system("network socket"))?;
+                let (attachment, served, name) = attach_network(device, &path).map_err(system("network socket"))?;
                 attachments.push(attachment);
                 devices.push(served);
+                inherited.push(name);
                 continue;
             }
             let (ours, theirs) = inherited_pair().map_err(system("device socket could not be made"))?;
@@ -177,10 +184,11 @@ impl Engine for QemuEngine {
             attachments,
         };
 
+        let (ours, theirs) = UnixStream::pair().map_err(system("a socket for QEMU could not be made"))?;
         let mut child = Command::new("/proc/self/exe")
             .args(child::arguments(&self.program, arguments.to_words()))
             .env_clear()
-            .stdin(Stdio::null())
+            .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -211,6 +219,10 @@ impl Engine for QemuEngine {
         // A stop that came before there was anything to kill.
         if self.ending.stopped.load(Ordering::SeqCst) {
             self.ending.stop();
+        }
+        let shares_root = child::hear(ours).map_err(system("QEMU does not come"))?;
+        if !shares_root.is_empty() {
+            namespaces::keep_root(format!("QEMU could not have one: {shares_root}"));
         }
         let console =
             streams::copy_console(console_ours, machine.console).map_err(system("thread could not be started"))?;

@@ -18,7 +18,6 @@ mod tests;
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -67,15 +66,10 @@ pub fn serve(device: Box<dyn VirtioDevice>, socket: UnixStream) -> io::Result<Se
     serve_on(device, move |_| Some(socket))
 }
 
-/// Serves `device` to the first that connects to `listener` at `path`, which is removed then.
-pub fn serve_accepted(device: Box<dyn VirtioDevice>, listener: UnixListener, path: PathBuf) -> io::Result<Served> {
+/// Serves `device` to the first that connects to `listener`.
+pub fn serve_accepted(device: Box<dyn VirtioDevice>, listener: UnixListener) -> io::Result<Served> {
     listener.set_nonblocking(true)?;
-    serve_on(device, move |stopping| {
-        let socket = accept(&listener, stopping);
-        // Nobody else has any business there.
-        let _ = std::fs::remove_file(path);
-        socket
-    })
+    serve_on(device, move |stopping| accept(&listener, stopping))
 }
 
 /// The first connection; none if the machine ends before there is one.
