@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::files::{FilePlan, Ruleset};
-use super::{JailError, ThreadClass, namespaces};
+use super::{JailError, JailReport, ThreadClass, namespaces};
 
 /// Where programs and their libraries live.
 const PROGRAMS: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/nix/store"];
@@ -40,9 +40,10 @@ pub fn confine(program: &Path, files: Vec<PathBuf>) -> Result<Confinement, JailE
     execute.extend(program.parent().map(Path::to_path_buf));
     let plan = FilePlan { read, execute, ..FilePlan::default() };
     let (ruleset, landlock) = Ruleset::build(&plan, false)?;
-    let shares_root = namespaces::hide(&plan)?.err();
+    let mut report = JailReport::default();
+    namespaces::hide(&plan, &mut report)?;
     namespaces::drop_capabilities(ThreadClass::Service)
         .map_err(|source| JailError::Process { what: "capabilities", source })?;
     ruleset.restrict_thread()?;
-    Ok(Confinement { landlock, shares_root })
+    Ok(Confinement { landlock, shares_root: report.missing.pop() })
 }

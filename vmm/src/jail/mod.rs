@@ -108,10 +108,7 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
         None => report.missing.push("landlock: this kernel has it switched off or lacks it".into()),
     }
     let filters = system_calls::Filters::compile(plan.has_child, plan.files.network, plan.has_shares)?;
-    match namespaces::hide(&plan.files)? {
-        Ok(what) => report.in_force.push(what.into()),
-        Err(what) => report.missing.push(what),
-    }
+    namespaces::hide(&plan.files, &mut report)?;
     process::forbid_core_dumps()?;
     report.in_force.push("no core dumps".into());
     process::forbid_new_privileges()?;

@@ -29,7 +29,7 @@ use rustix::mount::{
 };
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use super::{FilePlan, JailError, ThreadClass};
+use super::{FilePlan, JailError, JailReport, ThreadClass};
 
 /// What keeps ordinary users of Ubuntu from user namespaces: they may make one and find themselves without rights in it.
 const APPARMOR_RESTRICTS: &str = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns";
@@ -88,18 +88,21 @@ fn try_enter() -> io::Result<Kind> {
 }
 
 /// A mount of a directory or file and of what is mounted below it, that is nowhere but in this descriptor: no path leads up and out of it, no
-/// device and no program in it is one, and the kernel itself refuses to write if it is only read. Without a mount namespace it is `root`.
-///
-/// # Errors
-/// The kernel makes none.
-pub fn detached(root: OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+/// device and no program in it is one, and the kernel itself refuses to write if it is only read. Where the host makes none it is `root`.
+pub fn detached(root: OwnedFd, read_only: bool) -> OwnedFd {
     if entered().is_err() {
-        return Ok(root);
+        return root;
     }
-    let mounted = clone_tree(&root, Path::new(""))?;
     let only_read = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    restrict(&mounted, only_read | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC)?;
-    Ok(mounted)
+    let attributes = only_read | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let mounted = clone_tree(&root, Path::new("")).map_err(io::Error::from);
+    match mounted.and_then(|mounted| restrict(&mounted, attributes).map(|()| mounted)) {
+        Ok(mounted) => mounted,
+        Err(error) => {
+            tracing::warn!(%error, "a shared directory is no mount of its own");
+            root
+        }
+    }
 }
 
 fn clone_tree(at: impl std::os::fd::AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
@@ -126,24 +129,32 @@ fn restrict(mounted: &OwnedFd, attributes: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Makes the files and directories of the plan all that this process can see, and tells what is in force and what is missing.
+/// Makes the files and directories of the plan all that this process can see, and tells whether they are.
 ///
 /// # Errors
 /// The kernel gives up half-way, when the process sees neither the old nor the new.
-pub(super) fn hide(plan: &FilePlan) -> Result<Result<&'static str, String>, JailError> {
+pub(super) fn hide(plan: &FilePlan, report: &mut JailReport) -> Result<(), JailError> {
     let kind = match &*entered() {
         Ok(kind) => *kind,
-        Err(error) => return Ok(Err(format!("user and mount namespace: {error}"))),
+        Err(error) => {
+            report.missing.push(format!("user and mount namespace: {error}"));
+            return Ok(());
+        }
     };
     let root = match empty_root() {
         Ok(root) => root,
-        Err(error) => return Ok(Err(format!("mount namespace of its own files: {error}"))),
+        Err(error) => {
+            report.missing.push(format!("mount namespace of its own files: {error}"));
+            return Ok(());
+        }
     };
     fill_and_become(&root, &plan.paths()).map_err(|source| JailError::Process { what: "mount namespace", source })?;
-    Ok(Ok(match kind {
-        Kind::UserAndMount => "user and mount namespace, with nothing in it but its own files",
-        Kind::Mount => "mount namespace, with nothing in it but its own files",
-    }))
+    let namespaces = match kind {
+        Kind::UserAndMount => "user and mount namespace",
+        Kind::Mount => "mount namespace",
+    };
+    report.in_force.push(format!("{namespaces} of its own files"));
+    Ok(())
 }
 
 /// An empty file system, mounted over the root, where nobody sees it yet.
