@@ -82,7 +82,7 @@ pub(super) fn open_shares(shares: &[ShareSpec]) -> Result<Option<Shared>, ApiErr
         if !matches!(kind, FileType::Directory | FileType::RegularFile) {
             return Err(invalid(format!("{} is neither a directory nor a regular file", path.display())));
         }
-        let root = namespaces::detached(root, *read_only).map_err(|error| failed("shared directory", path, &error))?;
+        let root = namespaces::detached(root, *read_only);
         paths.push(SharedPath {
             path: PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd())),
             read_only: *read_only,
