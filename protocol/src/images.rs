@@ -129,7 +129,7 @@ pub struct DiskUsage {
 /// One kind of thing that takes disk space.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DiskUsageRow {
-    /// `images`, `layer data`, `root metadata`, `downloads`, `sandboxes`, `logs`.
+    /// `images`, `layer data`, `root metadata`, `downloads`, `sandboxes`, `logs`, `snapshots`, `ready forks`.
     pub kind: String,
     /// How many there are.
     pub count: u64,

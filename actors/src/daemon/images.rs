@@ -102,10 +102,12 @@ impl Daemon {
             })
             .collect();
         let home = self.surroundings.home.home.clone();
-        let measured = tokio::task::spawn_blocking(move || (sandbox_rows(&places), free_bytes(&home)));
-        let (sandboxes, free_bytes) = measured.await.map_err(ApiError::internal)?;
+        let pool = self.surroundings.home.pool();
+        let measure = move || (sandbox_rows(&places), ready_forks_row(&pool), free_bytes(&home));
+        let measured = tokio::task::spawn_blocking(measure).await;
+        let (sandboxes, ready_forks, free_bytes) = measured.map_err(ApiError::internal)?;
         rows.extend(sandboxes);
-        rows.push(self.snapshots_row().await?);
+        rows.extend([self.snapshots_row().await?, ready_forks]);
         Ok(DiskUsage { rows, free_bytes })
     }
 
@@ -264,6 +266,13 @@ fn sandbox_rows(places: &[(Directories, bool)]) -> [DiskUsageRow; 2] {
         }
     }
     [disks, logs]
+}
+
+/// Disks of ready forks. They are made again as they are taken: what gives their space back is a smaller pool.
+fn ready_forks_row(pool: &Path) -> DiskUsageRow {
+    let disks = std::fs::read_dir(pool).into_iter().flatten().flatten();
+    let (count, bytes) = disks.fold((0, 0), |(count, bytes), disk| (count + 1, bytes + allocated_bytes(&disk.path())));
+    DiskUsageRow { kind: "ready forks".into(), count, active: count, bytes, ..DiskUsageRow::default() }
 }
 
 fn allocated_bytes(path: &Path) -> u64 {

@@ -49,6 +49,8 @@ fn a_start_takes_a_ready_fork_and_another_is_made() {
         until_ready(&world, 2).await;
         assert_eq!(forks(&world).await, Some(ReadyForks { ready: 2, wanted: 2 }));
         assert_eq!(disks(&world), 2);
+        let usage = world.daemon.disk_usage().await.unwrap();
+        assert_eq!(usage.rows.iter().find(|row| row.kind == "ready forks").map(|row| row.count), Some(2));
         let everything = msb_actors::metrics::snapshot::Choice::default();
         assert_eq!(world.daemon.metrics(&everything).await.unwrap().ready_forks["warm"], 2);
 

@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn every_route_of_the_protocols_table_is_there_and_no_other() {
-        let table = include_str!("../../../protocol/src/control.rs");
+        let table = include_str!("../../../protocol/src/control/mod.rs");
         let mut promised: Vec<String> = table
             .lines()
             .filter_map(|line| line.strip_prefix("//! | `")?.split_once('`'))
