@@ -55,6 +55,7 @@ fn lists() {
     insta::assert_snapshot!(session(&[
         &["ls"],
         &["ls", "-q"],
+        &["ls", "-a", "-q"],
         &["ls", "--running"],
         &["ls", "--stopped", "-q"],
         &["list", "--label", "team=ml", "-q"],
