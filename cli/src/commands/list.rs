@@ -16,7 +16,7 @@ pub struct ListArgs {
     /// Only those without
     #[arg(long)]
     pub stopped: bool,
-    /// Those too that rest, as always: whom docker taught this gets what he expects
+    /// Resting ones too, which are listed anyway
     #[arg(short, long, hide = true, conflicts_with_all = ["running", "stopped"])]
     pub all: bool,
     /// Only these.
