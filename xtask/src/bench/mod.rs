@@ -14,6 +14,7 @@ mod metrics;
 mod network;
 mod sessions;
 mod supervision;
+pub(crate) mod written;
 
 use std::io::Write;
 use std::path::Path;
@@ -45,6 +46,9 @@ pub(crate) struct Arguments {
     /// With --exact: only these rows, by their keys, as in hello,exec_out
     #[arg(long, value_name = "KEYS", value_delimiter = ',', requires = "exact")]
     rows: Vec<String>,
+    /// With --exact: measure what `cargo xtask test` compares, and write it down anew (development profile)
+    #[arg(long, requires = "exact", conflicts_with = "rows")]
+    write_down: bool,
     /// The SDKs: a command through each beside the raw API, and from creation to the first byte beside `msb run`
     #[arg(long, conflicts_with = "exact")]
     sdks: bool,
@@ -79,6 +83,9 @@ impl Row {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.write_down {
+        return written::write_down();
+    }
     if arguments.exact {
         return exact::run(arguments.build, &arguments.rows);
     }
