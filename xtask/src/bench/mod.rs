@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     /// With --exact: only these rows, by their keys, as in hello,exec_out
     #[arg(long, value_name = "KEYS", value_delimiter = ',', requires = "exact")]
     rows: Vec<String>,
-    /// With --exact: measure what `cargo xtask test` compares, and write it down anew (development profile)
+    /// With --exact: measure what `cargo xtask test` compares, and write it down anew
     #[arg(long, requires = "exact", conflicts_with = "rows")]
     write_down: bool,
     /// The SDKs: a command through each beside the raw API, and from creation to the first byte beside `msb run`

@@ -1,8 +1,8 @@
 //! What a start and a command cost beside what they cost when that was last written down (`written.txt`), so that a change which makes them
 //! dearer is seen in the output of CI.
 //!
-//! Called by the tier `exact`, which compares, and by `cargo xtask bench --exact --write-down`. The development profile's figures stand beside its
-//! own alone. Nothing here fails a test: a figure says what to look at, not that something is wrong.
+//! Called by the tier `exact`, which compares, and by `cargo xtask bench --exact --write-down`. Always the release profile: another's figures say
+//! nothing beside these. Nothing here fails a test: a figure says what to look at, not that something is wrong.
 
 use std::collections::BTreeMap;
 
@@ -48,7 +48,7 @@ pub(super) fn write_down() -> Result<()> {
 }
 
 fn measure() -> Result<Figures> {
-    let (told, code) = exact::measure(binaries::Arguments { fast: true }, &ROWS.map(str::to_owned))?;
+    let (told, code) = exact::measure(binaries::Arguments::default(), &ROWS.map(str::to_owned))?;
     if code != 0 {
         bail!("the measuring script ended with status {code}");
     }
