@@ -119,7 +119,13 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<ExitStatus, Failure
                 .await;
             Ok(ExitStatus::of_signal(number))
         }
-        Err(failure) => {
+        Err(mut failure) => {
+            if let Failure::Api(error) = &mut failure
+                && error.code == ErrorCode::ExecNotFound
+                && error.message.starts_with("'-")
+            {
+                error.hint = "options of msb come before the image: what follows it is the command".into();
+            }
             // The workload that could not be started is over, and so is its sandbox.
             if matches!(&failure, Failure::Api(error) if matches!(error.code, ErrorCode::ExecNotFound | ErrorCode::ExecNotExecutable | ErrorCode::ExecFailed | ErrorCode::UserNotFound))
             {

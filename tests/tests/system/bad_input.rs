@@ -18,6 +18,8 @@ fn names_images_and_amounts_that_cannot_be_are_refused() {
         complaint.contains("busybox") && complaint.contains("image load"),
         "says what there is and what to do: {complaint}"
     );
+    let _ =
+        home.msb(["run", "busybox", "--name", "x"]).run().exits(127).complains("options of msb come before the image");
     home.fails(&["exec", "nobody", "--", "true"], 125, "sandbox_not_found");
     home.fails(&["stop", "nobody"], 1, "sandbox_not_found");
     home.fails(&["create", "-c", "0", "busybox"], 1, "invalid_config");
