@@ -114,6 +114,12 @@ const PROOFS: &[Proof] = &[
         environment: &[("MSB_TEST_TOOLS", "1"), ("RUST_TEST_NOCAPTURE", "1")],
     },
     Proof {
+        name: "network-kvm",
+        proves: "engine kvm: the same, and every other case of the network",
+        cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "2400", "--", "network::"],
+        environment: &[("MSB_TEST_TOOLS", "1")],
+    },
+    Proof {
         name: "kvm",
         proves: "the whole-system cases with engine kvm, each of them",
         cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "10800"],

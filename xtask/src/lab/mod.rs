@@ -107,8 +107,15 @@ pub(crate) fn cases(machine: &Machine, build: binaries::Arguments, filter: &[Str
     payload.add(&images::small()?, "images")?;
     payload.add(&compiled(&["test", "--package", "msb-tests", "--test", "system", "--no-run"])?, "system")?;
     let filter: Vec<String> = filter.iter().map(|word| quoted(word)).collect();
+    // As in the tier e2e: an image of 200 MiB that one case needs is there when it is asked for.
+    let tools = if std::env::var_os("MSB_TEST_TOOLS").is_some() {
+        payload.add(&images::tools()?.join("tools.tar"), "tools.tar")?;
+        "MSB_TEST_TOOLS=/payload/tools.tar RUST_TEST_NOCAPTURE=1"
+    } else {
+        ""
+    };
     let script = format!(
-        "export MSB_TEST_TREE=/payload/msb MSB_TEST_IMAGES=/payload/images MSB_TEST_ENGINE=kvm MSB_TEST_EVIDENCE=/root/evidence\n\
+        "export MSB_TEST_TREE=/payload/msb MSB_TEST_IMAGES=/payload/images MSB_TEST_ENGINE=kvm MSB_TEST_EVIDENCE=/root/evidence {tools}\n\
          mkdir -p /root/evidence\n\
          /payload/system --test-threads={} {}\n",
         machine.cpus.max(1),
