@@ -107,7 +107,7 @@ pub(crate) fn cases(machine: &Machine, build: binaries::Arguments, filter: &[Str
     payload.add(&images::small()?, "images")?;
     payload.add(&compiled(&["test", "--package", "msb-tests", "--test", "system", "--no-run"])?, "system")?;
     let filter: Vec<String> = filter.iter().map(|word| quoted(word)).collect();
-    // As in the tier e2e: an image of 200 MiB that one case needs is there when it is asked for.
+    // As in the tier e2e: an image of half a gigabyte that one case needs is there when it is asked for.
     let tools = if std::env::var_os("MSB_TEST_TOOLS").is_some() {
         payload.add(&images::tools()?.join("tools.tar"), "tools.tar")?;
         "MSB_TEST_TOOLS=/payload/tools.tar RUST_TEST_NOCAPTURE=1"
