@@ -121,7 +121,7 @@ pub(super) struct Told {
     pub(super) phases: Vec<(String, f64)>,
     pub(super) counts: Vec<Count>,
     /// Words, milliseconds to the hello and in the kernel; the first are no words.
-    options: Vec<(String, f64, f64)>,
+    pub(super) options: Vec<(String, f64, f64)>,
 }
 
 impl Told {
