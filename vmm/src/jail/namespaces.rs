@@ -141,14 +141,14 @@ pub(super) fn hide(plan: &FilePlan, report: &mut JailReport) -> Result<(), JailE
             return Ok(());
         }
     };
-    let root = match empty_root() {
+    let root = match new_root(&plan.paths()) {
         Ok(root) => root,
         Err(error) => {
             report.missing.push(format!("mount namespace of its own files: {error}"));
             return Ok(());
         }
     };
-    fill_and_become(&root, &plan.paths()).map_err(|source| JailError::Process { what: "mount namespace", source })?;
+    become_root(&root).map_err(|errno| JailError::Process { what: "mount namespace", source: errno.into() })?;
     let namespaces = match kind {
         Kind::UserAndMount => "user and mount namespace",
         Kind::Mount => "mount namespace",
@@ -157,33 +157,34 @@ pub(super) fn hide(plan: &FilePlan, report: &mut JailReport) -> Result<(), JailE
     Ok(())
 }
 
-/// An empty file system, mounted over the root, where nobody sees it yet.
-fn empty_root() -> rustix::io::Result<OwnedFd> {
+/// An empty file system with these paths in it, mounted over the root. Nobody sees it there, whole or not: the root of a process is what lies below.
+fn new_root(paths: &[&Path]) -> io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let root = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    Ok(root)
-}
-
-fn fill_and_become(root: &OwnedFd, paths: &[&Path]) -> io::Result<()> {
     for path in paths {
         // A path that is not there is not needed.
         match clone_tree(CWD, path) {
-            Ok(mounted) => place(root, path, &mounted)?,
+            Ok(mounted) => place(&root, path, &mounted)?,
             Err(Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(root)
+}
+
+/// Makes it the root of this process, all of its threads included, and lets go of the one before (pivot_root(2)).
+fn become_root(root: &OwnedFd) -> rustix::io::Result<()> {
     rustix::process::fchdir(root)?;
-    // pivot_root(2): the old root comes to lie upon the new one, and is taken away from there.
+    // The old one comes to lie upon it, and is taken away from there.
     rustix::process::pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")?;
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    Ok(mount_remount("/", flags, "")?)
+    mount_remount("/", flags, "")
 }
 
 /// Mounts something in the new root, at its old path.
