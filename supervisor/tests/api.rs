@@ -397,7 +397,7 @@ fn images_are_pulled_saved_named_and_pruned() {
         assert_eq!((&report["dry_run"], &report["manifests_removed"]), (&json!(true), &json!(1)), "one is in use");
         let (_, usage) = world.call("GET", "/v1/store/usage", Value::Null).await;
         let kinds: Vec<_> = usage["rows"].as_array().unwrap().iter().map(|row| row["kind"].clone()).collect();
-        assert_eq!(kinds, ["images", "sandboxes", "logs", "snapshots"]);
+        assert_eq!(kinds, ["images", "sandboxes", "logs", "snapshots", "ready forks"]);
         let login =
             |password: &str| json!({"registry": "r.test", "credentials": {"username": "me", "password": password}});
         assert_eq!(world.call("POST", "/v1/registries/login", login("wrong")).await.0, 401);
