@@ -115,7 +115,7 @@ const PROOFS: &[Proof] = &[
     },
     Proof {
         name: "network-kvm",
-        proves: "engine kvm: the same, and every other case of the network",
+        proves: "engine kvm: curl, dig and iperf3 from Debian in a sandbox, in both directions and both families, and every other case of the network",
         cargo: &["xtask", "lab", "--fast", "--cpus", "1", "--timeout", "2400", "--", "network::"],
         environment: &[("MSB_TEST_TOOLS", "1")],
     },
