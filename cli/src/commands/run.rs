@@ -99,11 +99,15 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<ExitStatus, Failure
         timeout_ms: args.timeout,
     };
     let session = tokio::select! {
-        session = client.start_main(name, options) => session?,
+        session = client.start_main(name, options) => session,
         number = signals.ending() => return Err(Failure::Silent(ExitStatus::of_signal(number))),
     };
     let joining = Joining { tty: args.tty && args.interactive, detach_keys: args.detach_keys };
-    match attached::join(session, &joining, &mut signals, &context.printer).await {
+    let parting = match session {
+        Ok(session) => attached::join(session, &joining, &mut signals, &context.printer).await,
+        Err(error) => Err(error.into()),
+    };
+    match parting {
         Ok(Parting::Ended(end)) => {
             rest(&client, name, &mut signals, context).await;
             Ok(ExitStatus(end.exit_status()))
