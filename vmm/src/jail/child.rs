@@ -12,9 +12,10 @@ use super::{JailError, JailReport, ThreadClass, namespaces};
 /// Where programs and their libraries live.
 const PROGRAMS: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/nix/store"];
 /// What a C library and QEMU read on their way to `main`.
-const START_UP: [&str; 7] = [
+const START_UP: [&str; 8] = [
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
+    "/etc/alternatives",
     "/dev/urandom",
     "/dev/null",
     "/proc/self",
