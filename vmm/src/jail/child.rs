@@ -6,8 +6,10 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::thread::CapabilitySet;
+
 use super::files::{FilePlan, Ruleset};
-use super::{JailError, JailReport, ThreadClass, namespaces};
+use super::{JailError, JailReport, namespaces};
 
 /// Where programs and their libraries live.
 const PROGRAMS: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/nix/store"];
@@ -43,7 +45,7 @@ pub fn confine(program: &Path, files: Vec<PathBuf>) -> Result<Confinement, JailE
     let (ruleset, landlock) = Ruleset::build(&plan, false)?;
     let mut report = JailReport::default();
     namespaces::hide(&plan, &mut report)?;
-    namespaces::drop_capabilities(ThreadClass::Service)
+    namespaces::drop_capabilities(CapabilitySet::empty())
         .map_err(|source| JailError::Process { what: "capabilities", source })?;
     ruleset.restrict_thread()?;
     Ok(Confinement { landlock, shares_root: report.missing.pop() })

@@ -29,6 +29,7 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 
 use msb_protocol::vmm::JailReport;
+use rustix::thread::CapabilitySet;
 
 pub use files::FilePlan;
 
@@ -90,6 +91,8 @@ pub enum JailError {
 struct Closed {
     files: files::Ruleset,
     filters: system_calls::Filters,
+    /// Capabilities that the thread of shared directories keeps.
+    shares_keep: CapabilitySet,
 }
 
 static CLOSED: OnceLock<Closed> = OnceLock::new();
@@ -113,14 +116,17 @@ pub fn close(plan: &JailPlan) -> Result<JailReport, JailError> {
     report.in_force.push("no core dumps".into());
     process::forbid_new_privileges()?;
     report.in_force.push("no_new_privs".into());
-    if CLOSED.set(Closed { files, filters }).is_err() {
+    let is_for_others = plan.has_shares && rustix::process::geteuid().is_root();
+    let shares_keep = if is_for_others { namespaces::FILES_OF_OTHERS } else { CapabilitySet::empty() };
+    if CLOSED.set(Closed { files, filters, shares_keep }).is_err() {
         return Err(JailError::AlreadyClosed);
     }
     let closed = CLOSED.get().ok_or(JailError::AlreadyClosed)?;
     closed.filters.apply_union_to_all_threads()?;
     report.in_force.push("seccomp allow-list on every thread".into());
     enter(ThreadClass::Service)?;
-    report.in_force.push("no capabilities".into());
+    let but = if is_for_others { ", but for files of others on the thread of shared directories" } else { "" };
+    report.in_force.push(format!("no capabilities{but}"));
     report.in_force.push("seccomp allow-list per thread class".into());
     if plan.has_child {
         report.in_force.push("qemu: its own seccomp sandbox".into());
@@ -143,7 +149,8 @@ pub fn enter(class: ThreadClass) -> Result<(), JailError> {
     if ENTERED.get() {
         return Ok(());
     }
-    namespaces::drop_capabilities(class).map_err(|source| JailError::Process { what: "capabilities", source })?;
+    let kept = if class == ThreadClass::Share { closed.shares_keep } else { CapabilitySet::empty() };
+    namespaces::drop_capabilities(kept).map_err(|source| JailError::Process { what: "capabilities", source })?;
     closed.files.restrict_thread()?;
     closed.filters.apply(class)?;
     ENTERED.set(true);

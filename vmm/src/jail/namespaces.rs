@@ -29,12 +29,12 @@ use rustix::mount::{
 };
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use super::{FilePlan, JailError, JailReport, ThreadClass};
+use super::{FilePlan, JailError, JailReport};
 
 /// What keeps ordinary users of Ubuntu from user namespaces: they may make one and find themselves without rights in it.
 const APPARMOR_RESTRICTS: &str = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns";
 /// Of the files that root shares, many are somebody else's.
-const FILES_OF_OTHERS: CapabilitySet = CapabilitySet::DAC_OVERRIDE
+pub(super) const FILES_OF_OTHERS: CapabilitySet = CapabilitySet::DAC_OVERRIDE
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID);
@@ -56,9 +56,12 @@ pub fn enter() {
     *entered() = try_enter().map_err(|error| error.to_string());
 }
 
-/// Leaves this process its root, although it has a mount namespace: a child shares it and would lose its own.
+/// Leaves this process its root, although it has a mount namespace: a child shares it and would lose its own. Without one nothing changes.
 pub fn keep_root(why: String) {
-    *entered() = Err(why);
+    let mut entered = entered();
+    if entered.is_ok() {
+        *entered = Err(why);
+    }
 }
 
 fn entered() -> MutexGuard<'static, Result<Kind, String>> {
@@ -106,9 +109,9 @@ pub fn detached(root: OwnedFd, read_only: bool) -> OwnedFd {
 }
 
 fn clone_tree(at: impl std::os::fd::AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let empty = if path.as_os_str().is_empty() { OpenTreeFlags::AT_EMPTY_PATH } else { OpenTreeFlags::empty() };
-    open_tree(at, path, flags | empty)
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    // An empty path is the descriptor itself.
+    open_tree(at, path, flags | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::AT_EMPTY_PATH)
 }
 
 #[expect(unsafe_code, reason = "mount_setattr has no wrapper")]
@@ -206,11 +209,9 @@ fn place(root: &OwnedFd, path: &Path, mounted: &OwnedFd) -> io::Result<()> {
     Ok(move_mount(mounted, "", root, relative, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// Takes every capability from the calling thread that its class has no use for: in a user namespace of our own, all. A program that is executed
-/// after it has none either, root's included, where no_new_privs is set (capabilities(7)).
-pub(super) fn drop_capabilities(class: ThreadClass) -> io::Result<()> {
-    let is_for_others = class == ThreadClass::Share && *entered() != Ok(Kind::UserAndMount);
-    let kept = if is_for_others { FILES_OF_OTHERS } else { CapabilitySet::empty() };
+/// Takes every capability but these from the calling thread. A program that is executed after it has no others either, root's included, where
+/// no_new_privs is set (capabilities(7)).
+pub(super) fn drop_capabilities(kept: CapabilitySet) -> io::Result<()> {
     let kept = capabilities(None)?.permitted & kept;
     Ok(set_capabilities(
         None,
