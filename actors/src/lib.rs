@@ -31,6 +31,7 @@ pub mod sandbox;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
 pub mod snapshots;
+pub mod starts;
 pub mod supervisor;
 pub mod vm;
 pub mod volumes;

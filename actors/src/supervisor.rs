@@ -43,6 +43,7 @@ use crate::sandbox::machine::{By, Event, Machine, Policy, back_off_ms};
 use crate::sandbox::plan::HostSettings;
 use crate::sandbox::view::{self, View};
 use crate::snapshots::{Snapshot, Snapshots};
+use crate::starts::Starts;
 use crate::vm::Launcher;
 use crate::volumes::Volumes;
 
@@ -65,6 +66,8 @@ pub struct Surroundings {
     pub runtime_dir: PathBuf,
     /// What the host brings to every boot.
     pub host: HostSettings,
+    /// The queue for booting one.
+    pub starts: Starts,
     /// Whatever runs VMs.
     pub launcher: Arc<dyn Launcher>,
     /// Images.

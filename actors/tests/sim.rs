@@ -17,6 +17,8 @@ mod pause;
 mod pool;
 #[path = "sim/sleep.rs"]
 mod sleep;
+#[path = "sim/starts.rs"]
+mod starts;
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -16,6 +16,7 @@ use msb_actors::metrics::MetricsHandle;
 use msb_actors::pool::PoolActor;
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
+use msb_actors::starts::Starts;
 use msb_actors::supervisor::Surroundings;
 use msb_actors::vm::process::ProcessLauncher;
 use msb_actors::vm::samples::SampleReader;
@@ -192,6 +193,7 @@ async fn serve(
         home: settings.home.clone(),
         runtime_dir: settings.runtime_dir.clone(),
         host: settings.host_settings(),
+        starts: Starts::for_this_host(clock.clone()),
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),
         snapshots,

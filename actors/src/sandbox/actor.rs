@@ -10,11 +10,16 @@
 //! It owns the VM's command channel, the watch on the creator, the beats and the timers. It never blocks, never touches a session's
 //! bytes, and never decides anything that the machine could.
 
+mod asks;
+mod beats;
 mod care;
 mod effects;
+mod ends;
 mod pause;
+mod ports;
 mod saving;
 mod sleeping;
+mod steps;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -22,34 +27,33 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 use jiff::SignedDuration;
-use msb_protocol::control::{GuestMetrics, RunEnd};
-use msb_protocol::error::{ApiError, ErrorCode};
+use msb_protocol::error::ApiError;
 use msb_protocol::id::BootId;
 use msb_protocol::spec::EngineChoice;
-use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, NetworkExplanation};
+use msb_protocol::state::EndCause;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::effects::News;
+use self::steps::Step;
 use super::activity::Activity;
 use super::directories::Directories;
 use super::disk_hold::DiskHolds;
-use super::heartbeat::{BeatWatch, Heartbeat, Verdict};
-use super::machine::{By, Denial, Effect, Event, Machine, Moment, Policy, State, Then};
+use super::heartbeat::BeatWatch;
+use super::machine::{Denial, Effect, Event, Machine, Moment, Policy, State};
 use super::network::{BoundPorts, PortWatch};
 use super::ssh::SshForwarder;
 use super::view::{self, View};
-use crate::daemon::Daemon;
 use crate::faults;
 use crate::identity::{self, ProcessIdentity};
 use crate::images::PreparedImage;
 use crate::inspect::{ActorReport, Inspect};
 use crate::journal::{Change, EventDraft, SandboxRecord};
 use crate::metrics::meter::Meter;
-use crate::snapshots::Source;
+use crate::starts::Turn;
 use crate::supervisor::{DeathGuard, Surroundings};
-use crate::vm::{Gone, VmCommand, VmEvent, VmHandle};
+use crate::vm::{Gone, VmEvent, VmHandle};
 
+pub use asks::{Ask, Explain, HoldDisk, OpenSsh};
 pub use care::Relabel;
 pub use pause::Halt;
 pub use saving::HoldMachine;
@@ -58,20 +62,6 @@ pub use saving::HoldMachine;
 const MAILBOX_LEN: usize = 64;
 /// How often a sandbox with an idle timeout looks again while something is active in it, in milliseconds.
 const IDLE_LOOK_MS: u64 = 1_000;
-/// Wait before a change that the journal refused is offered again, in milliseconds.
-const JOURNAL_RETRY_MS: u64 = 1_000;
-/// Characters of a message that comes from below.
-const MESSAGE_LEN_MAX: usize = 2_048;
-
-/// What the API asks of a sandbox. The answer says whether it was taken; what follows is seen in the [`View`].
-#[derive(Clone, Debug, Message)]
-#[rtype(result = "Result<(), ApiError>")]
-pub enum Ask {
-    /// Feed the machine.
-    Event(Event),
-    /// Let it outlive its creator.
-    Detach,
-}
 
 /// Set by tests to see what a panic in each handler does.
 #[cfg(any(test, feature = "simulation"))]
@@ -83,58 +73,6 @@ pub struct PanicNow;
 #[derive(Clone, Copy, Debug, Message)]
 #[rtype(result = "()")]
 pub struct LetGo;
-
-/// The sandbox's SSH forwarder, made if there is none yet.
-#[derive(Message)]
-#[rtype(result = "Result<Arc<SshForwarder>, ApiError>")]
-pub struct OpenSsh(pub Daemon);
-
-impl Handler<OpenSsh> for SandboxActor {
-    type Result = ResponseActFuture<Self, Result<Arc<SshForwarder>, ApiError>>;
-
-    fn handle(&mut self, OpenSsh(daemon): OpenSsh, _: &mut Self::Context) -> Self::Result {
-        faults::here("sandbox/ssh");
-        self.handled += 1;
-        if let Some(forwarder) = &self.ssh {
-            return Box::pin(actix::fut::ready(Ok(Arc::clone(forwarder))));
-        }
-        let (root, keys) = (self.directories.root.clone(), self.surroundings.home.authorized_keys());
-        let (name, id) = (self.record.name.clone(), self.record.id);
-        let opening = tokio::task::spawn_blocking(move || SshForwarder::open(&root, keys, daemon, name, id));
-        Box::pin(opening.into_actor(self).map(|opened, this, _| {
-            let opened = opened.map_err(ApiError::internal)??;
-            // Two clients may have come at once; the first one's is everybody's.
-            Ok(Arc::clone(this.ssh.get_or_insert_with(|| Arc::new(opened))))
-        }))
-    }
-}
-
-/// The sandbox's disk for a snapshot: it neither starts nor goes away while that is held.
-#[derive(Clone, Copy, Debug, Message)]
-#[rtype(result = "Result<Source, ApiError>")]
-pub struct HoldDisk;
-
-impl Handler<HoldDisk> for SandboxActor {
-    type Result = Result<Source, ApiError>;
-
-    fn handle(&mut self, _: HoldDisk, _: &mut Self::Context) -> Self::Result {
-        faults::here("sandbox/hold_disk");
-        self.handled += 1;
-        let (name, state) = (&self.record.name, self.machine.shown());
-        // Asleep and restarting ones start by themselves.
-        if !matches!(self.machine.state(), State::Stopped | State::Crashed) || self.stepping {
-            let message = format!("sandbox {name} is {}: a snapshot is taken of a stopped one", state.as_str());
-            return Err(ApiError::new(ErrorCode::SandboxStillRunning, message)
-                .with_hint(format!("stop it first: msb stop {name}")));
-        }
-        self.has_image()?;
-        if self.record.image_digest.is_empty() || !self.directories.upper.exists() {
-            let message = format!("sandbox {name} has no disk yet: it never started");
-            return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_hint("start it once, then stop it"));
-        }
-        Ok(self.source())
-    }
-}
 
 impl Handler<LetGo> for SandboxActor {
     type Result = ();
@@ -179,6 +117,10 @@ pub struct SandboxActor {
     first: Option<Event>,
     first_effects: Vec<Effect>,
     vm: Option<VmHandle>,
+    /// Its place in the queue of starts, left when this is dropped.
+    queued: Option<oneshot::Sender<()>>,
+    /// Its turn to boot.
+    turn: Option<Turn>,
     /// What the VM process of this run speaks.
     vmm_generation: u32,
     image: Option<PreparedImage>,
@@ -213,19 +155,6 @@ pub struct SandboxActor {
     handled: u64,
 }
 
-struct Step {
-    change: Option<Change>,
-    effects: Vec<Effect>,
-    /// Who waits for the change to be durable.
-    waiting: Option<oneshot::Sender<Result<(), ApiError>>>,
-}
-
-impl Step {
-    fn new(change: Option<Change>, effects: Vec<Effect>) -> Self {
-        Self { change, effects, waiting: None }
-    }
-}
-
 impl SandboxActor {
     /// An incarnation.
     #[must_use]
@@ -257,6 +186,8 @@ impl SandboxActor {
             first,
             first_effects,
             vm: None,
+            queued: None,
+            turn: None,
             vmm_generation: 0,
             image: None,
             restore: None,
@@ -305,6 +236,7 @@ impl SandboxActor {
         let before = self.machine.run();
         let adopted = matches!(event, Event::Adopted { .. });
         let effects = self.machine.step(event, at)?;
+        self.mind_turn();
         self.forgotten.extend(memory.filter(|_| self.machine.memory() != memory));
         if let State::Running { run, .. } = self.machine.state()
             && !was_running
@@ -398,124 +330,6 @@ impl SandboxActor {
         }
     }
 
-    /// Does the oldest step: first the journal, then the effects, then the next step.
-    fn advance(&mut self, ctx: &mut Context<Self>) {
-        if self.stepping {
-            return;
-        }
-        let Some(step) = self.steps.pop_front() else { return self.settle(ctx) };
-        match step.change {
-            None => {
-                self.perform(step.effects, ctx);
-                self.advance(ctx);
-            }
-            Some(change) => {
-                self.stepping = true;
-                let journal = self.surroundings.journal.clone();
-                let durable =
-                    async move { journal.write(change).await }.into_actor(self).map(move |outcome, this, ctx| {
-                        this.stepping = false;
-                        this.go_on(outcome.clone(), step.effects, ctx);
-                        // Only now: whoever asked finds what followed at once, in the view and on the host.
-                        if let Some(waiting) = step.waiting {
-                            // Whoever has gone meanwhile wanted to know no more.
-                            let _ = waiting.send(outcome);
-                        }
-                    });
-                ctx.wait(durable);
-            }
-        }
-    }
-
-    /// A running VM cannot wait for the disk: the sandbox goes on, and the record is offered again until it is taken.
-    fn journal_refused(&mut self, error: &ApiError, ctx: &mut Context<Self>) {
-        tracing::error!(sandbox = %self.record.name, error = %error.message, "a change could not be made durable and will be tried again");
-        let at = self.now_ms().saturating_add(JOURNAL_RETRY_MS);
-        let pause = self.surroundings.clock.sleep_until(at);
-        ctx.spawn(pause.into_actor(self).map(|(), this, ctx| {
-            if matches!(this.machine.state(), State::Removed) {
-                return;
-            }
-            let change = Change::Put(Box::new(this.record.clone()), None);
-            this.steps.push_back(Step::new(Some(change), Vec::new()));
-            this.advance(ctx);
-        }));
-    }
-
-    /// A step is in the journal, or was refused by it: its effects, then the next one.
-    fn go_on(&mut self, written: Result<(), ApiError>, effects: Vec<Effect>, ctx: &mut Context<Self>) {
-        match written {
-            // Nothing may be made that the journal does not know of.
-            Err(error) if effects.contains(&Effect::LeaseImage) => {
-                self.failure = Some(error);
-                self.tell(Event::PhaseFailed, ctx);
-                return;
-            }
-            Err(error) => self.journal_refused(&error, ctx),
-            Ok(()) => {}
-        }
-        self.perform(effects, ctx);
-        self.advance(ctx);
-    }
-
-    /// All steps are done: show what is, and wait for what comes.
-    fn settle(&mut self, ctx: &mut Context<Self>) {
-        self.mind_ports(ctx);
-        self.forget_memory();
-        self.publish();
-        self.arm(ctx);
-    }
-
-    /// Published ports are closed when the sandbox rests and watched while it sleeps.
-    fn mind_ports(&mut self, ctx: &mut Context<Self>) {
-        let asleep = matches!(self.machine.state(), State::Asleep { .. });
-        if !asleep && let Some((_, visit)) = self.port_watch.take() {
-            ctx.cancel_future(visit);
-        }
-        if !view::holds_ports(self.machine.shown()) {
-            self.ports = BoundPorts::default();
-        }
-        if !asleep || self.port_watch.is_some() || self.record.ports.is_empty() {
-            return;
-        }
-        if self.ports.is_empty() {
-            // A new daemon: the one before it held them and is gone.
-            match BoundPorts::bind(&self.record.ports, &[]) {
-                Ok(ports) => self.ports = ports,
-                Err(error) => {
-                    tracing::error!(sandbox = %self.record.name, error = %error.message, "a sleeping sandbox lost its published ports");
-                    return;
-                }
-            }
-        }
-        let watch = match self.ports.watch() {
-            Ok(watch) => watch,
-            Err(error) => {
-                tracing::error!(sandbox = %self.record.name, %error, "published ports cannot be watched");
-                return;
-            }
-        };
-        let visit = ctx.spawn(watch.visited().into_actor(self).map(|visited, this, ctx| {
-            if visited {
-                this.port_watch = None;
-                this.tell(Event::Start { by: By::User, hold_main: false }, ctx);
-            }
-        }));
-        self.port_watch = Some((watch, visit));
-    }
-
-    /// Binds the published ports unless they are bound.
-    fn bind_ports(&mut self) -> Result<(), ApiError> {
-        let network = &self.record.spec.network;
-        if !network.enabled || network.ports.is_empty() {
-            self.record.ports = Vec::new();
-        } else if self.ports.is_empty() {
-            self.ports = BoundPorts::bind(&network.ports, &self.record.ports)?;
-            self.record.ports = self.ports.ports().to_vec();
-        }
-        Ok(())
-    }
-
     fn publish(&mut self) {
         let next_try_at = match self.machine.state() {
             State::Restarting { at_ms } => {
@@ -571,97 +385,6 @@ impl SandboxActor {
         })));
     }
 
-    fn arm_beats(&mut self, ctx: &mut Context<Self>) {
-        if let Some(timer) = self.beat_timer.take() {
-            ctx.cancel_future(timer);
-        }
-        let now = self.now_ms();
-        let stands = self.disk.is_held() || self.suspensions > 0;
-        let Some(watch) = self.beats.as_mut() else { return };
-        if stands {
-            // Its machine may be standing to be written down: nothing beats then.
-            watch.forgive(now);
-        }
-        match watch.look(now) {
-            Verdict::LookAgain(at) => {
-                let sleep = self.surroundings.clock.sleep_until(at);
-                self.beat_timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
-                    this.beat_timer = None;
-                    this.arm_beats(ctx);
-                })));
-            }
-            Verdict::Silent => {
-                self.beats = None;
-                tracing::warn!(sandbox = %self.record.name, "the agent stopped beating");
-                self.tell(Event::AgentSilent, ctx);
-            }
-        }
-    }
-
-    fn note_end(&mut self, boot_id: BootId, cause: EndCause) {
-        let mut gone = self.gone.take();
-        let last = gone.as_mut().and_then(|gone| gone.sample.take()).map(|sample| *sample);
-        if let Some(meter) = self.meter.take() {
-            meter.end(last);
-        }
-        let process: Option<ProcessEnd> = gone.as_ref().and_then(|gone| gone.main_end);
-        let message = gone.as_ref().map(|gone| clean(&gone.message)).unwrap_or_default();
-        if let Some(error) = gone.and_then(|gone| gone.boot_error) {
-            let (directories, name, evidence) = (self.directories.clone(), self.record.name.clone(), error.clone());
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = directories.keep_boot_error(&name, &evidence) {
-                    tracing::warn!(sandbox = %name, %error, "the evidence of a failed boot could not be kept");
-                }
-            });
-            self.record.boot_error = Some(error);
-        }
-        self.record.last_end = Some(RunEnd { boot_id, cause, process, message, at: self.surroundings.clock.wall() });
-        self.record.vmm = None;
-        self.vm = None;
-        self.beats = None;
-        self.surroundings.heartbeats.clear(self.record.id, &self.directories.heartbeat);
-    }
-
-    fn note_failed_start(&mut self) {
-        self.starts_failed += 1;
-        if let Some(error) = self.gone.as_ref().and_then(|gone| gone.boot_error.as_ref()) {
-            self.failure = Some(boot_failure(error));
-        } else if let Some(gone) = &self.gone {
-            let error = ApiError::new(
-                ErrorCode::BootFailed,
-                format!("the virtual machine did not come up: {}", clean(&gone.message)),
-            );
-            self.failure.get_or_insert(error);
-        } else {
-            self.failure
-                .get_or_insert_with(|| ApiError::new(ErrorCode::Cancelled, "the start was cancelled by a stop"));
-        }
-    }
-
-    /// Whether its root is an image, which a snapshot can hold on to.
-    fn has_image(&self) -> Result<(), ApiError> {
-        if !self.record.spec.root.is_local() {
-            return Ok(());
-        }
-        let message = format!("sandbox {} has no image: its root is {}", self.record.name, self.record.spec.image);
-        Err(ApiError::new(ErrorCode::InvalidRequest, message)
-            .with_hint("a snapshot needs an image that it can hold on to; load the root as one"))
-    }
-
-    /// It as a snapshot takes it. While that lives nobody starts or removes it.
-    fn source(&self) -> Source {
-        Source {
-            sandbox: self.record.name.clone(),
-            sandbox_id: self.record.id,
-            state: self.machine.shown(),
-            spec: self.record.spec.clone(),
-            image_digest: self.record.image_digest.clone(),
-            parent: self.record.snapshot.clone(),
-            disk: self.directories.upper.clone(),
-            hold: self.disk.hold(),
-        }
-    }
-
     fn note_status(&mut self, status: &msb_protocol::vmm::VmStatus) {
         self.record.engine = Some(status.engine);
         self.vmm_generation = status.generation;
@@ -691,23 +414,6 @@ impl SandboxActor {
     }
 }
 
-/// A failed boot as its caller sees it: the error of the stage, with what the console said last.
-fn boot_failure(evidence: &BootError) -> ApiError {
-    let mut error = evidence.error.clone();
-    error.details.push(format!("stage: {}", evidence.stage));
-    if !evidence.console_tail.is_empty() && !error.details.iter().any(|detail| detail.contains(&evidence.console_tail))
-    {
-        let tail: Vec<&str> = evidence.console_tail.lines().rev().take(20).collect();
-        error.details.push(tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
-    }
-    error
-}
-
-/// Text from below, fit for a terminal.
-fn clean(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control() || *c == '\n').take(MESSAGE_LEN_MAX).collect()
-}
-
 impl Actor for SandboxActor {
     type Context = Context<Self>;
 
@@ -728,52 +434,6 @@ impl Actor for SandboxActor {
                 if !recovering {
                     self.watch_creator(ctx);
                 }
-            }
-        }
-    }
-}
-
-impl Handler<Ask> for SandboxActor {
-    type Result = Result<(), ApiError>;
-
-    fn handle(&mut self, ask: Ask, ctx: &mut Self::Context) -> Self::Result {
-        faults::here("sandbox/ask");
-        self.handled += 1;
-        match ask {
-            Ask::Event(event) => {
-                let then_start = matches!(event, Event::Stop { then: Then::Start, .. });
-                if self.disk.is_held() && (then_start || matches!(event, Event::Start { .. } | Event::Remove { .. })) {
-                    let message = format!("a snapshot of sandbox {} is being taken", self.record.name);
-                    return Err(ApiError::new(ErrorCode::SandboxBusy, message));
-                }
-                self.feed(event, ctx).map_err(|denial| {
-                    let code = match (denial, event) {
-                        (Denial::Gone, _) => ErrorCode::SandboxNotFound,
-                        (Denial::Paused, _) => ErrorCode::SandboxPaused,
-                        (Denial::StillRunning(_), _) => ErrorCode::SandboxStillRunning,
-                        (Denial::Busy(_), _) => ErrorCode::SandboxBusy,
-                    };
-                    let asked = match event {
-                        Event::Start { .. } => "started",
-                        Event::Remove { .. } => "removed",
-                        _ if then_start => "restarted",
-                        _ => "stopped",
-                    };
-                    ApiError::new(code, format!("sandbox {} cannot be {asked}: {denial}", self.record.name))
-                })
-            }
-            Ask::Detach => {
-                self.machine.detach();
-                self.record.spec.detached = true;
-                self.record.creator = None;
-                self.record.machine = self.machine.stored();
-                if let Some(watch) = self.creator_watch.take() {
-                    ctx.cancel_future(watch);
-                }
-                let change = Change::Put(Box::new(self.record.clone()), None);
-                self.steps.push_back(Step::new(Some(change), Vec::new()));
-                self.advance(ctx);
-                Ok(())
             }
         }
     }
@@ -820,53 +480,6 @@ impl StreamHandler<(BootId, VmEvent)> for SandboxActor {
 
     /// The end of a run's events is not the end of the actor.
     fn finished(&mut self, _: &mut Self::Context) {}
-}
-
-impl SandboxActor {
-    fn hear_beat(&mut self, boot_id: BootId, beat: msb_protocol::guest::Beat, ctx: &mut Context<Self>) {
-        let now_ms = self.now_ms();
-        let Some(watch) = self.beats.as_mut() else { return };
-        let due_ms = watch.due_ms();
-        if !watch.hear(boot_id, beat.sequence, now_ms) {
-            return;
-        }
-        // The first beat of a machine that was adopted ends the longer wait for it.
-        let is_due_sooner = watch.due_ms() < due_ms;
-        let heartbeat = Heartbeat::new(boot_id, &beat, self.surroundings.clock.wall());
-        self.surroundings.heartbeats.write(self.record.id, &self.directories.heartbeat, heartbeat);
-        if let Some(meter) = &self.meter {
-            meter.note_guest(GuestMetrics {
-                memory_used_bytes: beat.memory_used_bytes,
-                memory_total_bytes: beat.memory_total_bytes,
-                root_used_bytes: beat.root_used_bytes,
-                root_free_bytes: beat.root_free_bytes,
-                processes: beat.processes,
-            });
-        }
-        if is_due_sooner || self.beat_timer.is_none() {
-            self.arm_beats(ctx);
-        }
-    }
-}
-
-/// Asks the running VM which network rule would decide about a target. The answer comes from the VM process, beside the mailbox.
-#[derive(Debug, Message)]
-#[rtype(result = "Option<oneshot::Receiver<Result<NetworkExplanation, ApiError>>>")]
-pub struct Explain(pub String);
-
-impl Handler<Explain> for SandboxActor {
-    type Result = MessageResult<Explain>;
-    fn handle(&mut self, Explain(target): Explain, _: &mut Self::Context) -> Self::Result {
-        faults::here("sandbox/explain");
-        self.handled += 1;
-        let running =
-            matches!(self.machine.state(), State::Running { .. } | State::Paused { .. } | State::Draining { .. });
-        MessageResult(running.then(|| {
-            let (reply, answer) = oneshot::channel();
-            self.command(VmCommand::ExplainNetwork(target, reply));
-            answer
-        }))
-    }
 }
 
 impl Handler<Inspect> for SandboxActor {

@@ -37,6 +37,7 @@ use crate::pool::PoolActor;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
 use crate::snapshots::Snapshots;
+use crate::starts::Starts;
 use crate::supervisor::Surroundings;
 use crate::vm::Launcher;
 
@@ -190,6 +191,9 @@ impl ImageStore for FakeImages {
     }
 }
 
+/// VMs of the simulator that boot at once.
+pub const STARTS_AT_ONCE: usize = 64;
+
 /// A daemon over fakes in a directory. Dropping it and making another over the same directory is a restart of the daemon.
 ///
 /// # Panics
@@ -217,6 +221,7 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
             log_size_max_bytes: 1 << 20,
             log_files_max: 3,
         },
+        starts: Starts::new(STARTS_AT_ONCE, clock.clone()),
         launcher,
         images: ImageActor::keep(Arc::new(FakeImages), clock.clone()),
         metrics: MetricsHandle::start(directory, clock.clone()),

@@ -69,7 +69,7 @@ const FIGURES: &[Figure] = &[
     figure("net_in", "64 MiB into the guest over TCP, published port", "ms", "–", 200.0, 150.0),
     figure("net_in_byte", "instructions of msb-vmm for each byte of it", "", "–", 3.0, 1.5),
     figure("sample", "sampling one VM each second: instructions a second, in thousands", "k", "–", 20.0, 10.0),
-    figure("restore", "msb create --snapshot (with memory), msb exec -- true", "ms", "0.15 of run", 41.0, 27.0),
+    figure("restore", "msb run --snapshot (with memory) -- echo, to its answer", "ms", "0.15 of run", 41.0, 27.0),
     figure("ready", "the same of a template with a ready fork", "ms", "0.15 of run", 41.0, 27.0),
     figure("fork", "msb fork box, msb exec -- true", "ms", "–", 60.0, 41.0),
     figure("stood", "standing still for a snapshot of 128 MiB", "ms", "–", 100.0, 50.0),

@@ -10,6 +10,9 @@ figure() { [ -n "${2:-}" ] && echo "FIGURE $1 $2"; }
 # took COMMAND...: microseconds, nothing if it failed.
 took() { local a=$EPOCHREALTIME b; if "$@" >/tmp/out 2>/tmp/err; then b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 timed() { local rounds=$1 i; shift; for ((i = 0; i < rounds; i++)); do took "$@"; done | median; }
+# answered COMMAND...: microseconds until the command has printed `up`, nothing if it has not; its end is waited for and not counted.
+answered() { local a=$EPOCHREALTIME b word=; { read -r word; b=$EPOCHREALTIME; cat >/dev/null; } < <("$@" 2>/tmp/err); wait $!
+  if [ "$word" = up ]; then echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 # traced EVENT COMMAND...: how often something happens on the whole host meanwhile, also in a machine that ends with the command.
 traced() { local event=$tracing/events/$1/enable; shift
   echo > $tracing/trace; echo 1 > $event; "$@" >/dev/null 2>&1; echo 0 > $event
@@ -127,8 +130,7 @@ if want restore fork stood fork_memory; then
   msb create --engine kvm -m 128M --name box busybox >/dev/null
   msb exec box -- sh -c 'head -c 20971520 /dev/zero | tr "\\0" x > /dev/shm/file'
   msb snapshot create mem --from box --memory >/dev/null
-  restored() { msb create --engine kvm --snapshot mem --name copy >/dev/null && msb exec copy -- true; }
-  figure restore $(for turn in 1 2 3; do took restored; msb rm -f copy >/dev/null; done | median)
+  figure restore $(for turn in 1 2 3; do answered msb run --engine kvm --snapshot mem -- echo up; done | median)
   forked() { msb fork box --name twin >/dev/null && msb exec twin -- true; }
   figure fork $(for turn in 1 2; do took forked; msb rm -f twin >/dev/null; done | median)
   figure stood $(sed -n 's/.*stood_us=\([0-9]*\).*/\1/p' $MSB_HOME/sandboxes/box/logs/vmm.log | median)
@@ -140,8 +142,7 @@ fi
 if want ready; then
   msb template create warm --from busybox --engine kvm -m 128M --pool 2 >/dev/null
   stands() { until msb template ls | grep -q ' 2/2 '; do sleep 0.2; done; sleep 1; }
-  prompt() { msb create --engine kvm --name copy warm >/dev/null && msb exec copy -- true; }
-  figure ready $(for turn in 1 2 3; do stands; took prompt; sed -n 's/.*phases reached=/PHASES /p' $MSB_HOME/sandboxes/copy/logs/vmm.log >&2; msb rm -f copy >/dev/null; done | median)
+  figure ready $(for turn in 1 2 3; do stands; answered msb run --engine kvm warm -- echo up; done | median)
   msb template rm warm >/dev/null
 fi
 if want wake; then

@@ -4,6 +4,9 @@ set -euo pipefail
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
 mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME
 count=100
+# The lab takes a machine that says nothing for five minutes for one that hangs.
+while sleep 60; do echo "after $SECONDS s of this machine: $(pidof msb-vmm | wc -w) machines in it"; done &
+trap "kill $!" EXIT
 # A hundred guests share one emulated processor here.
 export MSB_BOOT_TIMEOUT=15m
 msb image load -q -i /payload/images/busybox.tar > /dev/null

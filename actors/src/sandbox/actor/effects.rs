@@ -15,20 +15,21 @@ use msb_protocol::labels;
 use msb_protocol::spec::Workload;
 use msb_protocol::state::SandboxState;
 use msb_protocol::vmm::{RestoreSpec, VmState};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
-use super::{SandboxActor, sleeping};
+use super::{SandboxActor, ends, sleeping};
 use crate::faults;
 use crate::images::{MakeUpper, Prepare, PreparedImage};
 use crate::journal::{Change, EventDraft};
 use crate::metrics::meter::{Meter, Subject};
 use crate::metrics::{Forget, LastWords};
 use crate::pool::{Ready, Take};
-use crate::sandbox::machine::{Effect, Event, StartPhase};
+use crate::sandbox::machine::{Effect, Event, StartPhase, State};
 use crate::sandbox::network::BoundPorts;
 use crate::sandbox::probe::Probed;
 use crate::sandbox::view::{self, View};
 use crate::sandbox::{mounts, plan};
+use crate::starts::Turn;
 use crate::supervisor::Surroundings;
 use crate::vm::{AdoptRequest, Adoption, EventSink, Spare, VmCommand, VmHandle};
 
@@ -39,7 +40,7 @@ pub(super) enum News {
     Leased(Result<PreparedImage, ApiError>),
     Disks(Result<Option<Restore>, ApiError>),
     Suspended(sleeping::Attempt, Result<(), ApiError>),
-    Spawned(Result<VmHandle, ApiError>),
+    Spawned(Result<(VmHandle, Turn), ApiError>),
     Adopted(Adoption),
     FilesRemoved(Result<(), ApiError>),
     Examined(BootId, Probed),
@@ -199,16 +200,36 @@ impl SandboxActor {
                 let mut stands_by = None;
                 if let Some(Restore { files, spare }) = self.restore.take() {
                     spec.restore = Some(files);
-                    stands_by = spare.filter(|spare| spare.is_alive());
+                    stands_by = spare;
                 }
                 let events = self.listen(run.boot_id);
                 let (spec, listeners) = (Box::new(spec), self.ports.listeners());
-                let launching = match stands_by {
-                    Some(spare) => spare.launch(spec, listeners, events),
-                    None => self.surroundings.launcher.launch(spec, listeners, events),
-                };
-                self.later(ctx, async move { News::Spawned(launching.await) });
+                // The turn of a start that failed just now, if this one follows it, is over.
+                self.turn = None;
+                let (place, left) = oneshot::channel();
+                self.queued = Some(place);
+                let (turn, launcher) = (self.surroundings.starts.enter(), Arc::clone(&self.surroundings.launcher));
+                self.later(ctx, async move {
+                    let turn = tokio::select! {
+                        turn = turn => turn,
+                        _ = left => return News::Spawned(Err(ends::cancelled())),
+                    };
+                    let launching = match stands_by.filter(|spare| spare.is_alive()) {
+                        Some(spare) => spare.launch(spec, listeners, events),
+                        None => launcher.launch(spec, listeners, events),
+                    };
+                    News::Spawned(launching.await.map(|vm| (vm, turn)))
+                });
             }
+        }
+    }
+
+    /// A start that is given up leaves the queue, and one that is over makes room in it.
+    pub(super) fn mind_turn(&mut self) {
+        match self.machine.state() {
+            State::Starting { abandon: None, .. } => {}
+            State::Starting { .. } => self.queued = None,
+            _ => (self.queued, self.turn) = (None, None),
         }
     }
 
@@ -286,7 +307,8 @@ impl SandboxActor {
                 self.restore = restore;
                 (Event::PhaseDone(StartPhase::DisksMade), None)
             }
-            News::Spawned(Ok(vm)) => {
+            News::Spawned(Ok((vm, turn))) => {
+                self.turn = Some(turn);
                 self.record.vmm = Some(vm.identity.clone());
                 self.vm = Some(vm);
                 (Event::PhaseDone(StartPhase::VmSpawned), None)
