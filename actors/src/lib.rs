@@ -27,6 +27,7 @@ pub mod journal;
 pub mod kept;
 pub mod metrics;
 pub mod pool;
+pub mod pressure;
 pub mod sandbox;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;

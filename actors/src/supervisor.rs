@@ -34,6 +34,7 @@ use crate::journal::{Journal, SandboxRecord};
 use crate::kept::{Kept, Life, Ticket};
 use crate::metrics::MetricsHandle;
 use crate::pool::PoolActor;
+use crate::pressure::Pressure;
 use crate::sandbox::activity::Activity;
 use crate::sandbox::actor::{Birth, LetGo, SandboxActor};
 use crate::sandbox::directories::Directories;
@@ -68,6 +69,8 @@ pub struct Surroundings {
     pub host: HostSettings,
     /// The queue for booting one.
     pub starts: Starts,
+    /// How much of the host's processors is to be had.
+    pub pressure: Pressure,
     /// Whatever runs VMs.
     pub launcher: Arc<dyn Launcher>,
     /// Images.

@@ -14,6 +14,7 @@ use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
 use msb_actors::metrics::MetricsHandle;
 use msb_actors::pool::PoolActor;
+use msb_actors::pressure::{CPU_PRESSURE, Pressure};
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::starts::Starts;
@@ -193,6 +194,7 @@ async fn serve(
         home: settings.home.clone(),
         runtime_dir: settings.runtime_dir.clone(),
         host: settings.host_settings(),
+        pressure: Pressure::at(CPU_PRESSURE),
         starts: Starts::for_this_host(clock.clone()),
         launcher,
         images: ImageActor::keep(Arc::new(store), clock.clone()),

@@ -25,6 +25,8 @@ pub const MISSED_MAX_EMULATED: u64 = 10;
 const ADOPTION_LIMITS: u64 = 4;
 /// How late a timer of ours may be before the silence is held to be the host's and not the guest's.
 const STALL_MS: u64 = 500;
+/// How many times more a guest has as long, on a host that has no processor for everybody.
+const STARVED_LIMITS: u64 = 2;
 /// Size of a heartbeat file: longer than any, so that a shorter one leaves nothing of a longer one behind.
 const FILE_LEN: usize = 512;
 /// Time between two rounds of writing: what a file may be behind by.
@@ -41,8 +43,9 @@ const OPEN_MAX: usize = 1_024;
 pub struct BeatWatch {
     boot_id: BootId,
     limit_ms: u64,
-    heard_ms: u64,
     due_ms: u64,
+    /// How many times the host's want of processors has been its excuse since it was heard.
+    excused: u64,
     sequence: u64,
 }
 
@@ -61,7 +64,7 @@ impl BeatWatch {
     pub fn new(boot_id: BootId, engine: EngineChoice, now_ms: u64) -> Self {
         let missed = if engine == EngineChoice::Kvm { MISSED_MAX } else { MISSED_MAX_EMULATED };
         let limit_ms = (missed + 1) * BEAT_INTERVAL_MS;
-        Self { boot_id, limit_ms, heard_ms: now_ms, due_ms: now_ms.saturating_add(limit_ms), sequence: 0 }
+        Self { boot_id, limit_ms, due_ms: now_ms.saturating_add(limit_ms), excused: 0, sequence: 0 }
     }
 
     /// The same for a machine that was found by a new daemon: the agent's link has to be made anew, for every machine at once, on a host that
@@ -82,7 +85,8 @@ impl BeatWatch {
         if boot_id != self.boot_id || sequence <= self.sequence {
             return false;
         }
-        (self.sequence, self.heard_ms, self.due_ms) = (sequence, now_ms, now_ms.saturating_add(self.limit_ms));
+        (self.sequence, self.excused) = (sequence, 0);
+        self.forgive(now_ms);
         true
     }
 
@@ -91,13 +95,19 @@ impl BeatWatch {
         self.due_ms = now_ms.saturating_add(self.limit_ms);
     }
 
-    /// Looks at the silence. Called when the watch said to; if that is late, the host stalled, and counting begins anew.
-    pub fn look(&mut self, now_ms: u64) -> Verdict {
+    /// Looks at the silence. Called when the watch said to; if that is late, the host stalled, and counting begins anew. A host that
+    /// [is starved](crate::pressure) may have had no processor for the guest: killing it and booting another would take what is left.
+    pub fn look(&mut self, now_ms: u64, is_starved: impl FnOnce() -> bool) -> Verdict {
         if now_ms < self.due_ms {
             return Verdict::LookAgain(self.due_ms);
         }
         if now_ms > self.due_ms.saturating_add(STALL_MS) {
-            self.due_ms = now_ms.saturating_add(self.limit_ms);
+            self.forgive(now_ms);
+            return Verdict::LookAgain(self.due_ms);
+        }
+        if self.excused < STARVED_LIMITS && is_starved() {
+            self.excused += 1;
+            self.forgive(now_ms);
             return Verdict::LookAgain(self.due_ms);
         }
         Verdict::Silent
@@ -316,24 +326,42 @@ mod tests {
         BootId(uuid::Uuid::from_u128(number))
     }
 
+    /// A host with processors enough.
+    fn enough() -> bool {
+        false
+    }
+
+    #[test]
+    fn a_starved_host_is_an_excuse_twice_and_anew_after_each_beat() {
+        let mut watch = BeatWatch::new(boot(1), EngineChoice::Kvm, 0);
+        for _ in 0..2 {
+            assert_eq!(watch.look(4_000, || true), Verdict::LookAgain(8_000));
+            assert_eq!(watch.look(8_000, || true), Verdict::LookAgain(12_000));
+            assert_eq!(watch.look(12_000, || true), Verdict::Silent);
+            watch = BeatWatch { due_ms: 4_000, ..watch };
+            assert!(watch.hear(boot(1), watch.sequence + 1, 0));
+        }
+        assert_eq!(watch.look(4_000, enough), Verdict::Silent);
+    }
+
     #[test]
     fn three_missed_beats_are_death_and_one_less_is_not() {
         let mut watch = BeatWatch::new(boot(1), EngineChoice::Kvm, 0);
         assert!(watch.hear(boot(1), 1, 1_000));
-        assert_eq!(watch.look(4_999), Verdict::LookAgain(5_000));
-        assert_eq!(watch.look(5_000), Verdict::Silent);
+        assert_eq!(watch.look(4_999, enough), Verdict::LookAgain(5_000));
+        assert_eq!(watch.look(5_000, enough), Verdict::Silent);
         let mut emulated = BeatWatch::new(boot(1), EngineChoice::Qemu, 0);
-        assert_eq!(emulated.look(5_000), Verdict::LookAgain(11_000));
-        assert_eq!(emulated.look(11_000), Verdict::Silent);
+        assert_eq!(emulated.look(5_000, enough), Verdict::LookAgain(11_000));
+        assert_eq!(emulated.look(11_000, enough), Verdict::Silent);
     }
 
     #[test]
     fn an_adopted_machine_has_time_for_its_first_beat_and_no_more_than_others_afterwards() {
         let mut watch = BeatWatch::new(boot(1), EngineChoice::Kvm, 0).adopted();
-        assert_eq!(watch.look(5_000), Verdict::LookAgain(20_000));
-        assert_eq!(watch.look(20_000), Verdict::Silent);
+        assert_eq!(watch.look(5_000, enough), Verdict::LookAgain(20_000));
+        assert_eq!(watch.look(20_000, enough), Verdict::Silent);
         assert!(watch.hear(boot(1), 1, 6_000));
-        assert_eq!(watch.look(10_000), Verdict::Silent);
+        assert_eq!(watch.look(10_000, enough), Verdict::Silent);
     }
 
     #[test]
@@ -343,14 +371,14 @@ mod tests {
         assert!(watch.hear(boot(2), 2, 1_000));
         assert!(!watch.hear(boot(2), 2, 3_000));
         assert!(!watch.hear(boot(2), 1, 3_000));
-        assert_eq!(watch.look(5_000), Verdict::Silent);
+        assert_eq!(watch.look(5_000, enough), Verdict::Silent);
     }
 
     #[test]
     fn a_stalled_or_sleeping_host_begins_anew() {
         let mut watch = BeatWatch::new(boot(1), EngineChoice::Kvm, 0);
-        assert_eq!(watch.look(4_000 + STALL_MS + 1), Verdict::LookAgain(8_501));
-        assert_eq!(watch.look(8_501), Verdict::Silent);
+        assert_eq!(watch.look(4_000 + STALL_MS + 1, enough), Verdict::LookAgain(8_501));
+        assert_eq!(watch.look(8_501, enough), Verdict::Silent);
     }
 
     #[test]

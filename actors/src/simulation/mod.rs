@@ -34,6 +34,7 @@ use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, LoadOptio
 use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
 use crate::pool::PoolActor;
+use crate::pressure::Pressure;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
 use crate::snapshots::Snapshots;
@@ -194,6 +195,9 @@ impl ImageStore for FakeImages {
 /// VMs of the simulator that boot at once.
 pub const STARTS_AT_ONCE: usize = 64;
 
+/// Where a simulated host tells how many wait for its processors; missing, it has enough of them.
+pub const PRESSURE_FILE: &str = "pressure";
+
 /// A daemon over fakes in a directory. Dropping it and making another over the same directory is a restart of the daemon.
 ///
 /// # Panics
@@ -221,6 +225,7 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
             log_size_max_bytes: 1 << 20,
             log_files_max: 3,
         },
+        pressure: Pressure::at(directory.join(PRESSURE_FILE)),
         starts: Starts::new(STARTS_AT_ONCE, clock.clone()),
         launcher,
         images: ImageActor::keep(Arc::new(FakeImages), clock.clone()),

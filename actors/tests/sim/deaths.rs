@@ -122,6 +122,23 @@ fn an_adopted_vm_that_falls_silent_is_a_crash_after_three_beats_and_one_that_was
 }
 
 #[test]
+fn a_silent_vm_on_a_starved_host_has_three_times_as_long() {
+    simulate(|world| async move {
+        let pressure = world.directory.path().join(msb_actors::simulation::PRESSURE_FILE);
+        std::fs::write(pressure, "some avg10=80.00 avg60=9.00 avg300=7.94 total=1\n").unwrap();
+        world.create(SandboxSpec { restart: RestartPolicy::No, ..detached("web") }).await;
+        world.turn(5_000).await;
+        world.launcher.silence("web");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        world.turn(10_750).await;
+        assert_eq!(world.state("web").await, Some(SandboxState::Running));
+        world.turn(2_250).await;
+        let crashed = world.until("web", SandboxState::Crashed).await;
+        assert_eq!(crashed.summary.last_end.unwrap().cause, EndCause::AgentLost);
+    });
+}
+
+#[test]
 fn a_creator_that_dies_between_request_and_answer_leaves_nothing() {
     simulate(|world| async move {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();

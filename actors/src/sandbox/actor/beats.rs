@@ -22,7 +22,7 @@ impl SandboxActor {
             // Its machine may be standing to be written down: nothing beats then.
             watch.forgive(now);
         }
-        match watch.look(now) {
+        match watch.look(now, || self.surroundings.pressure.is_starved()) {
             Verdict::LookAgain(at) => {
                 let sleep = self.surroundings.clock.sleep_until(at);
                 self.beat_timer = Some(ctx.spawn(sleep.into_actor(self).map(|(), this, ctx| {
