@@ -4,10 +4,11 @@
 //! printed to `docs/soak/<name>.txt`, headed by the commit it speaks of. It asserts nothing of its own.
 
 use std::fmt::Write as _;
+use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::{cache, program};
 
@@ -194,20 +195,26 @@ fn one(proof: &Proof, keep: bool) -> Result<bool> {
     println!("\n=== {}: {}\n$ cargo {}", proof.name, proof.proves, proof.cargo.join(" "));
     let began = Instant::now();
     let environment = proof.environment.iter().copied();
-    let output = program::command("cargo").args(proof.cargo).envs(environment).stderr(Stdio::inherit()).output()?;
-    let printed = String::from_utf8_lossy(&output.stdout);
-    print!("{printed}");
+    let mut child = program::command("cargo").args(proof.cargo).envs(environment).stdout(Stdio::piped()).spawn()?;
+    let mut printed = String::new();
+    // As it comes: some of these take an hour.
+    for line in BufReader::new(child.stdout.take().context("no output")?).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        println!("{line}");
+        writeln!(printed, "{line}")?;
+    }
+    let status = child.wait()?;
     let took = began.elapsed().as_secs_f64();
-    println!("=== {}: {} after {took:.0} s", proof.name, if output.status.success() { "passed" } else { "FAILED" });
+    println!("=== {}: {} after {took:.0} s", proof.name, if status.success() { "passed" } else { "FAILED" });
     if keep {
         let commit = program::output(program::command("git").args(["rev-parse", "HEAD"]))?;
         let mut text = String::new();
         writeln!(text, "{}: {}", proof.name, proof.proves)?;
-        writeln!(text, "commit {}, {took:.0} s, {}\n", commit.trim(), output.status)?;
+        writeln!(text, "commit {}, {took:.0} s, {status}\n", commit.trim())?;
         writeln!(text, "$ cargo {}\n{printed}", proof.cargo.join(" "))?;
         let folder = cache::repository().join("docs/soak");
         std::fs::create_dir_all(&folder)?;
         std::fs::write(folder.join(format!("{}.txt", proof.name)), text)?;
     }
-    Ok(output.status.success())
+    Ok(status.success())
 }

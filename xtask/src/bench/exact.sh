@@ -11,7 +11,10 @@ figure() { [ -n "${2:-}" ] && echo "FIGURE $1 $2"; }
 took() { local a=$EPOCHREALTIME b; if "$@" >/tmp/out 2>/tmp/err; then b=$EPOCHREALTIME; echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 timed() { local rounds=$1 i; shift; for ((i = 0; i < rounds; i++)); do took "$@"; done | median; }
 # answered COMMAND...: microseconds until the command has printed `up`, nothing if it has not; its end is waited for and not counted.
-answered() { local a=$EPOCHREALTIME b word=; { read -r word; b=$EPOCHREALTIME; cat >/dev/null; } < <("$@" 2>/tmp/err); wait $!
+answered() { local a b word=
+  [ -p /tmp/said ] || mkfifo /tmp/said
+  a=$EPOCHREALTIME; "$@" > /tmp/said 2>/tmp/err &
+  { read -r word; b=$EPOCHREALTIME; cat > /dev/null; } < /tmp/said; wait $!
   if [ "$word" = up ]; then echo $(( ${b/./} - ${a/./} )); else echo "failed: $*" >&2; cat /tmp/err >&2; fi; }
 # traced EVENT COMMAND...: how often something happens on the whole host meanwhile, also in a machine that ends with the command.
 traced() { local event=$tracing/events/$1/enable; shift
