@@ -13,7 +13,7 @@ const RECIPE: &str = "2";
 /// The stock kernel for virtual machines: small, and with kvm_amd as a module.
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// Beside the minimal system: what the cases and people inside use, and systemd as it comes on a server.
-const INCLUDE: &str = "ca-certificates,iperf3,iproute2,procps,strace,openssh-client,rsync,sshfs,curl,netcat-openbsd,kmod,\
+const INCLUDE: &str = "ca-certificates,iperf3,erofs-utils,iproute2,procps,strace,openssh-client,rsync,sshfs,curl,netcat-openbsd,kmod,\
     systemd-sysv,dbus,dbus-user-session,libpam-systemd";
 /// What the machine's own initramfs loads to find its disks, in order.
 pub(super) const DISK_MODULES: &[&str] =
