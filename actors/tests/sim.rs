@@ -72,12 +72,13 @@ fn words(text: &str) -> Option<Vec<String>> {
     Some(text.split(' ').map(String::from).collect())
 }
 
+fn request(spec: SandboxSpec) -> CreateRequest {
+    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing }
+}
+
 impl World {
     async fn create(&self, spec: SandboxSpec) -> SandboxDetail {
-        self.daemon
-            .create(CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing }, None)
-            .await
-            .unwrap()
+        self.daemon.create(request(spec), None).await.unwrap()
     }
 
     async fn state(&self, text: &str) -> Option<SandboxState> {
@@ -191,12 +192,7 @@ fn a_workload_that_ends_before_anybody_looks_was_still_a_success() {
 #[test]
 fn what_cannot_be_is_refused_with_its_reason_and_leaves_nothing() {
     simulate(|world| async move {
-        let create = |spec: SandboxSpec| {
-            world.daemon.create(
-                CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
-                None,
-            )
-        };
+        let create = |spec: SandboxSpec| world.daemon.create(request(spec), None);
         assert_eq!(
             create(SandboxSpec { image: "nginx".into(), ..detached("a") }).await.unwrap_err().code,
             ErrorCode::ImageNotFound
@@ -474,14 +470,7 @@ fn a_creators_death_stops_what_is_attached_and_removes_what_is_ephemeral() {
         for spec in
             [attached("named"), SandboxSpec { ephemeral: true, ..attached("ephemeral") }, attached("detached-later")]
         {
-            world
-                .daemon
-                .create(
-                    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
-                    Some(creator(&child)),
-                )
-                .await
-                .unwrap();
+            world.daemon.create(request(spec), Some(creator(&child))).await.unwrap();
         }
         world.daemon.detach(&name("detached-later")).await.unwrap();
         child.kill().unwrap();
@@ -501,14 +490,7 @@ fn a_creator_that_dies_while_the_daemon_is_away_is_noticed_by_the_next_one() {
     simulate(|world| async move {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let spec = SandboxSpec { detached: false, ..detached("named") };
-        world
-            .daemon
-            .create(
-                CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
-                Some(creator(&child)),
-            )
-            .await
-            .unwrap();
+        world.daemon.create(request(spec), Some(creator(&child))).await.unwrap();
         let world = world.restart_daemon().await;
         world.until("named", SandboxState::Running).await;
         let world = world.restart_daemon().await;
@@ -526,14 +508,7 @@ fn five_hundred_creators_dying_at_once() {
         for number in 0..500 {
             let child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
             let spec = SandboxSpec { detached: false, ephemeral: true, ..detached(&format!("s{number}")) };
-            world
-                .daemon
-                .create(
-                    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing },
-                    Some(creator(&child)),
-                )
-                .await
-                .unwrap();
+            world.daemon.create(request(spec), Some(creator(&child))).await.unwrap();
             children.push(child);
         }
         assert_eq!(world.launcher.alive(), 500);

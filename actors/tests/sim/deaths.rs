@@ -4,10 +4,6 @@ use msb_protocol::health::PreStop;
 
 use super::*;
 
-fn request(spec: SandboxSpec) -> CreateRequest {
-    CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing }
-}
-
 fn hanging() -> Option<PreStop> {
     Some(PreStop { command: vec!["hang".into()], timeout_ms: 600_000 })
 }

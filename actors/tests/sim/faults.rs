@@ -30,7 +30,7 @@ async fn up(world: &World, text: &str) -> SandboxDetail {
     let idle = (text == "idle").then_some(1_000);
     insist(world, "create", || async {
         let spec = SandboxSpec { idle_timeout_ms: idle, ..detached(text) };
-        let request = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+        let request = request(spec);
         match world.daemon.create(request, None).await {
             // The first try came through after all.
             Err(error) if error.code == ErrorCode::SandboxAlreadyExists => world.daemon.inspect(&name(text)).await,
@@ -101,8 +101,7 @@ async fn snapshot(world: &World, memory: bool) {
         insist(world, "copy", || async {
             let own =
                 SandboxSpec { name: Some(name("copy")), snapshot: Some(name("kept")), detached: true, ..spec.clone() };
-            let request =
-                CreateRequest { spec: own, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            let request = request(own);
             match daemon.create(request, None).await {
                 Err(error) if error.code == ErrorCode::SandboxAlreadyExists => Ok(()),
                 outcome => outcome.map(drop),

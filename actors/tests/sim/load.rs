@@ -193,7 +193,7 @@ fn idle_sandboxes_cost_next_to_nothing_and_a_crash_is_answered_at_once() {
         let daemon = daemon(directory.path(), clock.clone(), launcher.clone());
         for number in 0..count {
             let spec = detached(&format!("s{number}"));
-            let request = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            let request = request(spec);
             daemon.create(request, None).await.unwrap();
         }
         tokio::time::sleep(Duration::from_secs(2)).await;

@@ -120,7 +120,7 @@ fn what_would_make_it_another_machine_is_refused_by_name() {
                 ..saved.spec.clone()
             };
             edit(&mut spec);
-            let request = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            let request = request(spec);
             let refused = world.daemon.create(request, None).await.unwrap_err();
             assert!(refused.message.contains(word), "{word}: {refused:?}");
             assert_eq!(world.state("no").await, None);
@@ -141,8 +141,7 @@ fn what_would_make_it_another_machine_is_refused_by_name() {
         let goes_on = SandboxSpec { workload: Workload::None, ..spec("two", &saved.spec, "busy") };
         assert_eq!(world.create(goes_on).await.spec.workload, Workload::Main);
         let other = SandboxSpec { command: Some(vec!["true".into()]), ..spec("three", &saved.spec, "busy") };
-        let request =
-            CreateRequest { spec: other, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+        let request = request(other);
         assert!(world.daemon.create(request, None).await.unwrap_err().message.contains("command"));
     });
 }

@@ -170,7 +170,7 @@ fn what_cannot_sleep_with_its_memory_is_refused_with_the_reason() {
             "/etc",
         ));
         for (spec, code, word) in specs {
-            let request = CreateRequest { spec, hold_main: false, replace_grace_ms: None, pull: PullPolicy::IfMissing };
+            let request = request(spec);
             let refused = world.daemon.create(request, None).await.unwrap_err();
             assert_eq!(refused.code, code);
             assert!(refused.message.contains(word), "{refused:?}");

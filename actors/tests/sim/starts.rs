@@ -18,14 +18,8 @@ impl World {
         assert_eq!(self.launcher.launched(), count as u64);
     }
 
-    async fn ask_for(&self, text: &str) {
-        let request = CreateRequest {
-            spec: detached(text),
-            hold_main: false,
-            replace_grace_ms: None,
-            pull: PullPolicy::IfMissing,
-        };
-        let daemon = self.daemon.clone();
+    fn ask_for(&self, text: &str) {
+        let (daemon, request) = (self.daemon.clone(), request(detached(text)));
         tokio::spawn(async move { daemon.create(request, None).await.map(|_| ()) });
     }
 }
@@ -35,7 +29,7 @@ fn the_next_one_boots_when_one_is_up_or_has_had_its_time() {
     simulate(async |world| {
         world.launcher.fault(|faults| faults.silent_boot = true);
         for number in 0..STARTS_AT_ONCE + 3 {
-            world.ask_for(&format!("s{number}")).await;
+            world.ask_for(&format!("s{number}"));
         }
         world.until_launched(STARTS_AT_ONCE).await;
         // One of those that boot is up: its place is the next one's.
@@ -57,18 +51,20 @@ fn one_that_is_stopped_while_it_waits_leaves_the_queue_and_never_boots() {
     simulate(async |world| {
         world.launcher.fault(|faults| faults.silent_boot = true);
         for number in 0..STARTS_AT_ONCE {
-            world.ask_for(&format!("s{number}")).await;
+            world.ask_for(&format!("s{number}"));
         }
         world.until_launched(STARTS_AT_ONCE).await;
-        world.ask_for("late").await;
+        world.ask_for("late");
         world.until("late", SandboxState::Starting).await;
+        // So long that it stands in the queue.
+        world.until_launched(STARTS_AT_ONCE).await;
         world.daemon.stop(&name("late"), None, false).await.unwrap();
         // It never ran: nothing of it is left.
         world.until_gone("late").await;
         world.until_launched(STARTS_AT_ONCE).await;
         // Its place is not lost: who comes later has it.
         world.launcher.crash("s0", EndCause::VmmCrash);
-        world.ask_for("later").await;
+        world.ask_for("later");
         for _ in 0..20_000 {
             if world.launcher.spec_of("later").is_some() {
                 return;

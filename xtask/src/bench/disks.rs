@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::by_hand::{ByHand, LOAD, load_program};
-use super::{Row, Running, median, succeed};
+use super::{Row, Running, median, middle, succeed};
 use crate::home::Home;
 use crate::{cache, debian, images, program};
 
@@ -83,10 +83,7 @@ fn sandbox(home: &Home, words: &[&str]) -> Result<()> {
 /// A row of pairs. The ratio is the median of the pairs' own: what was measured one after the other had the same machine, which in another
 /// minute has half its speed.
 fn versus(what: String, [ours, peer]: [Vec<Duration>; 2]) -> Row {
-    let mut ratios: Vec<f64> =
-        ours.iter().zip(&peer).map(|(ours, peer)| peer.as_secs_f64() / ours.as_secs_f64()).collect();
-    ratios.sort_by(f64::total_cmp);
-    let ratio = ratios[ratios.len() / 2];
+    let ratio = middle(ours.iter().zip(&peer).map(|(ours, peer)| peer.as_secs_f64() / ours.as_secs_f64()).collect());
     let (ours, peer) = (median(ours), median(peer));
     Row {
         what,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::by_hand::{ByHand, LOAD, load_program};
-use super::{Row, Running, memory_mib, succeed};
+use super::{Row, Running, memory_mib, middle, succeed};
 use crate::home::Home;
 use crate::{cache, debian, images, program};
 
@@ -209,11 +209,6 @@ fn faster(what: String, unit: &str, rates: [Vec<f64>; 2], times: f64) -> Row {
         holds: ratio >= times,
     }
     .told()
-}
-
-fn middle(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers[numbers.len() / 2]
 }
 
 /// Mebibytes a second that arrived, from iperf3's report.

@@ -63,7 +63,7 @@ impl SandboxActor {
     }
 
     /// A running VM cannot wait for the disk: the sandbox goes on, and the record is offered again until it is taken.
-    pub(super) fn journal_refused(&mut self, error: &ApiError, ctx: &mut Context<Self>) {
+    fn journal_refused(&mut self, error: &ApiError, ctx: &mut Context<Self>) {
         tracing::error!(sandbox = %self.record.name, error = %error.message, "a change could not be made durable and will be tried again");
         let at = self.now_ms().saturating_add(JOURNAL_RETRY_MS);
         let pause = self.surroundings.clock.sleep_until(at);
@@ -78,7 +78,7 @@ impl SandboxActor {
     }
 
     /// A step is in the journal, or was refused by it: its effects, then the next one.
-    pub(super) fn go_on(&mut self, written: Result<(), ApiError>, effects: Vec<Effect>, ctx: &mut Context<Self>) {
+    fn go_on(&mut self, written: Result<(), ApiError>, effects: Vec<Effect>, ctx: &mut Context<Self>) {
         match written {
             // Nothing may be made that the journal does not know of.
             Err(error) if effects.contains(&Effect::LeaseImage) => {
@@ -94,7 +94,7 @@ impl SandboxActor {
     }
 
     /// All steps are done: show what is, and wait for what comes.
-    pub(super) fn settle(&mut self, ctx: &mut Context<Self>) {
+    fn settle(&mut self, ctx: &mut Context<Self>) {
         self.mind_ports(ctx);
         self.forget_memory();
         self.publish();
