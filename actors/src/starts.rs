@@ -4,10 +4,9 @@
 //!  enter ─► waits, oldest first ─► Turn ─► its VM is spawned ─► its agent is there, or the run is over, or TURN_MAX_MS ─► the next one's
 //! ```
 //!
-//! A boot is work for a processor. A hundred at once (a service that brings everything back, `msb fork --count 100`) take each a hundred
-//! times as long and end at their boot timeout, which begins when the VM is spawned: in turns all of them come up, and no later. A guest
-//! that hangs keeps its turn for [`TURN_MAX_MS`], so that nobody keeps others from starting. Used by `sandbox::actor`; it never knows
-//! whose turn it is.
+//! A boot is work for a processor, and a hundred at once (a service that brings everything back, `msb fork --count 100`) take each a hundred
+//! times as long, while the boot timeout of each runs from the moment its VM is spawned. A guest that hangs keeps its turn for
+//! [`TURN_MAX_MS`], so that nobody keeps others from starting. Used by `sandbox::actor`; it never knows whose turn it is.
 
 use std::future::Future;
 use std::sync::Arc;
