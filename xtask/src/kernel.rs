@@ -13,14 +13,13 @@ use anyhow::{Context, Result, bail};
 use crate::{cache, debian, program};
 
 /// Raised when the way of building changes, so that old cache entries are not taken for new ones.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// The source this configuration was written for, then what other releases have instead.
 const SOURCES: &[&str] = &["linux-source-6.1", "linux-source-6.12", "linux-source"];
 
-/// What is kept.
+/// What is kept as it is built.
 const RESULTS: &[(&str, &str)] = &[
-    ("vmlinux", "vmlinux"),
     ("bzImage", "arch/x86/boot/bzImage"),
     ("System.map", "System.map"),
     ("config", ".config"),
@@ -127,10 +126,25 @@ fn build(plan: &Plan, result: &Path) -> Result<()> {
     }
     let jobs = std::thread::available_parallelism().map_or(2, usize::from);
     program::run_logged("compiling", make().arg(format!("-j{jobs}")).args(["vmlinux", "bzImage"]), &log)?;
+    add_relocations(&source, &result.join("vmlinux"))?;
     for (name, built) in RESULTS {
         std::fs::copy(source.join(built), result.join(name)).with_context(|| format!("the build made no {built}"))?;
     }
     Ok(())
+}
+
+/// Copies vmlinux with the table that its bzImage is moved by as a section, so that our loader can move it (docs/kernel.md), in place of the
+/// linker's relocations, which are thirty times as long.
+fn add_relocations(source: &Path, result: &Path) -> Result<()> {
+    let table = source.join("arch/x86/boot/compressed/vmlinux.relocs");
+    program::output(
+        program::command("objcopy")
+            .arg("--remove-section=.rela*")
+            .arg(format!("--add-section=.vmlinux.relocs={}", table.display()))
+            .arg(source.join("vmlinux"))
+            .arg(result),
+    )
+    .map(|_| ())
 }
 
 /// `linux-source` only depends on the package that holds the source; the others hold it themselves.

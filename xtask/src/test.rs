@@ -221,9 +221,10 @@ fn sdks(arguments: &Arguments) -> Result<Outcome> {
 
 /// The cases that run in the lab unless a filter names others. A guest inside an emulated machine is some ten times slower than one beside
 /// it; these take every road through the engine: boot, streams, ends, stop, start, restart, logs, memory, copies of memory, sleep. `cargo xtask lab` runs all.
-const LAB_CASES: [&str; 5] = [
+const LAB_CASES: [&str; 6] = [
     "session::",
     "exec::exec_tells_ends_truly",
+    "machine::each_boot",
     "machine::memory_that",
     "memory::ready_forks",
     "suspend::a_sandbox_sleeps",

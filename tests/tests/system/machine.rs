@@ -46,6 +46,27 @@ fn four_processors_share_one_clock_and_code_read_from_the_disk_is_the_code_that_
 }
 
 #[test]
+fn each_boot_has_its_kernel_somewhere_else() {
+    if msb_tests::engine() != "kvm" {
+        println!("skipped: on engine qemu the kernel lies where it was linked to");
+        return;
+    }
+    let home = Home::with_busybox("kernel_place");
+    home.succeeds(&["create", "--name", "box", "busybox"]);
+    let places = || {
+        let script = "grep ' _text$' /proc/kallsyms; grep 'Kernel code' /proc/iomem";
+        home.msb(["exec", "box", "--", "sh", "-c", script]).run().succeeds().text()
+    };
+    let first = places();
+    let lines: Vec<&str> = first.lines().collect();
+    assert!(matches!(lines[..], [text, code] if text.starts_with("ffffffff") && !code.contains("00000000-")), "{first}");
+    home.succeeds(&["restart", "box"]);
+    // One of some five hundred in its own addresses, one of some thirty in memory.
+    assert_ne!(places(), first);
+    home.finish();
+}
+
+#[test]
 fn memory_that_a_guest_frees_goes_back_to_the_host() {
     if msb_tests::engine() != "kvm" {
         println!("skipped: only engine kvm has a balloon");

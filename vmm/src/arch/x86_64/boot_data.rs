@@ -130,9 +130,10 @@ fn write_zero_page(memory: &GuestMap, kernel: &LoadedKernel, data: &BootData<'_>
             page.hdr.boot_flag = BOOT_FLAG;
             page.hdr.header = HEADER_MAGIC;
             page.hdr.loadflags = LOADED_HIGH;
-            // A vmlinux has no unpacker in front that could randomise its own place, but this flag makes the kernel randomise
-            // where its memory regions (direct map, vmalloc, vmemmap) lie.
-            page.hdr.loadflags |= KASLR_FLAG;
+            // Of a vmlinux nobody else says it: no unpacker runs before it.
+            if kernel.is_randomised {
+                page.hdr.loadflags |= KASLR_FLAG;
+            }
         }
     }
     page.hdr.type_of_loader = LOADER_UNDEFINED;
@@ -207,7 +208,7 @@ mod tests {
     }
 
     fn kernel(entry: Entry) -> LoadedKernel {
-        LoadedKernel { entry, end: 0x200_0000, setup_header: None }
+        LoadedKernel { entry, end: 0x200_0000, setup_header: None, is_randomised: true }
     }
 
     #[test]

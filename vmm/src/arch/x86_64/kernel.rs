@@ -2,7 +2,8 @@
 //!
 //! Everything the file says is checked before the first byte is copied: machine, lengths against the file, segments against each
 //! other and against guest memory. The file comes from the user, so a bad one is a typed [`KernelError`], never a panic, and
-//! nothing is allocated by its word. Called by `engine/kvm` (through `boot_data`), and by tests with hostile files.
+//! nothing is allocated by its word. A kernel that says what moving it takes ([`relocation`]) lands at a random place, in memory and in its own
+//! address space, as the unpacker of a bzImage would choose. Called by `engine/kvm` (through `boot_data`), and by tests with hostile files.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -13,6 +14,7 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
 use super::layout::{KERNEL_START, LOW_MEMORY_END};
 use super::registers::Entry;
+use super::relocation::{self, RelocationError};
 use crate::engine::KernelFormat;
 use crate::memory::{GuestMap, transfer};
 
@@ -30,6 +32,10 @@ const LITTLE_ENDIAN: u8 = 1;
 const MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+const SECTION_HEADER_SIZE: usize = 64;
+/// Most sections looked at, and most bytes of their names; a Linux vmlinux has some fifty.
+const SECTIONS_MAX: u16 = 1024;
+const SECTION_NAMES_SIZE_MAX: u64 = 64 * 1024;
 /// Note of owner "Xen" that holds the 32-bit physical entry of the PVH protocol.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 /// Where the setup header lies in a bzImage (boot.rst, "The Real-Mode Kernel Header").
@@ -92,9 +98,25 @@ pub enum KernelError {
     /// A bzImage older than the 64-bit protocol.
     #[error("bzImage speaks boot protocol {0:#06x}, {PROTOCOL_MIN:#06x} with a 64-bit entry is needed")]
     TooOld(u16),
+    /// What it says about moving it is not so.
+    #[error("kernel cannot be moved")]
+    Relocation(#[from] RelocationError),
     /// Guest memory refused the copy: our own layout is wrong.
     #[error("kernel could not be copied into guest memory")]
     Copy(#[from] vm_memory::GuestMemoryError),
+}
+
+/// Where to put a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Placement {
+    /// Which of its entries is used.
+    pub preference: EntryPreference,
+    /// End of the usable memory below the hole.
+    pub low_end: u64,
+    /// Bytes at that end which something else needs, the initramfs.
+    pub kept_bytes: u64,
+    /// Chooses where a kernel goes that can be moved; without it, that is where it was linked to.
+    pub random: Option<u64>,
 }
 
 /// A kernel in guest memory.
@@ -106,19 +128,20 @@ pub struct LoadedKernel {
     pub end: u64,
     /// A bzImage's own header, to be handed back to it in the zero page.
     pub setup_header: Option<setup_header>,
+    /// A vmlinux is to choose random places for its memory regions (direct map, vmalloc, vmemmap).
+    pub is_randomised: bool,
 }
 
-/// Checks `file` and copies it into `memory`, whose usable part below the hole ends at `low_end`.
+/// Checks `file` and copies it into `memory`.
 pub fn load(
     file: &File,
     format: KernelFormat,
-    preference: EntryPreference,
+    placement: Placement,
     memory: &GuestMap,
-    low_end: u64,
 ) -> Result<LoadedKernel, KernelError> {
-    let source = Source { file, length: file.metadata()?.len(), low_end: low_end.min(LOW_MEMORY_END) };
+    let source = Source { file, length: file.metadata()?.len(), low_end: placement.low_end.min(LOW_MEMORY_END) };
     match format {
-        KernelFormat::Elf => load_elf(&source, preference, memory),
+        KernelFormat::Elf => load_elf(&source, placement, memory),
         KernelFormat::BzImage => load_bzimage(&source, memory),
     }
 }
@@ -218,7 +241,7 @@ impl Segment {
     }
 }
 
-fn load_elf(source: &Source<'_>, preference: EntryPreference, memory: &GuestMap) -> Result<LoadedKernel, KernelError> {
+fn load_elf(source: &Source<'_>, placement: Placement, memory: &GuestMap) -> Result<LoadedKernel, KernelError> {
     let mut header = [0u8; ELF_HEADER_SIZE];
     source.read(0, &mut header)?;
     if !header.starts_with(ELF_MAGIC) {
@@ -262,7 +285,7 @@ fn load_elf(source: &Source<'_>, preference: EntryPreference, memory: &GuestMap)
     let inside = |address: u64| {
         loads.iter().any(|segment| (segment.address..segment.address + segment.file_size).contains(&address))
     };
-    let pvh = match preference {
+    let pvh = match placement.preference {
         EntryPreference::Long => None,
         EntryPreference::Pvh => find_pvh_entry(source, &segments)?,
     };
@@ -274,10 +297,65 @@ fn load_elf(source: &Source<'_>, preference: EntryPreference, memory: &GuestMap)
     if !inside(entry_address) {
         return Err(KernelError::EntryOutside(entry_address));
     }
+    // The code behind the PVH entry runs where it was linked to.
+    let random = placement.random.filter(|_| pvh.is_none());
+    let start = loads.first().map_or(end, |segment| segment.address);
+    let moving = match random {
+        Some(random) => relocations(source, &header)?.map(|table| (table, random as u32, (random >> 32) as u32)),
+        None => None,
+    };
+    let limit = source.low_end.saturating_sub(placement.kept_bytes);
+    let up = moving.as_ref().map_or(0, |(_, random, _)| relocation::choose(end, limit, *random));
     for segment in &loads {
-        source.copy(memory, segment.address, segment.file_offset, segment.file_size)?;
+        source.copy(memory, segment.address + up, segment.file_offset, segment.file_size)?;
     }
-    Ok(LoadedKernel { entry, end, setup_header: None })
+    if let Some((table, _, random)) = moving {
+        let shift = relocation::choose(end, relocation::IMAGE_ROOM, random);
+        // Below the hole: one slice.
+        let length = usize::try_from(end - start).map_err(std::io::Error::other)?;
+        relocation::apply(&table, &memory.get_slice(GuestAddress(start + up), length)?, start, shift)?;
+    }
+    let entry = match entry {
+        Entry::Long(address) => Entry::Long(address + up),
+        Entry::Pvh(_) => entry,
+    };
+    Ok(LoadedKernel { entry, end: end + up, setup_header: None, is_randomised: random.is_some() })
+}
+
+/// The table of what moving the kernel takes, if the file has one.
+fn relocations(source: &Source<'_>, header: &[u8; ELF_HEADER_SIZE]) -> Result<Option<Vec<u8>>, KernelError> {
+    let (table_offset, count) = (u64_at(header, 40), u16_at(header, 60));
+    if count == 0 {
+        return Ok(None);
+    }
+    if usize::from(u16_at(header, 58)) != SECTION_HEADER_SIZE || count > SECTIONS_MAX {
+        return Err(KernelError::NotAKernel("odd section headers, or too many"));
+    }
+    let mut table = vec![0u8; usize::from(count) * SECTION_HEADER_SIZE];
+    source.read(table_offset, &mut table)?;
+    // Name (an offset into the section of names), then at 24 and 32 where in the file it is, and its size.
+    let place = |section: &[u8]| (u64_at(section, 24), u64_at(section, 32));
+    let Some((names_offset, names_size)) =
+        table.chunks_exact(SECTION_HEADER_SIZE).nth(u16_at(header, 62).into()).map(place)
+    else {
+        return Ok(None);
+    };
+    let mut names = vec![0u8; names_size.min(SECTION_NAMES_SIZE_MAX) as usize];
+    source.read(names_offset, &mut names)?;
+    let is_it = |section: &&[u8]| {
+        let name = names.get(u32_at(section, 0) as usize..).unwrap_or_default();
+        name.strip_prefix(relocation::SECTION).is_some_and(|rest| rest.first() == Some(&0))
+    };
+    let Some((offset, size)) = table.chunks_exact(SECTION_HEADER_SIZE).find(is_it).map(place) else {
+        return Ok(None);
+    };
+    if size > relocation::SECTION_BYTES_MAX {
+        return Err(KernelError::NotAKernel("too much to relocate"));
+    }
+    source.require(offset, size)?;
+    let mut relocations = vec![0u8; size as usize];
+    source.read(offset, &mut relocations)?;
+    Ok(Some(relocations))
 }
 
 /// Searches the note segments for the PVH entry.
@@ -330,6 +408,7 @@ fn load_bzimage(source: &Source<'_>, memory: &GuestMap) -> Result<LoadedKernel, 
         entry: Entry::Long(KERNEL_START + BZIMAGE_ENTRY_64_OFFSET),
         end: load_end.max(unpacked_end),
         setup_header: Some(header),
+        is_randomised: false,
     })
 }
 

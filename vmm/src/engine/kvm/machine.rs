@@ -17,10 +17,10 @@ use super::super::{BootError, KernelFile, Machine, Restore};
 use super::bus::Bus;
 use super::probe;
 use super::saved::{SavedMachine, Writer};
-use crate::arch::x86_64::boot_data::{self, BootData, Initramfs, RANDOM_SEED_SIZE};
+use crate::arch::x86_64::boot_data::{self, BootData, Initramfs};
 use crate::arch::x86_64::cpuid::{Processor, normalise};
 use crate::arch::x86_64::interrupts::set_local_inputs;
-use crate::arch::x86_64::kernel::{self, EntryPreference, LoadedKernel};
+use crate::arch::x86_64::kernel::{self, EntryPreference, LoadedKernel, Placement};
 use crate::arch::x86_64::layout::{
     IRQ_FIRST, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, MMIO_SLOT_COUNT, MMIO_START, MMIO_WINDOW_SIZE, SERIAL_IRQ,
 };
@@ -87,21 +87,18 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
         Some(Restore::Saved { memory, state }) => {
             make(&phases, || load_saved(memory_mib, cpus, memory, state))?.map(Content::Saved)
         }
-        None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file)))?,
+        None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line))?,
     };
     phases.mark("vm_created");
 
     if let Content::Kernel { kernel, initramfs } = &content {
         let command_line = with_devices(&command_line, devices.len());
-        let mut random_seed = [0u8; RANDOM_SEED_SIZE];
-        rustix::rand::getrandom(&mut random_seed, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| BootError::System { what: "random seed for the guest".into(), source: error.into() })?;
         let data = BootData {
             memory_bytes: memory.size_bytes(),
             cpus,
             command_line: &command_line,
             initramfs: *initramfs,
-            random_seed,
+            random_seed: random()?,
         };
         boot_data::write(memory.map(), kernel, &data).map_err(|error| BootError::Kernel { reason: chain(&error) })?;
     }
@@ -239,17 +236,37 @@ fn load_saved(
     Ok((memory, state))
 }
 
-fn load(memory_mib: u32, file: &KernelFile, initramfs: Option<&File>) -> Result<(GuestRam, Content), BootError> {
+fn load(
+    memory_mib: u32,
+    file: &KernelFile,
+    initramfs: Option<&File>,
+    command_line: &str,
+) -> Result<(GuestRam, Content), BootError> {
     let refused = |error: &dyn std::error::Error| BootError::Kernel { reason: chain(error) };
     let memory = GuestRam::private(memory_mib.into()).map_err(|error| BootError::Memory { reason: chain(&error) })?;
     let (map, size_bytes) = (memory.map(), memory.size_bytes());
-    let kernel = kernel::load(&file.file, file.format, EntryPreference::default(), map, size_bytes)
-        .map_err(|error| refused(&error))?;
+    let placement = Placement {
+        preference: EntryPreference::default(),
+        low_end: size_bytes,
+        // One that cannot be read is refused below.
+        kept_bytes: initramfs.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len()).next_multiple_of(4096),
+        // The word that the unpacker of a bzImage looks for (kernel-parameters.txt).
+        random: if command_line.split_whitespace().any(|word| word == "nokaslr") { None } else { Some(u64::from_ne_bytes(random()?)) },
+    };
+    let kernel = kernel::load(&file.file, file.format, placement, map).map_err(|error| refused(&error))?;
     let initramfs = initramfs
         .map(|file| boot_data::load_initramfs(file, map, size_bytes, kernel.end))
         .transpose()
         .map_err(|error| refused(&error))?;
     Ok((memory, Content::Kernel { kernel, initramfs }))
+}
+
+/// Bytes that nobody can know before.
+fn random<const COUNT: usize>() -> Result<[u8; COUNT], BootError> {
+    let mut bytes = [0; COUNT];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| BootError::System { what: "random bytes for the guest".into(), source: error.into() })?;
+    Ok(bytes)
 }
 
 fn eventfd_failed(source: std::io::Error) -> BootError {

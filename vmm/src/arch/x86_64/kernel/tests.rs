@@ -21,7 +21,11 @@ fn memory() -> GuestMap {
 }
 
 fn load_bytes(bytes: &[u8], format: KernelFormat) -> Result<LoadedKernel, KernelError> {
-    load(&file_of(bytes), format, EntryPreference::Pvh, &memory(), LOW_END)
+    load(&file_of(bytes), format, placement(EntryPreference::Pvh), &memory())
+}
+
+fn placement(preference: EntryPreference) -> Placement {
+    Placement { preference, low_end: LOW_END, kept_bytes: 0, random: None }
 }
 
 /// An ELF file with the given (address, file size, memory size) segments filled with 0x90, and optionally a PVH note.
@@ -68,6 +72,29 @@ fn elf(segments: &[(u64, u64, u64)], entry: u64, pvh: Option<u32>) -> Vec<u8> {
     header
 }
 
+/// The same kernel with a section of relocations behind it, and the names of sections.
+fn with_relocations(mut kernel: Vec<u8>, table: &[u32]) -> Vec<u8> {
+    let names = [b"\0.text\0", relocation::SECTION, b"\0"].concat();
+    let table: Vec<u8> = table.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let names_offset = kernel.len();
+    let table_offset = names_offset + names.len();
+    let headers_offset = table_offset + table.len();
+    kernel.extend_from_slice(&names);
+    kernel.extend_from_slice(&table);
+    for (name, offset, size) in [(0, 0, 0), (7, table_offset, table.len()), (1, names_offset, names.len())] {
+        let mut section = [0u8; SECTION_HEADER_SIZE];
+        section[..4].copy_from_slice(&u32::to_le_bytes(name));
+        section[24..32].copy_from_slice(&(offset as u64).to_le_bytes());
+        section[32..40].copy_from_slice(&(size as u64).to_le_bytes());
+        kernel.extend_from_slice(&section);
+    }
+    kernel[40..48].copy_from_slice(&(headers_offset as u64).to_le_bytes());
+    for (offset, value) in [(58, SECTION_HEADER_SIZE as u16), (60, 3), (62, 2)] {
+        kernel[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    kernel
+}
+
 fn bzimage(change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
     let mut header = setup_header {
         setup_sects: 1,
@@ -92,12 +119,74 @@ fn bzimage(change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
 fn an_elf_kernel_lands_where_it_says_and_the_rest_stays_zero() {
     let memory = memory();
     let bytes = elf(&[(0x100_0000, 100, 5000), (0x200_0000, 10, 10)], 0x100_0010, Some(0x100_0020));
-    let load = |preference| load(&file_of(&bytes), KernelFormat::Elf, preference, &memory, LOW_END).unwrap();
+    let load = |preference| load(&file_of(&bytes), KernelFormat::Elf, placement(preference), &memory).unwrap();
     let kernel = load(EntryPreference::Long);
     assert_eq!((kernel.entry, kernel.end), (Entry::Long(0x100_0010), 0x200_000a));
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x100_0063)).unwrap(), 0x90);
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x100_0064)).unwrap(), 0);
     assert_eq!(load(EntryPreference::Pvh).entry, Entry::Pvh(0x100_0020));
+}
+
+#[test]
+fn a_kernel_that_can_be_moved_lies_where_chance_has_it() {
+    // 64-bit address at its start, none that grows smaller, 32-bit one at 16.
+    let bytes = with_relocations(
+        elf(&[(0x100_0000, 100, 0x10_0000)], 0x100_0010, Some(0x100_0020)),
+        &[0, 0x8100_0000, 0, 0, 0x8100_0010],
+    );
+    let file = file_of(&bytes);
+    let load = |preference, random, kept_bytes| {
+        let memory = memory();
+        let placement = Placement { random, kept_bytes, ..placement(preference) };
+        let kernel = load(&file, KernelFormat::Elf, placement, &memory).unwrap();
+        let at = |place: u64| memory.read_obj::<u32>(GuestAddress(place)).unwrap();
+        let start = kernel.end - 0x10_0000;
+        (kernel.entry, start, at(start), at(start + 4), at(start + 8), at(start + 16), kernel.is_randomised)
+    };
+    let still = 0x9090_9090;
+    let linked = |entry, is_randomised| (entry, 0x100_0000, still, still, still, still, is_randomised);
+    assert_eq!(load(EntryPreference::Long, None, 0), linked(Entry::Long(0x100_0010), false));
+    assert_eq!(load(EntryPreference::Pvh, Some(u64::MAX), 0), linked(Entry::Pvh(0x100_0020), false), "PVH has no flag");
+    // Three steps up in memory, five in its own addresses: two numbers that have nothing to do with each other.
+    let moved = load(EntryPreference::Long, Some(5 << 32 | 3), 0);
+    let address = still + 5 * (2 << 20);
+    assert_eq!(moved, (Entry::Long(0x160_0010), 0x160_0000, address, still, still, address, true));
+    // With room for one step only, every number is none or one.
+    let kept_bytes = LOW_END - 0x140_0000;
+    for random in 0..8 {
+        let (_, start, ..) = load(EntryPreference::Long, Some(random), kept_bytes);
+        assert_eq!(start, 0x100_0000 + random % 2 * (2 << 20));
+    }
+    let unmovable = elf(&[(0x100_0000, 100, 5000)], 0x100_0010, None);
+    let placement = Placement { random: Some(u64::MAX), ..placement(EntryPreference::Long) };
+    let kernel = super::load(&file_of(&unmovable), KernelFormat::Elf, placement, &memory()).unwrap();
+    assert_eq!((kernel.entry, kernel.is_randomised), (Entry::Long(0x100_0010), true), "its regions are moved");
+}
+
+#[test]
+fn bad_relocations_each_have_their_error() {
+    let elf = || elf(&[(0x100_0000, 100, 5000)], 0x100_0000, None);
+    let random = Placement { random: Some(0), ..placement(EntryPreference::Long) };
+    let load = |bytes: &[u8]| super::load(&file_of(bytes), KernelFormat::Elf, random, &memory());
+    let good = with_relocations(elf(), &[0, 0, 0]);
+    assert!(load(&good).is_ok());
+    let outside = with_relocations(elf(), &[0, 0, 0, 0x8200_0000]);
+    assert!(matches!(load(&outside), Err(KernelError::Relocation(RelocationError::Outside(0x8200_0000)))));
+    let none = with_relocations(elf(), &[7]);
+    assert!(matches!(load(&none), Err(KernelError::Relocation(RelocationError::NotATable(_)))));
+    assert!(matches!(load(&good[..good.len() - 1]), Err(KernelError::Truncated { .. })));
+    let changed = |offset: usize, bytes: &[u8]| {
+        let mut kernel = good.clone();
+        kernel[offset..offset + bytes.len()].copy_from_slice(bytes);
+        load(&kernel)
+    };
+    assert!(matches!(changed(58, &[1]), Err(KernelError::NotAKernel(_))));
+    assert!(matches!(changed(60, &[0xff, 0xff]), Err(KernelError::NotAKernel(_))));
+    let section = good.len() - 2 * SECTION_HEADER_SIZE;
+    assert!(matches!(changed(section + 32, &[0xff; 8]), Err(KernelError::NotAKernel(_))));
+    assert!(matches!(changed(section + 24, &[0xff; 8]), Err(KernelError::Truncated { .. })));
+    // The names of sections are not where the header says: none is the one that is looked for.
+    assert!(changed(62, &[9]).is_ok());
 }
 
 #[test]
@@ -160,13 +249,18 @@ proptest! {
         }
         let _ = load_bytes(&bytes, KernelFormat::Elf);
         let _ = load_bytes(&bytes, KernelFormat::BzImage);
+        let random = Placement { random: Some(1), ..placement(EntryPreference::Long) };
+        let _ = load(&file_of(&bytes), KernelFormat::Elf, random, &memory());
     }
 
     #[test]
-    fn no_change_to_a_good_kernel_makes_the_loader_panic(position in 0usize..400, value in any::<u8>()) {
-        let mut kernel = elf(&[(0x100_0000, 100, 5000), (0x200_0000, 10, 10)], 0x100_0010, Some(0x100_0020));
+    fn no_change_to_a_good_kernel_makes_the_loader_panic(position in 0usize..800, value in any::<u8>()) {
+        let kernel = elf(&[(0x100_0000, 100, 5000), (0x200_0000, 10, 10)], 0x100_0010, Some(0x100_0020));
+        let mut kernel = with_relocations(kernel, &[0, 0x8100_0000, 0, 0, 0x8100_0010]);
         let position = position % kernel.len();
         kernel[position] = value;
         let _ = load_bytes(&kernel, KernelFormat::Elf);
+        let random = Placement { random: Some(7), ..placement(EntryPreference::Long) };
+        let _ = load(&file_of(&kernel), KernelFormat::Elf, random, &memory());
     }
 }
