@@ -1,5 +1,5 @@
-//! Ready forks of templates: for each template that asks for them, copies of its disk beside VM processes that stand by with its memory, so
-//! that a sandbox which begins with it only has to be told who it is.
+//! Ready forks of templates: for each template that asks for them, copies of its disk beside machines that stand by with its memory, so that a
+//! sandbox which begins with it only has to be told who it is.
 //!
 //! ```text
 //!  Mind ─► the index of snapshots ─► what each template wants ─► fill: one at a time ─► stands
@@ -7,28 +7,36 @@
 //!  Take (a sandbox's first start) ─► the oldest that lives ────────┘    └─ the template is gone: let go
 //! ```
 //!
-//! Nothing of a guest has run in a ready fork: it has no identity, no network and no clock, and is like any other copy from the moment
-//! a sandbox has it. None is kept for ever: they end with the service, and what the one before left is swept away. This actor never
+//! A ready fork was made of the template's memory, was renewed as any copy is, and is halted; its workload is frozen and never ran. It is renewed
+//! again for whoever takes it. It is made as `msb run TEMPLATE` would be without options, and only a start that asks for nothing else takes it.
+//! None is kept for ever: they end with the service, and what the one before left is swept away. This actor never
 //! makes a sandbox; without a ready fork a start makes everything itself.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use actix::prelude::*;
-use msb_image::snapshot::SnapshotFiles;
 use msb_protocol::error::ApiError;
-use msb_protocol::id::SandboxName;
+use msb_protocol::id::{BootId, SandboxId, SandboxName};
+use msb_protocol::network::NetworkSpec;
+use msb_protocol::paths::{HomeLayout, sandbox_run_dir};
 use msb_protocol::snapshot::ReadyForks;
-use msb_protocol::vmm::StandBySpec;
+use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
+use msb_protocol::vmm::VmSpec;
 
 use crate::clock::Clock;
 use crate::faults;
+use crate::images::{ImageActor, Prepare, PreparedImage};
 use crate::inspect::{ActorReport, Inspect};
 use crate::kept::{Kept, Life};
 use crate::sandbox::actor::LetGo;
+use crate::sandbox::directories::Directories;
+use crate::sandbox::machine::Run;
+use crate::sandbox::plan::{self, HostSettings};
 use crate::snapshots::{ListSnapshots, Snapshot, Snapshots};
 use crate::vm::{Launcher, Spare};
+use crate::volumes::Volumes;
 
 /// Messages that wait for the actor.
 const MAILBOX_LEN: usize = 1_024;
@@ -39,31 +47,57 @@ const REFILL_WAIT_MS: u64 = 1_000;
 /// Wait after one that could not be made, in milliseconds.
 const RETRY_WAIT_MS: u64 = 60_000;
 
-/// A copy of a template's disk that nobody has yet; its file goes with it unless it was moved away.
+/// The folders of a ready fork; they go with it unless they were moved away.
 #[derive(Debug)]
-pub struct ReadyDisk(PathBuf);
+pub struct ReadyPlace(Directories);
 
-impl ReadyDisk {
-    /// Its file, to be moved away.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.0
+impl ReadyPlace {
+    /// Makes its folders and its disk those of a sandbox, whose folders are there and empty.
+    ///
+    /// # Errors
+    /// As rename(2); then it is of no use to anybody.
+    pub fn move_to(&self, own: &Directories) -> std::io::Result<()> {
+        std::fs::rename(&self.0.logs, &own.logs)?;
+        std::fs::rename(&self.0.run, &own.run)?;
+        // The last: a disk that is there is a start that found its fork.
+        std::fs::rename(&self.0.upper, &own.upper)
     }
 }
 
-impl Drop for ReadyDisk {
+impl Drop for ReadyPlace {
     fn drop(&mut self) {
-        // It was moved away, or is swept away by the next service.
-        let _ = std::fs::remove_file(&self.0);
+        // What was moved away is not there; what stays is swept away by the next service.
+        let _ = std::fs::remove_dir_all(&self.0.root);
+        let _ = std::fs::remove_dir_all(&self.0.run);
     }
 }
 
 /// A ready fork.
 pub struct Ready {
-    /// Its disk.
-    pub disk: ReadyDisk,
-    /// Its VM process, and the memory it stands by with.
+    /// Its machine.
     pub spare: Box<dyn Spare>,
+    /// Where it is.
+    pub place: ReadyPlace,
+    /// What stands.
+    spec: Box<VmSpec>,
+    /// Its image stays while it does.
+    _image: PreparedImage,
+}
+
+/// What a machine is made with, beside its template.
+pub struct Workshop {
+    /// Files.
+    pub home: HomeLayout,
+    /// Sockets.
+    pub runtime_dir: PathBuf,
+    /// What the host brings to every boot.
+    pub host: HostSettings,
+    /// Images.
+    pub images: Kept<ImageActor>,
+    /// Snapshots.
+    pub snapshots: Snapshots,
+    /// Whatever runs VMs.
+    pub launcher: Arc<dyn Launcher>,
 }
 
 /// A template that asks for ready forks.
@@ -83,9 +117,7 @@ impl Template {
 
 /// Keeps them.
 pub struct PoolActor {
-    directory: PathBuf,
-    snapshots: Snapshots,
-    launcher: Arc<dyn Launcher>,
+    workshop: Arc<Workshop>,
     clock: Arc<dyn Clock>,
     /// By the identity of their snapshots.
     templates: BTreeMap<String, Template>,
@@ -98,19 +130,12 @@ pub struct PoolActor {
 }
 
 impl PoolActor {
-    /// Starts it; what an earlier service left in `directory` is removed.
+    /// Starts it; the disks that an earlier service left are removed.
     #[must_use]
-    pub fn keep(
-        directory: PathBuf,
-        snapshots: Snapshots,
-        launcher: Arc<dyn Launcher>,
-        clock: Arc<dyn Clock>,
-    ) -> Kept<Self> {
-        let keepers_clock = Arc::clone(&clock);
+    pub fn keep(workshop: Workshop, clock: Arc<dyn Clock>) -> Kept<Self> {
+        let (workshop, keepers_clock) = (Arc::new(workshop), Arc::clone(&clock));
         Kept::keep("pool", keepers_clock, move |life| Self {
-            directory: directory.clone(),
-            snapshots: snapshots.clone(),
-            launcher: Arc::clone(&launcher),
+            workshop: Arc::clone(&workshop),
             clock: Arc::clone(&clock),
             templates: BTreeMap::new(),
             is_making: false,
@@ -124,7 +149,7 @@ impl PoolActor {
 
     /// Looks at the index again.
     fn mind(&self, ctx: &mut Context<Self>) {
-        let index = self.snapshots.actor.clone();
+        let index = self.workshop.snapshots.actor.clone();
         let asked = async move { index.send(ListSnapshots).await };
         ctx.spawn(asked.into_actor(self).map(|listed, this, ctx| {
             // An actor of snapshots that ends takes the service along.
@@ -163,9 +188,8 @@ impl PoolActor {
         }
         self.is_making = true;
         self.made += 1;
-        let (id, file) = (id.clone(), self.directory.join(format!("{}.img", self.made)));
-        let snapshot = template.snapshot.clone();
-        let making = make(self.snapshots.files.clone(), Arc::clone(&self.launcher), snapshot, file);
+        let (id, snapshot) = (id.clone(), template.snapshot.clone());
+        let making = make(Arc::clone(&self.workshop), snapshot, self.made);
         ctx.spawn(making.into_actor(self).map(move |made, this, ctx| {
             this.is_making = false;
             this.stands(&id, made);
@@ -207,25 +231,53 @@ impl PoolActor {
     }
 }
 
-async fn make(
-    files: SnapshotFiles,
-    launcher: Arc<dyn Launcher>,
-    Snapshot { name, manifest, .. }: Snapshot,
-    file: PathBuf,
-) -> Result<Ready, ApiError> {
-    let stand_by = StandBySpec {
-        cpus: manifest.spec.cpus,
-        memory_mib: manifest.spec.memory_mib,
-        restore: files.memory_files(&name),
-    };
-    let size_bytes = manifest.disk.size_bytes;
-    let cloned = tokio::task::spawn_blocking(move || {
-        let disk = ReadyDisk(file);
-        files.clone_disk(&name, size_bytes, disk.path(), size_bytes)?;
-        Ok::<_, ApiError>(disk)
+/// Where a ready fork is until somebody has it.
+fn place(workshop: &Workshop, number: u64, id: SandboxId) -> Directories {
+    let root = workshop.home.pool().join(number.to_string());
+    Directories {
+        logs: root.join("logs"),
+        upper: root.join("upper.img"),
+        heartbeat: root.join("heartbeat.json").into(),
+        run: sandbox_run_dir(&workshop.runtime_dir, id),
+        boot_errors: root.join("boot-errors"),
+        root,
+    }
+}
+
+/// The machine of a sandbox that begins with the template and asks for nothing else.
+fn spec_of(
+    workshop: &Workshop,
+    Snapshot { name, manifest, .. }: &Snapshot,
+    image: &PreparedImage,
+    id: SandboxId,
+    directories: &Directories,
+) -> Result<VmSpec, ApiError> {
+    let has_network = manifest.memory.as_ref().is_some_and(|memory| memory.network);
+    let network = NetworkSpec { enabled: has_network, ..manifest.spec.network.clone() };
+    // Nothing else goes on with a saved machine.
+    let spec = SandboxSpec { engine: EngineChoice::Kvm, workload: Workload::None, network, ..manifest.spec.clone() };
+    let run = Run { boot_id: BootId::generate(), hold_main: false, by_policy: false, wakes: None };
+    let image = (&image.config, image.lower.clone());
+    let volumes = Volumes::new(workshop.home.volumes());
+    let spec = plan::vm_spec((id, name), (&spec, &[]), run, image, &workshop.host, directories, &volumes)?;
+    Ok(VmSpec { restore: Some(workshop.snapshots.files.memory_files(name)), ..spec })
+}
+
+async fn make(workshop: Arc<Workshop>, snapshot: Snapshot, number: u64) -> Result<Ready, ApiError> {
+    let lost = |error| ApiError::internal(format!("the image actor: {error}"));
+    let image = workshop.images.send(Prepare(snapshot.manifest.image.digest.clone())).await.map_err(lost)??;
+    let id = SandboxId::generate();
+    let directories = place(&workshop, number, id);
+    let spec = Box::new(spec_of(&workshop, &snapshot, &image, id, &directories)?);
+    let (files, size_bytes) = (workshop.snapshots.files.clone(), snapshot.manifest.disk.size_bytes);
+    let prepared = tokio::task::spawn_blocking(move || {
+        let place = ReadyPlace(directories);
+        place.0.prepare()?;
+        files.clone_disk(&snapshot.name, size_bytes, &place.0.upper, size_bytes)?;
+        Ok::<_, ApiError>(place)
     });
-    let disk = cloned.await.map_err(ApiError::internal)??;
-    Ok(Ready { disk, spare: launcher.stand_by(stand_by).await? })
+    let place = prepared.await.map_err(ApiError::internal)??;
+    Ok(Ready { spare: workshop.launcher.stand_by(spec.clone()).await?, place, spec, _image: image })
 }
 
 impl Actor for PoolActor {
@@ -233,14 +285,14 @@ impl Actor for PoolActor {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         ctx.set_mailbox_capacity(MAILBOX_LEN);
-        let directory = self.directory.clone();
+        let directory = self.workshop.home.pool();
         let swept = tokio::task::spawn_blocking(move || {
             let _ = std::fs::remove_dir_all(&directory);
             std::fs::create_dir_all(&directory)
         });
         ctx.wait(swept.into_actor(self).map(|swept, this, ctx| {
             if let Ok(Err(error)) = swept {
-                tracing::warn!(directory = %this.directory.display(), %error, "there is no place for ready forks");
+                tracing::warn!(directory = %this.workshop.home.pool().display(), %error, "there is no place for ready forks");
             }
             this.mind(ctx);
         }));
@@ -261,20 +313,28 @@ impl Handler<Mind> for PoolActor {
     }
 }
 
-/// A ready fork of the snapshot of this identity, if one stands.
+/// A ready fork, if one stands that can become what is wanted.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "Option<Ready>")]
-pub struct Take(pub String);
+pub struct Take {
+    /// The identity of its snapshot.
+    pub snapshot: String,
+    /// What is wanted, as it would be without one.
+    pub spec: Box<VmSpec>,
+}
 
 impl Handler<Take> for PoolActor {
     type Result = Option<Ready>;
 
-    fn handle(&mut self, Take(id): Take, ctx: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, Take { snapshot, mut spec }: Take, ctx: &mut Self::Context) -> Self::Result {
         faults::here("pool/take");
         self.handled += 1;
         let refill_ms = self.clock.now_ms().saturating_add(REFILL_WAIT_MS);
-        let template = self.templates.get_mut(&id)?;
-        let taken = std::iter::from_fn(|| template.ready.pop_front()).find(|ready| ready.spare.is_alive());
+        let template = self.templates.get_mut(&snapshot)?;
+        spec.restore = Some(self.workshop.snapshots.files.memory_files(&template.snapshot.name));
+        template.ready.retain(|ready| ready.spare.is_alive());
+        let fits = template.ready.front().is_none_or(|ready| spec.takes_over(&ready.spec));
+        let taken = if fits { template.ready.pop_front() } else { None };
         self.taken += u64::from(taken.is_some());
         template.not_before_ms = template.not_before_ms.max(refill_ms);
         self.come_back(refill_ms, ctx);

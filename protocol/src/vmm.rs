@@ -58,9 +58,10 @@ pub struct RequestFrame {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
-    /// Before `Launch`: make what of a saved machine can be made before it is known whose it will be, and wait for the launch, which
-    /// must restore this one. Nothing of the guest runs meanwhile; the process ends when the connection does.
-    StandBy(StandBySpec),
+    /// In place of a first `Launch`: restore this machine, and renew it, but let nothing of its workload run. It is answered when the machine
+    /// stands, halted. The launch that comes then must take it over ([`VmSpec::takes_over`]); the process ends when the connection
+    /// does before that.
+    StandBy(Box<VmSpec>),
     /// First on the first connection: boot this.
     Launch {
         /// What to boot.
@@ -440,15 +441,32 @@ pub struct VmSpec {
     pub disks: Vec<DiskSpec>,
 }
 
-/// A saved machine to stand by with.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StandBySpec {
-    /// Its processors.
-    pub cpus: u32,
-    /// Its memory in MiB.
-    pub memory_mib: u32,
-    /// Its files.
-    pub restore: RestoreSpec,
+impl VmSpec {
+    /// Whether a machine that stands by as `standing` can become this one: all is the same but whose it is, where its files are, its names, and
+    /// the main workload, which has not begun.
+    #[must_use]
+    pub fn takes_over(&self, standing: &Self) -> bool {
+        let named = Self {
+            sandbox_id: standing.sandbox_id,
+            name: standing.name.clone(),
+            boot_id: standing.boot_id,
+            upper: standing.upper.clone(),
+            run_dir: standing.run_dir.clone(),
+            log_dir: standing.log_dir.clone(),
+            guest: GuestConfig {
+                hostname: standing.guest.hostname.clone(),
+                hosts: standing.guest.hosts.clone(),
+                main: standing.guest.main.clone(),
+                ..self.guest.clone()
+            },
+            boot_timeout_ms: standing.boot_timeout_ms,
+            // Which one it is has been settled, and these ask for no other.
+            engine: if self.engine == EngineChoice::Qemu { self.engine } else { standing.engine },
+            suspends: standing.suspends,
+            ..self.clone()
+        };
+        named == *standing
+    }
 }
 
 /// A machine that was written down.

@@ -13,8 +13,8 @@ use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 use msb_protocol::vmm::{
-    self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, Sample, VmSpec, VmState,
-    VmStatus,
+    self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, RestoreSpec, Sample,
+    ShareSpec, VmSpec, VmState, VmStatus,
 };
 use prost::Message as _;
 
@@ -180,6 +180,7 @@ fn guest_samples() -> Vec<(&'static str, GuestBody)> {
                 agent_version: "0.1.0".into(),
                 main_exited: Some(exited),
                 main_pid: 5,
+                holds: false,
             }),
         ),
         ("refused", GuestBody::Refused(failure)),
@@ -341,7 +342,7 @@ fn the_files_of_generation_2_are_frozen_and_read_back() {
 
 #[test]
 fn the_renewals_of_generation_3_are_frozen_and_read_back() {
-    let renew = OpenKind::Renew(Renew { welcome: None });
+    let renew = OpenKind::Renew(Renew { welcome: None, holds: false });
     let host = [
         ("quiesce", HostBody::Quiesce(Quiesce::default())),
         ("thaw", HostBody::Thaw(Thaw {})),
@@ -571,4 +572,38 @@ mod erased {
             serde_json::to_string(self).unwrap()
         }
     }
+}
+
+#[test]
+fn a_machine_that_stands_by_becomes_whoever_asks_for_the_same() {
+    let standing = VmSpec { engine: EngineChoice::Kvm, network: None, ..vm_spec() };
+    let taken = |change: fn(&mut VmSpec)| {
+        let mut own = VmSpec {
+            sandbox_id: SandboxId::generate(),
+            boot_id: BootId::generate(),
+            name: SandboxName::parse("other").unwrap(),
+            upper: "/other/upper.img".into(),
+            run_dir: "/other/run".into(),
+            log_dir: "/other/logs".into(),
+            ..standing.clone()
+        };
+        own.guest.hostname = "other".into();
+        own.guest.hosts = "127.0.1.1 other".into();
+        own.guest.main = None;
+        change(&mut own);
+        own.takes_over(&standing)
+    };
+    assert!(taken(|_| {}));
+    assert!(taken(|own| own.engine = EngineChoice::Auto) && !taken(|own| own.engine = EngineChoice::Qemu));
+    assert!(taken(|own| own.suspends = true));
+    assert!(!taken(|own| own.memory_mib += 1));
+    assert!(!taken(|own| own.guest.env.clear()));
+    assert!(!taken(|own| own.restore = Some(RestoreSpec { memory: "/m".into(), state: "/s".into() })));
+    assert!(!taken(|own| own.shares.push(ShareSpec {
+        name: "a".into(),
+        path: "/a".into(),
+        read_only: true,
+        is_root_owned: false,
+        quota_bytes: None,
+    })));
 }

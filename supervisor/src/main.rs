@@ -13,7 +13,7 @@ use msb_actors::images::ImageActor;
 use msb_actors::images::store::ContentStore;
 use msb_actors::journal::Journal;
 use msb_actors::metrics::MetricsHandle;
-use msb_actors::pool::PoolActor;
+use msb_actors::pool::{PoolActor, Workshop};
 use msb_actors::pressure::{CPU_PRESSURE, Pressure};
 use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
@@ -189,7 +189,16 @@ async fn serve(
     let heartbeats =
         HeartbeatWriter::start().map_err(|error| ApiError::internal(format!("no thread for heartbeats: {error}")))?;
     let snapshots = Snapshots::start(SnapshotFiles::new(settings.home.snapshots()), journal.clone(), clock.clone());
-    let pool = PoolActor::keep(settings.home.pool(), snapshots.clone(), launcher.clone(), clock.clone());
+    let images = ImageActor::keep(Arc::new(store), clock.clone());
+    let workshop = Workshop {
+        home: settings.home.clone(),
+        runtime_dir: settings.runtime_dir.clone(),
+        host: settings.host_settings(),
+        images: images.clone(),
+        snapshots: snapshots.clone(),
+        launcher: launcher.clone(),
+    };
+    let pool = PoolActor::keep(workshop, clock.clone());
     let surroundings = Arc::new(Surroundings {
         home: settings.home.clone(),
         runtime_dir: settings.runtime_dir.clone(),
@@ -197,7 +206,7 @@ async fn serve(
         pressure: Pressure::at(CPU_PRESSURE),
         starts: Starts::for_this_host(clock.clone()),
         launcher,
-        images: ImageActor::keep(Arc::new(store), clock.clone()),
+        images,
         snapshots,
         pool,
         metrics,

@@ -182,6 +182,7 @@ mod tests {
             agent_generation: None,
             main_started: false,
             paused: false,
+            stands: false,
             main_end: None,
             goodbye: false,
             goodbye_at: None,

@@ -11,24 +11,19 @@
 //! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use msb_protocol::error::ApiError;
-use msb_protocol::vmm::{Message, Reply, VMM_LOG_FILE};
 use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
 use msb_vmm::jail::namespaces;
 use msb_vmm::jail::process::{close_inherited, make_room_for_descriptors};
 use msb_vmm::launch::engine_choice;
-use msb_vmm::launch::machine::StandBy;
 use msb_vmm::process::{self, Launcher};
 use tracing_subscriber::fmt::format::FmtSpan;
 
@@ -91,32 +86,12 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
     namespaces::enter();
     let mut connection = Connection::new(stream).context("control socket")?;
     let no_launch = "no launch request came";
-    let (request_id, first) = receive_first(&mut connection, Some(LAUNCH_TIMEOUT)).context(no_launch)?;
-    match first {
-        First::Launch(spec) => {
-            Ok(process::run(&spec, Some(Launcher { connection, request_id, stand_by: None }), started))
-        }
-        First::StandBy(spec) => {
-            let made = StandBy::new(spec);
-            let result = made.as_ref().map(|_| Reply::Done).map_err(ApiError::clone);
-            connection.send(&Message::Reply { id: request_id, result });
-            let Ok(stand_by) = made else { return Ok(EXIT_USAGE) };
-            // A daemon that has no use for it any more, or ends, just closes the connection.
-            let Ok((request_id, First::Launch(spec))) = receive_first(&mut connection, None) else { return Ok(0) };
-            let started = Instant::now();
-            log_to(&spec.log_dir.join(VMM_LOG_FILE))?;
-            let launcher = Launcher { connection, request_id, stand_by: Some(stand_by) };
-            Ok(process::run(&spec, Some(launcher), started))
-        }
-    }
-}
-
-/// Makes a file the standard output and error of a process that was started before it was known whose it would be.
-fn log_to(path: &Path) -> anyhow::Result<()> {
-    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
-    let log = log.with_context(|| path.display().to_string())?;
-    nix::unistd::dup2_stdout(&log).context("standard output")?;
-    nix::unistd::dup2_stderr(&log).context("standard error")
+    let (request_id, first) = receive_first(&mut connection, LAUNCH_TIMEOUT).context(no_launch)?;
+    let (spec, stands_by) = match first {
+        First::Launch(spec) => (spec, false),
+        First::StandBy(spec) => (spec, true),
+    };
+    Ok(process::run(&spec, Some(Launcher { connection, request_id, stands_by }), started))
 }
 
 fn launched_by_hand(path: &Path, started: Instant) -> anyhow::Result<u8> {

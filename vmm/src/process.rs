@@ -1,7 +1,7 @@
 //! The life of a VM process, from its launch request to its exit code. Called by `main` alone.
 //!
 //! ```text
-//!  Launch ──► check ──► directories, sockets, run ──► engine chosen ──► machine prepared ──► reply
+//!  Launch or StandBy ──► check ──► directories, sockets, run ──► engine chosen ──► machine prepared ──► reply
 //!                                  │ any failure: evidence, end.json, Ended, exit code
 //!        boot ──► run ──► verdict ─┴──────────────────────────────────────────────────────► exit
 //! ```
@@ -16,10 +16,10 @@ use msb_protocol::state::EndCause;
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
     BootError as BootEvidence, CONSOLE_LOG_FILE, CONTROL_SOCKET, EndRecord, Event, JailReport, Message, Reply,
-    VSOCK_SOCKET, VmSpec, VmState, VmStatus, WORKLOAD_LOG_FILE,
+    VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 
-use crate::control::{Connection, Control, ControlOptions};
+use crate::control::{Connection, Control, ControlOptions, StandBy};
 use crate::devices::virtio::event_loop::LoopHandle;
 use crate::end::{self, EVIDENCE_BYTES, Verdict};
 use crate::engine::kvm::KvmEngine;
@@ -27,9 +27,9 @@ use crate::engine::qemu::QemuEngine;
 use crate::engine::{Engine, EngineEnd};
 use crate::jail::{self, FilePlan, JailPlan};
 use crate::launch::engine_choice::{self, Chosen};
-use crate::launch::machine::{self, StandBy, boot_error};
+use crate::launch::machine::{self, boot_error};
 use crate::launch::volumes::SharedPath;
-use crate::link::thread::{self as link_thread, LinkOptions};
+use crate::link::thread::{self as link_thread, LinkOptions, Renewal};
 use crate::logs::console::ConsoleLog;
 use crate::logs::workload::WorkloadLog;
 use crate::run::{Run, realtime_ns};
@@ -38,10 +38,10 @@ use crate::run::{Run, realtime_ns};
 pub struct Launcher {
     /// The daemon's connection.
     pub connection: Connection,
-    /// The id of its `Launch`.
+    /// The id of its request.
     pub request_id: u64,
-    /// What of the machine stands already.
-    pub stand_by: Option<StandBy>,
+    /// Whether the machine is to stand by, until a launch takes it.
+    pub stands_by: bool,
 }
 
 /// Runs one machine from beginning to end; gives the exit code.
@@ -76,6 +76,7 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
         }
     };
     let facts = run.facts();
+    let spec = run.taken().unwrap_or(spec);
     let verdict = end::decide(&end, &facts, run.console().panic_line().as_deref(), run.console().has_output());
     let mut record = record(spec, &run, &verdict);
     record.sample = control.as_ref().map(|control| Box::new(control.sample()));
@@ -106,18 +107,23 @@ pub fn run(spec: &VmSpec, mut launcher: Option<Launcher>, started: Instant) -> u
     end::exit_code(verdict.cause)
 }
 
+/// Tells the daemon why its request is refused.
+fn refused(launcher: &mut Option<Launcher>, error: ApiError) -> ApiError {
+    if let Some(launcher) = launcher {
+        let message = Message::Reply { id: launcher.request_id, result: Err(error.clone()) };
+        launcher.connection.send(&message);
+    }
+    error
+}
+
 /// Everything between a checked spec and the machine's end. An error means that no machine ran.
 fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Result<Outcome, ApiError> {
-    let refused = |launcher: &mut Option<Launcher>, error: ApiError| {
-        if let Some(launcher) = launcher {
-            let message = Message::Reply { id: launcher.request_id, result: Err(error.clone()) };
-            launcher.connection.send(&message);
-        }
-        error
-    };
+    if launcher.as_ref().is_some_and(|launcher| launcher.stands_by) && spec.restore.is_none() {
+        let error = ApiError::new(ErrorCode::InvalidRequest, "only a saved machine can stand by");
+        return Err(refused(launcher, error));
+    }
     let qemu = engine_choice::find_qemu(spec.qemu.as_deref());
     let listeners = launcher.as_mut().map(|launcher| launcher.connection.take_descriptors()).unwrap_or_default();
-    let stand_by = launcher.as_mut().and_then(|launcher| launcher.stand_by.take());
     let ready = engine_choice::choose(spec.engine, qemu.as_deref()).and_then(|chosen| {
         if spec.restore.is_some() && chosen.engine == EngineChoice::Qemu {
             let message = "engine qemu cannot go on with a saved machine: this needs engine kvm";
@@ -128,20 +134,20 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         }
         // The control thread gives them to a daemon that adopts this process.
         let kept = duplicate(&listeners)?;
-        let prepared = machine::prepare(spec, chosen.engine, run, listeners, stand_by)?;
+        let prepared = machine::prepare(spec, chosen.engine, run, listeners)?;
         Ok((chosen, prepared, kept, machine::bind(&spec.run_dir.join(CONTROL_SOCKET))?))
     });
     let (chosen, prepared, ports, listener) = ready.map_err(|error| refused(launcher, error))?;
-    let log = WorkloadLog::open(
-        &spec.log_dir.join(WORKLOAD_LOG_FILE),
-        spec.log_size_max_bytes,
-        spec.log_files_max,
-        spec.boot_id,
-    )
-    .inspect_err(|error| tracing::error!(%error, "workload log cannot be written"))
-    .ok();
+    let stand_by = launcher.as_ref().filter(|launcher| launcher.stands_by);
+    let stand_by = stand_by.map(|launcher| StandBy {
+        request_id: launcher.request_id,
+        spec: Box::new(spec.clone()),
+        stands: false,
+    });
+    // One that stands by writes that of whoever takes it.
+    let log = if stand_by.is_none() { WorkloadLog::open_of(spec) } else { None };
     run.phases().mark("prepare");
-    if let Some(launcher) = launcher {
+    if let Some(launcher) = launcher.as_mut().filter(|_| stand_by.is_none()) {
         let status = launch_status(run, &chosen);
         let reply = Message::Reply { id: launcher.request_id, result: Ok(Reply::Status(Box::new(status))) };
         launcher.connection.send(&reply);
@@ -152,6 +158,10 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
     if let Some(halter) = engine.halter() {
         run.set_halter(halter);
     }
+    let renewal = spec.restore.as_ref().map(|_| match &stand_by {
+        Some(_) => Renewal::StandBy,
+        None => Renewal::GoOn,
+    });
     let control = Control::start(ControlOptions {
         listener,
         first: launcher.take().map(|launcher| launcher.connection),
@@ -161,10 +171,10 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         meters: prepared.meters,
         ports,
         boot_timeout_ms: spec.boot_timeout_ms,
+        stand_by,
     })
     .map_err(ApiError::internal)?;
-    let renews = spec.restore.is_some();
-    let link = LinkOptions { stream: prepared.link, renews, config: spec.guest.clone(), run: run.clone(), log };
+    let link = LinkOptions { stream: prepared.link, renewal, config: spec.guest.clone(), run: run.clone(), log };
     let link = link_thread::start(link).map_err(ApiError::internal);
     let end = match link.and_then(|link| engine.boot(prepared.machine).map_err(boot_error).map(|()| link)) {
         Ok(link) => {

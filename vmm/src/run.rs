@@ -1,7 +1,7 @@
 //! One run of a VM as all threads of the process see it: where it is, what was said, why it will end.
 //!
 //! Written by the agent link (hello, ready, main workload, goodbye), the control thread (intents, deadlines) and `main` (the engine's
-//! end); read by all of them. Every change that the daemon must hear of becomes an [`Event`] in a bounded queue, which the control
+//! end); read by all of them. A machine that stands by is nobody's run until it is taken. Every change that the daemon must hear of becomes an [`Event`] in a bounded queue, which the control
 //! thread empties. Nothing in here waits.
 
 use std::any::Any;
@@ -14,13 +14,14 @@ use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{BootId, SandboxId};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{Event, Phase as PhaseReport, VmState};
+use msb_protocol::vmm::{Event, Phase as PhaseReport, VmSpec, VmState};
 
 use crate::devices::virtio::notifier::Notifier;
 use crate::engine::{HaltError, Halter, Saver, Stopper};
 use crate::launch::phases::Phases;
 use crate::link::handle::LinkHandle;
 use crate::logs::console::ConsoleLog;
+use crate::logs::workload::WorkloadLog;
 
 /// Events kept while no daemon listens; older ones are dropped, a re-adopting daemon asks for the status.
 const EVENTS_MAX: usize = 256;
@@ -69,6 +70,8 @@ pub struct Facts {
     pub main_started: bool,
     /// Its vCPUs are halted on request.
     pub paused: bool,
+    /// It is renewed and stands by.
+    pub stands: bool,
     /// How it ended.
     pub main_end: Option<ProcessEnd>,
     /// The agent said goodbye: the reset that follows is a clean end.
@@ -87,10 +90,17 @@ pub struct Facts {
     pub boot_failure: Option<BootFailure>,
 }
 
+/// The run that a machine that stood by became.
+struct Taken {
+    spec: Box<VmSpec>,
+    at: Instant,
+}
+
 struct Shared {
     boot_id: BootId,
     sandbox_id: SandboxId,
     started: Instant,
+    taken: OnceLock<Taken>,
     facts: Mutex<Facts>,
     events: Mutex<VecDeque<Event>>,
     wake: Notifier,
@@ -119,11 +129,13 @@ impl Run {
             boot_id,
             sandbox_id,
             started,
+            taken: OnceLock::new(),
             facts: Mutex::new(Facts {
                 state: VmState::Booting,
                 agent_generation: None,
                 main_started: false,
                 paused: false,
+                stands: false,
                 main_end: None,
                 goodbye: false,
                 goodbye_at: None,
@@ -146,17 +158,22 @@ impl Run {
 
     /// This run's identity.
     pub fn boot_id(&self) -> BootId {
-        self.0.boot_id
+        self.0.taken.get().map_or(self.0.boot_id, |taken| taken.spec.boot_id)
+    }
+
+    /// What it became, if it stood by and was taken.
+    pub fn taken(&self) -> Option<&VmSpec> {
+        self.0.taken.get().map(|taken| &*taken.spec)
     }
 
     /// The sandbox.
     pub fn sandbox_id(&self) -> SandboxId {
-        self.0.sandbox_id
+        self.0.taken.get().map_or(self.0.sandbox_id, |taken| taken.spec.sandbox_id)
     }
 
     /// When it began.
     pub fn started(&self) -> Instant {
-        self.0.started
+        self.0.taken.get().map_or(self.0.started, |taken| taken.at)
     }
 
     /// Its phases.
@@ -192,6 +209,41 @@ impl Run {
     /// Sets how the agent is told things; once.
     pub fn set_link(&self, link: Arc<LinkHandle>) {
         let _ = self.0.link.set(link);
+    }
+
+    /// The guest is renewed and stands by. It is halted by whoever hears of it.
+    pub fn stands(&self) {
+        lock(&self.0.facts).stands = true;
+        let _ = self.0.wake.notify();
+    }
+
+    /// Halts a machine that stands by.
+    ///
+    /// # Errors
+    /// It has ended, or cannot be halted.
+    pub fn halt(&self) -> Result<(), ApiError> {
+        let halter = self.0.halter.get().ok_or_else(|| ApiError::internal("an engine that cannot stand by"))?;
+        halter.halt().map_err(ApiError::internal)
+    }
+
+    /// Makes a machine that stands by the run of `spec`, and lets it go on; `log` is that run's.
+    ///
+    /// # Errors
+    /// Its agent cannot be told.
+    pub fn take_over(&self, spec: Box<VmSpec>, log: Option<WorkloadLog>) -> Result<(), ApiError> {
+        let (Some(halter), Some(link)) = (self.0.halter.get(), self.0.link.get()) else {
+            return Err(ApiError::internal("a machine that does not stand by"));
+        };
+        let (config, at) = (spec.guest.clone(), Instant::now());
+        // What happened while it was nobody's is nobody's business.
+        self.take_events();
+        self.phases().begin_again(at);
+        if self.0.taken.set(Taken { spec, at }).is_err() {
+            return Err(ApiError::internal("a machine that was taken already"));
+        }
+        lock(&self.0.facts).stands = false;
+        halter.go_on();
+        link.renew(self, config, log).map_err(ApiError::internal)
     }
 
     /// Freezes the workload, halts the machine and writes it down. It goes on when the answer is dropped.

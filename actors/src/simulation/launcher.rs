@@ -13,7 +13,7 @@ use msb_protocol::network::VmNetwork;
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{NetworkExplanation, Phase, Sample, StandBySpec, VmSpec, VmState, VmStatus};
+use msb_protocol::vmm::{NetworkExplanation, Phase, Sample, VmSpec, VmState, VmStatus};
 use tokio::sync::mpsc;
 
 use super::agent;
@@ -234,7 +234,7 @@ impl Launcher for Arc<FakeLauncher> {
     ) -> Boxed<Result<VmHandle, ApiError>> {
         (**self).launch(spec, listeners, events)
     }
-    fn stand_by(&self, _: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+    fn stand_by(&self, _: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
         let made = match self.faults().stand_by {
             true => Err(ApiError::new(ErrorCode::EngineUnavailable, "injected: nothing stands by")),
             false => Ok(Box::new(FakeSpare(Arc::clone(self))) as Box<dyn Spare>),
@@ -288,7 +288,7 @@ impl Launcher for FakeLauncher {
         Box::pin(async move { Ok(VmHandle { identity, commands }) })
     }
 
-    fn stand_by(&self, _: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+    fn stand_by(&self, _: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
         Box::pin(async { Err(ApiError::internal("a fake stands by for a shared launcher only")) })
     }
 

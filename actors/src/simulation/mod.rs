@@ -33,7 +33,7 @@ use crate::daemon::Daemon;
 use crate::images::{ArchiveSource, ImageActor, ImageStore, ImageUsers, LoadOptions, PreparedImage};
 use crate::journal::Journal;
 use crate::metrics::MetricsHandle;
-use crate::pool::PoolActor;
+use crate::pool::{PoolActor, Workshop};
 use crate::pressure::Pressure;
 use crate::sandbox::heartbeat::HeartbeatWriter;
 use crate::sandbox::plan::HostSettings;
@@ -209,26 +209,37 @@ pub fn daemon(directory: &Path, clock: Arc<dyn Clock>, launcher: Arc<FakeLaunche
     let home = HomeLayout::new(directory);
     let launcher: Arc<dyn Launcher> = Arc::new(launcher);
     let snapshots = Snapshots::start(files, journal.clone(), clock.clone());
+    let images = ImageActor::keep(Arc::new(FakeImages), clock.clone());
+    let host = HostSettings {
+        kernel: "/fake/vmlinux".into(),
+        initramfs: "/fake/initramfs".into(),
+        cmdline_extra: Vec::new(),
+        qemu: None,
+        engine: EngineChoice::Auto,
+        boot_timeout_ms: 60_000,
+        disk_full_timeout_ms: 60_000,
+        log_size_max_bytes: 1 << 20,
+        log_files_max: 3,
+    };
+    let runtime_dir = directory.join("rt");
+    let workshop = Workshop {
+        home: home.clone(),
+        runtime_dir: runtime_dir.clone(),
+        host: host.clone(),
+        images: images.clone(),
+        snapshots: snapshots.clone(),
+        launcher: Arc::clone(&launcher),
+    };
     let surroundings = Surroundings {
-        pool: PoolActor::keep(home.pool(), snapshots.clone(), launcher.clone(), clock.clone()),
+        pool: PoolActor::keep(workshop, clock.clone()),
         home,
         snapshots,
-        runtime_dir: directory.join("rt"),
-        host: HostSettings {
-            kernel: "/fake/vmlinux".into(),
-            initramfs: "/fake/initramfs".into(),
-            cmdline_extra: Vec::new(),
-            qemu: None,
-            engine: EngineChoice::Auto,
-            boot_timeout_ms: 60_000,
-            disk_full_timeout_ms: 60_000,
-            log_size_max_bytes: 1 << 20,
-            log_files_max: 3,
-        },
+        runtime_dir,
+        host,
         pressure: Pressure::at(directory.join(PRESSURE_FILE)),
         starts: Starts::new(STARTS_AT_ONCE, clock.clone()),
         launcher,
-        images: ImageActor::keep(Arc::new(FakeImages), clock.clone()),
+        images,
         metrics: MetricsHandle::start(directory, clock.clone()),
         journal,
         clock,

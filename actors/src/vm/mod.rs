@@ -26,7 +26,7 @@ use msb_protocol::guest::Beat;
 use msb_protocol::id::BootId;
 use msb_protocol::network::VmNetwork;
 use msb_protocol::state::{EndCause, ProcessEnd};
-use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, StandBySpec, VmSpec, VmStatus};
+use msb_protocol::vmm::{BootError, NetworkExplanation, Phase, Sample, VmSpec, VmStatus};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::error::SendError;
@@ -241,11 +241,11 @@ pub enum Adoption {
     Gone(Gone),
 }
 
-/// A VM for which everything is made that does not depend on whose it will be. It ends when this is dropped.
+/// A VM that stands by, halted, with nothing of its workload running. It ends when this is dropped.
 pub trait Spare: Send {
     /// Whether it can still be launched.
     fn is_alive(&self) -> bool;
-    /// As [`Launcher::launch`], of a spec that restores what it stands by with.
+    /// As [`Launcher::launch`], of a spec that takes it over ([`VmSpec::takes_over`]) and whose folders are what its own were.
     fn launch(
         self: Box<Self>,
         spec: Box<VmSpec>,
@@ -263,8 +263,8 @@ pub trait Launcher: Send + Sync + 'static {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Boxed<Result<VmHandle, ApiError>>;
-    /// Makes what can be made of a saved machine before it is known whose it will be.
-    fn stand_by(&self, machine: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
+    /// Starts one of a saved machine before it is known whose it will be.
+    fn stand_by(&self, spec: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
     /// Looks for one.
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption>;
     /// Which rule of a network that does not run would decide about a target.

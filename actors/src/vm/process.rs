@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use msb_protocol::state::{EndCause, ProcessEnd};
 use msb_protocol::version::VMM_GENERATION;
 use msb_protocol::vmm::{
     BOOT_ERROR_FILE, BootError, CONTROL_SOCKET, END_FILE, EndRecord, Event, Message, NetworkExplanation, Phase, Reply,
-    Request, RequestFrame, StandBySpec, VMM_LOG_FILE, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
+    Request, RequestFrame, VMM_LOG_FILE, VSOCK_SOCKET, VmSpec, VmState, VmStatus,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -79,9 +79,9 @@ impl Launcher for ProcessLauncher {
         Box::pin(async move { this.spawn(spec, listeners, events).await })
     }
 
-    fn stand_by(&self, machine: StandBySpec) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
+    fn stand_by(&self, spec: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
         let this = self.clone();
-        Box::pin(async move { this.stand_by(machine).await })
+        Box::pin(async move { this.stand_by(spec).await })
     }
 
     fn adopt(&self, request: AdoptRequest, events: EventSink) -> Boxed<Adoption> {
@@ -186,15 +186,7 @@ impl ProcessLauncher {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Result<VmHandle, ApiError> {
-        let log_path = spec.log_dir.join(VMM_LOG_FILE);
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&log_path)
-            .map_err(|error| failed(&log_path.display().to_string(), error))?;
-        let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
-        let mut command = match &self.scopes {
+        let command = match &self.scopes {
             Some(Scopes::Manager(manager)) => {
                 let mut command = tokio::process::Command::from(manager.command(&scope::unit(spec.boot_id)));
                 command.args(["/usr/bin/env", "-i"]).arg(&self.program);
@@ -206,17 +198,26 @@ impl ProcessLauncher {
                 command
             }
         };
-        command.stdout(log).stderr(second);
-        let process = self.start(command)?;
+        let process = self.start(command, &spec.log_dir)?;
         self.hand_over(process, spec, listeners, events).await
     }
 
-    /// Starts the program, with a control link as its standard input.
-    fn start(&self, mut command: tokio::process::Command) -> Result<Process, ApiError> {
+    /// Starts the program, with a control link as its standard input and its log in `log_dir` as its output.
+    fn start(&self, mut command: tokio::process::Command, log_dir: &Path) -> Result<Process, ApiError> {
+        let log_path = log_dir.join(VMM_LOG_FILE);
+        let log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(|error| failed(&log_path.display().to_string(), error))?;
+        let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
         let (ours, theirs) =
             StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
         let child = command
             .stdin(OwnedFd::from(theirs))
+            .stdout(log)
+            .stderr(second)
             .current_dir("/")
             // A daemon that ends leaves its VMs alone.
             .kill_on_drop(false)
@@ -231,20 +232,20 @@ impl ProcessLauncher {
     }
 
     /// Starts a process that stands by with a saved machine.
-    async fn stand_by(self, machine: StandBySpec) -> Result<Box<dyn Spare>, ApiError> {
+    async fn stand_by(self, spec: Box<VmSpec>) -> Result<Box<dyn Spare>, ApiError> {
         if matches!(self.scopes, Some(Scopes::Manager(_))) {
             let message =
                 "where the service manager starts VM processes, none can be started before it is known whose it is";
             return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
         }
         let mut command = tokio::process::Command::new(&self.program);
-        // It has no log before it has a sandbox.
-        command.env_clear().stdout(Stdio::null()).stderr(Stdio::null());
-        let mut process = self.start(command)?;
+        command.env_clear();
+        let mut process = self.start(command, &spec.log_dir)?;
         let mut wire = Vec::new();
-        let frame = RequestFrame { id: 1, request: Request::StandBy(machine) };
-        encode_json(&frame, &mut wire).map_err(ApiError::internal)?;
-        let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
+        let limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;
+        let frame = RequestFrame { id: 1, request: Request::StandBy(spec) };
+        encode_json_spec(&frame, &mut wire).map_err(ApiError::internal)?;
+        let answered = tokio::time::timeout(limit, async {
             process.control.write_all(&wire).await?;
             let (mut decoder, mut buffer) = (Decoder::new(), vec![0; 4 << 10]);
             loop {

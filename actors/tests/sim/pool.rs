@@ -1,5 +1,6 @@
 //! Ready forks over fake VMs: they are made, taken, made again, and go with their template; without one a start makes everything itself.
 
+use msb_protocol::network::{NetworkSpec, PortTransport, PublishedPort};
 use msb_protocol::snapshot::{CreateSnapshot, POOL_LABEL, ReadyForks, TEMPLATE_LABEL};
 
 use super::*;
@@ -101,6 +102,24 @@ fn without_a_ready_fork_a_start_makes_everything_itself() {
         assert_eq!(disks(&world), 1);
         start(&world, "three", &spec).await;
         assert_eq!(world.launcher.launched_standing(), 1);
+    });
+}
+
+#[test]
+fn a_start_that_asks_for_something_else_leaves_the_ready_fork_alone() {
+    simulate(|world| async move {
+        let spec = template(&world, "1").await;
+        until_ready(&world, 1).await;
+        let bind = std::net::Ipv4Addr::LOCALHOST.into();
+        let published = PublishedPort { bind, host_port: 0, guest_port: 80, transport: PortTransport::default() };
+        let network = NetworkSpec { ports: vec![published], ..spec.network.clone() };
+        start(&world, "one", &SandboxSpec { network, ..spec.clone() }).await;
+        assert_eq!((world.launcher.launched_standing(), forks(&world).await.unwrap().ready), (0, 1));
+        assert!(world.directory.path().join("sandboxes/one/upper.img").exists());
+        start(&world, "two", &spec).await;
+        assert_eq!(world.launcher.launched_standing(), 1);
+        // What stood by brought its folders.
+        assert!(world.launcher.spec_of("two").unwrap().run_dir.exists());
     });
 }
 

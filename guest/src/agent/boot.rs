@@ -25,7 +25,7 @@ use super::clock::{self, uptime_us};
 use super::connection::{self, flush_until, next_message};
 use super::ending::{self, Reason};
 use super::link::Link;
-use super::{Agent, STACK_LEN, VERSION};
+use super::{Agent, STACK_LEN, VERSION, renewal};
 use crate::root::directory::path_of;
 use crate::root::{self, RootError};
 use crate::security::Security;
@@ -53,7 +53,7 @@ const BACKLOG: i32 = 1024;
 #[error("boot failed at {stage}: {message}")]
 pub struct BootError {
     stage: String,
-    message: String,
+    pub(super) message: String,
 }
 
 fn failed(stage: &str, error: impl std::fmt::Display) -> BootError {
@@ -219,6 +219,10 @@ fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<In
             None => Ok(()),
         }));
     }
+    {
+        let agent = Arc::clone(&agent);
+        link.set_renewer(Box::new(move |renew| renewal::renew_again(&agent, renew)));
+    }
     steps.done("agent");
     link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     {
@@ -243,7 +247,11 @@ fn serve(stream: FrameStream, prepared: Prepared, mut steps: Steps) -> Result<In
     accept_forever(&agent, &prepared.listener)
 }
 
-fn thread(body: impl FnOnce() + Send + 'static) -> Result<(), BootError> {
+/// A thread of the agent's own.
+///
+/// # Errors
+/// As pthread_create(3).
+pub(super) fn thread(body: impl FnOnce() + Send + 'static) -> Result<(), BootError> {
     std::thread::Builder::new().stack_size(STACK_LEN).spawn(body).map(drop).map_err(|error| failed("threads", error))
 }
 

@@ -73,7 +73,7 @@ fn dispatch(agent: &Agent, stream: FrameStream, open: Open) -> Result<(), Refuse
     if agent.end.is_due() && !matches!(open.kind, Some(OpenKind::Control(_))) {
         return Err((stream, GuestError::new(ErrorCode::SandboxNotRunning, "the sandbox is being stopped")));
     }
-    let opened = Opened { generation: GUEST_GENERATION, agent_version: VERSION.into(), main_exited: None, main_pid: 0 };
+    let opened = Opened { generation: GUEST_GENERATION, agent_version: VERSION.into(), ..Opened::default() };
     match open.kind {
         Some(OpenKind::Control(_)) => {
             control::serve(

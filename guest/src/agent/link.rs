@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use msb_protocol::guest::{Exited, Goodbye, GuestBody, HostBody, Log, OutputStream, Quiesced, Started};
+use msb_protocol::guest::{Exited, Goodbye, GuestBody, HostBody, Log, OutputStream, Quiesced, Renew, Started};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use std::os::fd::AsFd;
@@ -30,6 +30,9 @@ const LOG_LINE_MAX: usize = 1024;
 /// Freezes (true) or thaws the workload.
 pub type Freezer = Box<dyn Fn(bool) -> Result<(), String> + Send + Sync>;
 
+/// Makes a machine that stands by the run of whoever takes it.
+pub type Renewer = Box<dyn Fn(Renew) + Send + Sync>;
+
 /// The link.
 pub struct Link {
     state: Mutex<State>,
@@ -39,6 +42,7 @@ pub struct Link {
     socket: Mutex<Arc<OwnedFd>>,
     /// Freezes the workload, or lets it go on.
     freezer: OnceLock<Freezer>,
+    renewer: OnceLock<Renewer>,
     door: OnceLock<Arc<Door>>,
 }
 
@@ -79,6 +83,7 @@ impl Link {
             wake,
             socket: Mutex::new(Arc::new(socket)),
             freezer: OnceLock::new(),
+            renewer: OnceLock::new(),
             door: OnceLock::new(),
         })
     }
@@ -91,6 +96,11 @@ impl Link {
     /// What freezes the workload.
     pub fn set_freezer(&self, freezer: Freezer) {
         let _ = self.freezer.set(freezer);
+    }
+
+    /// What renews the machine again.
+    pub fn set_renewer(&self, renewer: Renewer) {
+        let _ = self.renewer.set(renewer);
     }
 
     fn socket(&self) -> Arc<OwnedFd> {
@@ -247,6 +257,15 @@ impl Link {
                     if let Some(Err(error)) = self.freezer.get().map(|freezer| freezer(false)) {
                         self.push_log(&mut state, &format!("the workload cannot be thawed: {error}"));
                     }
+                }
+                // Of a machine that stands by; a workload that runs is not renewed.
+                HostBody::Renew(renew) if state.quiesced => {
+                    // It sends on this link.
+                    drop(state);
+                    if let Some(renewer) = self.renewer.get() {
+                        renewer(renew);
+                    }
+                    state = self.lock();
                 }
                 HostBody::GoodbyeAck(_) => {
                     state.acknowledged = true;

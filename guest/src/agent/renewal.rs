@@ -3,6 +3,8 @@
 //!
 //! ```text
 //!  saved: workload frozen, link open ─► copied ─► link lost ─► Renew{welcome} ─► boot id, clock, entropy, names ─► link replaced ─► Ready ─► thawed
+//!                                                                 │ holds                                                           ▲
+//!                                                                 └─► the same ─► Ready ─► (halted, maybe for days) ─► Renew on the link ─► the same
 //! ```
 //!
 //! Nothing of the workload runs before all of it is done: it was frozen before the machine was saved. It never runs in a machine that was not.
@@ -53,27 +55,62 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
     let Some(link) = agent.renewal.link.get().filter(|link| link.is_quiesced()) else {
         return refuse(stream, "this machine was not made of a saved one".into());
     };
-    let Some(mut welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
+    let Some(welcome) = renew.welcome.filter(|welcome| welcome.boot_id == boot_id) else {
         return refuse(stream, "a renewal without a welcome".into());
     };
     let mut steps = Steps::new();
     if let Err(message) = become_new(agent, &welcome, &mut steps) {
         return refuse(stream, message);
     }
-    *agent.renewal.boot_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(boot_id);
     stream.send(GuestBody::Opened(Opened {
         generation: GUEST_GENERATION,
         agent_version: VERSION.into(),
         main_exited: agent.main.end(),
         main_pid: agent.main.pid(),
+        holds: renew.holds,
     }));
     if !link.replace(stream) {
         link.log("a renewal came for a link that is still there");
         return Ok(());
     }
     steps.done("link");
+    if renew.holds {
+        link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
+    } else if go_on(agent, link, *welcome, steps) {
+        // This thread's stream is the link's now. A failed start is told there by the workload itself.
+        drop(agent.run_main(None));
+    }
+    Ok(())
+}
+
+/// Makes a guest that stands by the run of whoever took it. Called by the link's own thread.
+pub(super) fn renew_again(agent: &Arc<Agent>, renew: Renew) {
+    let Some(link) = agent.renewal.link.get() else { return };
+    let mut steps = Steps::new();
+    let renewed = match renew.welcome {
+        Some(welcome) => become_new(agent, &welcome, &mut steps).map(|()| welcome),
+        None => Err("a renewal without a welcome".into()),
+    };
+    match renewed {
+        Ok(welcome) => {
+            if go_on(agent, link, *welcome, steps) {
+                let agent = Arc::clone(agent);
+                if let Err(error) = super::boot::thread(move || drop(agent.run_main(None))) {
+                    link.log(&format!("the main workload cannot be started: {}", error.message));
+                }
+            }
+        }
+        Err(message) => {
+            let error = GuestError::new(ErrorCode::BootFailed, message);
+            link.send(GuestBody::BootFailed(error.into_failure("agent")));
+        }
+    }
+}
+
+/// Says that it is ready and lets the workload go on. Whether a main workload is to be started.
+fn go_on(agent: &Agent, link: &Link, welcome: Welcome, steps: Steps) -> bool {
     // Before `Ready`: whoever starts it by hand comes right after that.
-    let autostart = match welcome.config.take().and_then(|config| config.main) {
+    let autostart = match welcome.config.and_then(|config| config.main) {
         Some(main) if agent.main.appear() => {
             let autostart = main.autostart;
             let _ = agent.guest.late_main.set(main);
@@ -84,14 +121,10 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
     };
     link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     link.thaw();
-    if autostart {
-        // This thread's stream is the link's now. A failed start is told there by the workload itself.
-        drop(agent.run_main(None));
-    }
-    Ok(())
+    autostart
 }
 
-/// Clock, entropy and names.
+/// Clock, entropy, names, and the run.
 fn become_new(agent: &Agent, welcome: &Welcome, steps: &mut Steps) -> Result<(), String> {
     clock::set(welcome.realtime_ns).map_err(|errno| format!("cannot set the clock: {errno}"))?;
     if welcome.entropy.is_empty() {
@@ -111,5 +144,6 @@ fn become_new(agent: &Agent, welcome: &Welcome, steps: &mut Steps) -> Result<(),
         agent.host.log(&format!("files of the network keep what they were: {error}"));
     }
     steps.done("names");
+    *agent.renewal.boot_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(welcome.boot_id.clone());
     Ok(())
 }

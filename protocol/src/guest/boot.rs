@@ -279,11 +279,17 @@ pub struct Thaw {}
 
 /// vmm → agent, a stream in a machine that was made of a saved one: it becomes the agent link in place of the lost one. The agent
 /// renews what must not be there twice (boot id, clock, entropy, host name), answers `Opened` and `Ready`, and then lets the workload go on.
+///
+/// One that holds does all of this but the last: the machine stands by. A second one on the link, which does not hold, renews it again for
+/// whoever takes it, and is answered with `Ready`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Renew {
-    /// As at a boot. Of the configuration only host name, hosts and name servers are taken over.
+    /// As at a boot. Of the configuration only host name, hosts and name servers are taken over, and a main workload that is yet to come.
     #[prost(message, optional, boxed, tag = "1")]
     pub welcome: Option<Box<Welcome>>,
+    /// The workload stays frozen.
+    #[prost(bool, tag = "2")]
+    pub holds: bool,
 }
 
 /// agent → vmm: a line of the agent's own log.

@@ -61,7 +61,7 @@ pub const BEAT_INTERVAL_MS: u64 = 1_000;
 #[derive(Clone, PartialEq, Message)]
 pub struct HostMessage {
     /// What it is.
-    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 20")]
+    #[prost(oneof = "HostBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20")]
     pub body: Option<HostBody>,
 }
 
@@ -99,6 +99,8 @@ pub enum HostBody {
     Quiesce(Quiesce),
     #[prost(message, tag = "13")]
     Thaw(Thaw),
+    #[prost(message, tag = "14")]
+    Renew(Renew),
     #[prost(message, tag = "20")]
     File(crate::files::FileRequest),
 }

@@ -176,6 +176,9 @@ pub struct Opened {
     /// On a control stream: the main workload's process id, 0 if it has not started.
     #[prost(uint32, tag = "4")]
     pub main_pid: u32,
+    /// To a `Renew` that holds: the workload stays frozen. An agent that knows nothing of it does not say so.
+    #[prost(bool, tag = "5")]
+    pub holds: bool,
 }
 
 /// guest → host: the process exists.

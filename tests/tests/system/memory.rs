@@ -311,6 +311,27 @@ fn ready_forks_stand_by_and_become_whoever_takes_them() {
     home.succeeds(&["rm", "-f", "one"]);
     wait_until("they are not made again", || stand("2/2"));
 
+    // One with a workload of its own, whose output, clock and end are those of any other.
+    home.succeeds(&["run", "-d", "--name", "main", "warm", "sh", "-c", "echo said; cat /dev/shm/file; date +%s; sleep 1000"]);
+    wait_until("no output", || home.succeeds(&["logs", "main"]).lines().count() == 3);
+    let logged = home.succeeds(&["logs", "main"]);
+    let lines: Vec<&str> = logged.lines().collect();
+    assert_eq!(lines[..2], ["said", "warm"]);
+    let clock: u64 = lines[2].parse().expect("seconds");
+    assert!(unix_seconds().abs_diff(clock) <= 30, "{clock}");
+    assert!(home.succeeds(&["debug", "actors"]).contains("3 taken"));
+    home.succeeds(&["stop", "main"]);
+    // From now on it boots from its disk.
+    home.succeeds(&["start", "main"]);
+    wait_until("it does not start again", || home.succeeds(&["logs", "main"]).lines().count() >= 5);
+    home.succeeds(&["rm", "-f", "main"]);
+    wait_until("they are not made again", || stand("2/2"));
+    // What a ready fork has not, a start makes itself.
+    home.succeeds(&["create", "--name", "published", "-p", "0:80", "warm"]);
+    assert_eq!(exec(&home, "published", "cat /dev/shm/file"), "warm\n");
+    assert!(home.succeeds(&["debug", "actors"]).contains("3 taken"));
+    home.succeeds(&["rm", "-f", "published"]);
+
     // They end with the service, however it ends; the next one sweeps and makes its own.
     home.daemon().signal(Signal::KILL);
     wait_until("no ready forks of the next service", || stand("2/2"));
@@ -320,6 +341,10 @@ fn ready_forks_stand_by_and_become_whoever_takes_them() {
     wait_until("disks of a template that is gone", || disks() == 0);
     home.succeeds(&["rm", "-f", "two"]);
     home.finish();
+}
+
+fn unix_seconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Turns one bit of the first page that has data.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
 use msb_protocol::id::BootId;
 use msb_protocol::network::PORTS_COUNT_MAX;
-use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, StandBySpec, VmSpec};
+use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, VmSpec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -219,16 +219,16 @@ impl AsFd for Connection {
 pub enum First {
     /// Boot this.
     Launch(Box<VmSpec>),
-    /// Make what can be made of this; the launch follows when somebody wants it.
-    StandBy(StandBySpec),
+    /// Stand by with this; the launch follows when somebody takes it.
+    StandBy(Box<VmSpec>),
 }
 
-/// Waits for the request that begins the first connection, or for the launch behind a `StandBy`, which has no time limit; gives its id too.
+/// Waits for the request that begins the first connection; gives its id too.
 ///
 /// # Errors
 /// The daemon is gone, too slow, or says something else.
-pub fn receive_first(connection: &mut Connection, timeout: Option<Duration>) -> io::Result<(u64, First)> {
-    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+pub fn receive_first(connection: &mut Connection, timeout: Duration) -> io::Result<(u64, First)> {
+    let deadline = Instant::now() + timeout;
     loop {
         if let Some(frame) = connection.next_request().map_err(io::Error::other)? {
             return match frame.request {
@@ -240,12 +240,12 @@ pub fn receive_first(connection: &mut Connection, timeout: Option<Duration>) -> 
                 _ => Err(io::Error::other("the first request is not a launch")),
             };
         }
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
         connection.stream.set_nonblocking(false)?;
-        connection.stream.set_read_timeout(left)?;
+        connection.stream.set_read_timeout(Some(left))?;
         let mut buffer = [0u8; READ_BYTES];
         let read = connection.receive_bytes(&mut buffer);
         connection.stream.set_nonblocking(true)?;

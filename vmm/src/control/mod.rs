@@ -15,4 +15,4 @@ mod server;
 
 pub use connection::{Connection, First, receive_first};
 pub use explanation::explain_network;
-pub use server::{Control, ControlOptions};
+pub use server::{Control, ControlOptions, StandBy};

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::version::VMM_GENERATION;
-use msb_protocol::vmm::{Event, JailReport, Message, Reply, Request, Sample, VmState, VmStatus};
+use msb_protocol::vmm::{
+    CONSOLE_LOG_FILE, DECISION_LOG_FILE, Event, JailReport, Message, Reply, Request, Sample, VmSpec, VmState, VmStatus,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::Connection;
@@ -23,6 +25,7 @@ use crate::end::silent_agent;
 use crate::jail::{self, ThreadClass};
 use crate::launch::machine::Meters;
 use crate::logs::decisions::DecisionLog;
+use crate::logs::workload::WorkloadLog;
 use crate::run::{AGENT_LOST_GRACE, GOODBYE_GRACE, Run, Saved};
 
 /// Daemons connected at once; the oldest gives way.
@@ -53,6 +56,19 @@ pub struct ControlOptions {
     pub ports: Vec<OwnedFd>,
     /// Time for the agent to be ready, in milliseconds from the run's start.
     pub boot_timeout_ms: u64,
+    /// The request to stand by with the machine, if that came in place of a launch.
+    pub stand_by: Option<StandBy>,
+}
+
+/// A machine that stands by, or is on its way there.
+#[derive(Debug)]
+pub struct StandBy {
+    /// The request that is answered when it stands.
+    pub request_id: u64,
+    /// What stands.
+    pub spec: Box<VmSpec>,
+    /// Whether it does, and was halted.
+    pub stands: bool,
 }
 
 /// What becomes known while the thread runs.
@@ -96,6 +112,7 @@ impl Control {
             network,
             ports: options.ports,
             boot_timeout_ms: options.boot_timeout_ms,
+            stand_by: options.stand_by,
             late: Arc::clone(&late),
             ending: Arc::clone(&ending),
             goodbye_sampled: false,
@@ -150,6 +167,7 @@ struct Server {
     network: Option<(NetHandle, DecisionLog)>,
     ports: Vec<OwnedFd>,
     boot_timeout_ms: u64,
+    stand_by: Option<StandBy>,
     late: Arc<Mutex<Late>>,
     ending: Arc<AtomicBool>,
     goodbye_sampled: bool,
@@ -173,6 +191,7 @@ impl Server {
                 self.accept();
             }
             self.serve_connections();
+            self.mind_stand_by();
             self.send_samples(Instant::now());
             self.pass_events_on();
             if let Some((_, decisions)) = &self.network {
@@ -210,7 +229,8 @@ impl Server {
     fn check_deadlines(&self, now: Instant) -> Option<Duration> {
         let facts = self.run.facts();
         let mut next: Option<Instant> = None;
-        if matches!(facts.state, VmState::Booting | VmState::SettingUp) && facts.boot_failure.is_none() {
+        let is_booting = matches!(facts.state, VmState::Booting | VmState::SettingUp) && !facts.stands;
+        if is_booting && facts.boot_failure.is_none() {
             let deadline = self.run.started() + Duration::from_millis(self.boot_timeout_ms);
             if now >= deadline {
                 let console = self.run.console();
@@ -297,6 +317,7 @@ impl Server {
                         }
                         let result = match frame.request {
                             Request::Save { flush } => self.save(&mut connection, flush),
+                            Request::Launch { spec } => self.take_over(&mut connection, spec),
                             request => self.answer(request),
                         };
                         if adopts && result.is_ok() {
@@ -347,11 +368,62 @@ impl Server {
         Ok(Reply::Done)
     }
 
+    /// Halts a machine that is ready to stand by, and says so; ends one that nobody will take any more, or that did not come so far.
+    fn mind_stand_by(&mut self) {
+        let Some(StandBy { request_id, stands, .. }) = &mut self.stand_by else { return };
+        let facts = self.run.facts();
+        let Some(daemon) = self.connections.first_mut() else { return self.run.stop() };
+        let result = match facts.boot_failure {
+            Some(failure) => Err(failure.error),
+            None if facts.stands && !*stands => self.run.halt().map(|()| Reply::Done),
+            None if self.ending.load(Ordering::SeqCst) && !*stands => {
+                Err(ApiError::new(ErrorCode::BootFailed, "the machine ended before it stood"))
+            }
+            None => return,
+        };
+        let failed = result.is_err();
+        *stands = true;
+        daemon.send(&Message::Reply { id: *request_id, result });
+        if failed {
+            self.stand_by = None;
+            self.run.stop();
+        }
+    }
+
+    /// Makes the machine that stands by the run of `spec`.
+    fn take_over(&mut self, connection: &mut Connection, mut spec: Box<VmSpec>) -> Result<Reply, ApiError> {
+        let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidRequest, message));
+        let standing = match self.stand_by.take() {
+            Some(StandBy { stands: true, spec: standing, .. }) if spec.takes_over(&standing) => standing,
+            Some(_) => {
+                // It will not be asked again.
+                self.run.stop();
+                return refuse("this process stands by for another machine");
+            }
+            None => return refuse("this VM process has its launch"),
+        };
+        // The daemon gave the folders other names. A jail with mounts of its own has them where they were.
+        for (now, before) in [(&mut spec.run_dir, standing.run_dir), (&mut spec.log_dir, standing.log_dir)] {
+            if before.exists() {
+                *now = before;
+            }
+        }
+        tracing::info!(boot_id = %spec.boot_id, sandbox = %spec.name, "launch of the machine that stood by");
+        self.run.console().moved_to(&spec.log_dir.join(CONSOLE_LOG_FILE));
+        if let Some((_, decisions)) = &self.network {
+            decisions.moved_to(&spec.log_dir.join(DECISION_LOG_FILE));
+        }
+        let log = WorkloadLog::open_of(&spec);
+        self.boot_timeout_ms = spec.boot_timeout_ms;
+        connection.wants_events = true;
+        self.run.take_over(spec, log).inspect_err(|_| self.run.stop())?;
+        Ok(Reply::Status(Box::new(self.status())))
+    }
+
     fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
-            Request::Launch { .. } | Request::StandBy(_) => {
-                Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch"))
-            }
+            Request::Launch { .. } => Err(ApiError::internal("answered where its connection is")),
+            Request::StandBy(_) => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
             Request::Adopt { generation: 0 } => {
                 Err(ApiError::new(ErrorCode::UnsupportedOperation, "generation 0 of the VMM border does not exist"))
             }

@@ -186,27 +186,12 @@ pub trait Saver: Send + Sync {
     fn save(&self, memory: &File, state: &File) -> std::io::Result<Box<dyn Any + Send>>;
 }
 
-/// What a machine is made of in place of a kernel.
-pub enum Restore {
-    /// The files of a saved one.
-    Saved {
-        /// Its memory.
-        memory: File,
-        /// Everything else.
-        state: Box<kvm::saved::SavedMachine>,
-    },
-    /// What was made of them before it was known whose it will be.
-    Standing(kvm::machine::Standing),
-}
-
-impl Restore {
-    /// What was saved of it beside its memory.
-    pub fn state(&self) -> &kvm::saved::SavedMachine {
-        match self {
-            Self::Saved { state, .. } => state,
-            Self::Standing(standing) => standing.state(),
-        }
-    }
+/// What a machine is made of in place of a kernel: the files of a saved one.
+pub struct Restore {
+    /// Its memory.
+    pub memory: File,
+    /// Everything else.
+    pub state: Box<kvm::saved::SavedMachine>,
 }
 
 /// One engine with one machine in it.

@@ -16,7 +16,7 @@ use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
-    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, StandBySpec, UPPER_SERIAL,
+    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL,
     VSOCK_SOCKET, VmSpec,
 };
 use rustix::fs::{FlockOperation, flock};
@@ -31,7 +31,6 @@ use crate::devices::virtio::event_loop::LoopHandle;
 use crate::devices::virtio::net::{Net, NetHandle, NetOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{GuestPort, Vsock, VsockCounters, VsockOptions};
-use crate::engine::kvm::machine::Standing;
 use crate::engine::kvm::saved::{SavedError, SavedMachine};
 use crate::engine::{BootError, KernelFile, Machine, Restore};
 use crate::jail::ThreadClass;
@@ -249,36 +248,7 @@ fn check_kernel(saved: &SavedMachine, spec: &RestoreSpec, kernel: &KernelFile) -
         .with_hint("take it anew with this kernel, or bring back the one that it was saved with"))
 }
 
-/// A saved machine that stands, and what it was made of.
-pub struct StandBy {
-    restore: RestoreSpec,
-    standing: Standing,
-}
-
-impl StandBy {
-    /// Makes one.
-    ///
-    /// # Errors
-    /// What is wrong with the files, or that engine kvm is not to be had.
-    pub fn new(spec: StandBySpec) -> Result<Self, ApiError> {
-        let StandBySpec { cpus, memory_mib, restore } = spec;
-        let cpus = u8::try_from(cpus).map_err(|_| invalid("too many cpus"))?;
-        let (memory, state) = open_saved(&restore)?;
-        let standing = Standing::new(memory_mib, cpus, memory, state).map_err(boot_error)?;
-        Ok(Self { restore, standing })
-    }
-
-    /// Gives the machine to a launch, which must be one that restores it.
-    fn take(self, spec: &VmSpec) -> Result<Standing, ApiError> {
-        match &spec.restore {
-            Some(restore) if *restore == self.restore => Ok(self.standing),
-            _ => Err(invalid("this process stands by for another machine")),
-        }
-    }
-}
-
-/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports,
-/// `stand_by` is what there is of it already.
+/// Opens and builds everything of `spec`, which `check` has accepted, for `engine`, which was chosen. `listeners` are those of its published ports.
 ///
 /// # Errors
 /// What is wrong, for users.
@@ -287,7 +257,6 @@ pub fn prepare(
     engine: EngineChoice,
     run: &Run,
     listeners: Vec<OwnedFd>,
-    stand_by: Option<StandBy>,
 ) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
@@ -387,17 +356,14 @@ pub fn prepare(
         loops.push(shared.event_loop);
         devices.push(Box::new(shared.device));
     }
-    let restore = match (&spec.restore, stand_by) {
-        (None, None) => None,
-        (_, Some(stand_by)) => Some(Restore::Standing(stand_by.take(spec)?)),
-        (Some(saved), None) => {
+    let restore = match &spec.restore {
+        None => None,
+        Some(saved) => {
             let (memory, state) = open_saved(saved)?;
-            Some(Restore::Saved { memory, state })
+            check_kernel(&state, saved, &kernel)?;
+            Some(Restore { memory, state })
         }
     };
-    if let (Some(restore), Some(saved)) = (&restore, &spec.restore) {
-        check_kernel(restore.state(), saved, &kernel)?;
-    }
     let machine = Machine {
         cpus: u8::try_from(spec.cpus).map_err(|_| invalid("too many cpus"))?,
         memory_mib: spec.memory_mib,

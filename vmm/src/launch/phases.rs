@@ -3,7 +3,7 @@
 //!
 //! Marked by engines, devices and the agent link from any thread. At most [`PHASES_MAX`] are kept.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// More marks than any boot makes; a bound all the same, because the guest's hello carries phases too.
@@ -21,9 +21,13 @@ pub struct Phase {
 type Observer = Box<dyn Fn(&Phase) + Send + Sync>;
 
 struct State {
-    start: Instant,
-    marks: Mutex<Vec<Phase>>,
+    marks: Mutex<Marks>,
     observer: Option<Observer>,
+}
+
+struct Marks {
+    start: Instant,
+    all: Vec<Phase>,
 }
 
 /// A shared list of marks; clones are the same list.
@@ -33,20 +37,29 @@ pub struct Phases(Arc<State>);
 impl Phases {
     /// Begins counting at `start`; `observer` sees each mark once, on the marking thread.
     pub fn new(start: Instant, observer: Option<Observer>) -> Self {
-        Self(Arc::new(State { start, marks: Mutex::new(Vec::new()), observer }))
+        Self(Arc::new(State { marks: Mutex::new(Marks { start, all: Vec::new() }), observer }))
+    }
+
+    /// Forgets all marks and begins again at `start`: the machine stood by until then.
+    pub fn begin_again(&self, start: Instant) {
+        *self.lock() = Marks { start, all: Vec::new() };
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Marks> {
+        self.0.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Records that `name` was reached now. A name is recorded once; later marks of it are ignored.
     pub fn mark(&self, name: &str) {
-        let at_us = u64::try_from(self.0.start.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.mark_at(name, at_us);
+        let start = self.lock().start;
+        self.mark_at(name, u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
     }
 
     /// Records a phase measured elsewhere (the guest's own, shifted to this process's clock).
     pub fn mark_at(&self, name: &str, at_us: u64) {
         let phase = Phase { name: name.to_owned(), at_us };
         {
-            let mut marks = self.0.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            let marks = &mut self.lock().all;
             if marks.len() >= PHASES_MAX || marks.iter().any(|mark| mark.name == name) {
                 return;
             }
@@ -59,17 +72,17 @@ impl Phases {
 
     /// All marks so far, in the order they were made.
     pub fn all(&self) -> Vec<Phase> {
-        self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().all.clone()
     }
 
     /// Whether `name` was marked.
     pub fn has(&self, name: &str) -> bool {
-        self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|mark| mark.name == name)
+        self.lock().all.iter().any(|mark| mark.name == name)
     }
 
     /// The last phase reached, for the evidence of a failed boot.
     pub fn last_name(&self) -> Option<String> {
-        self.0.marks.lock().unwrap_or_else(PoisonError::into_inner).last().map(|mark| mark.name.clone())
+        self.lock().all.last().map(|mark| mark.name.clone())
     }
 }
 
@@ -87,5 +100,8 @@ mod tests {
         }
         assert_eq!(phases.all().len(), PHASES_MAX);
         assert_eq!(phases.all().iter().filter(|mark| mark.name == "a").count(), 1);
+        phases.begin_again(Instant::now());
+        phases.mark("a");
+        assert_eq!(phases.all().len(), 1);
     }
 }

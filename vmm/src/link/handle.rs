@@ -1,6 +1,6 @@
 //! What other threads say on the agent link: they write whole messages beside its own thread, and wait for the one answer they need.
 //!
-//! Called by the control thread, when a machine is to be written down. It never reads.
+//! Called by the control thread, when a machine is to be written down, or one that stands by is taken. It never reads.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -8,8 +8,12 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use msb_protocol::error::{ApiError, ErrorCode};
-use msb_protocol::guest::{HostBody, Quiesce, Thaw, encode_host};
+use msb_protocol::guest::{GuestConfig, HostBody, Quiesce, Renew, Thaw, encode_host};
 use msb_protocol::version::UnsupportedOperation;
+
+use super::thread::new_welcome;
+use crate::logs::workload::WorkloadLog;
+use crate::run::Run;
 
 /// How long an agent may take to freeze its workload; it gives up earlier itself.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(8);
@@ -17,18 +21,19 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(8);
 const NEEDS_GENERATION: u32 = 3;
 
 /// The writing half of the link.
-#[derive(Debug)]
 pub struct LinkHandle {
     writer: Mutex<UnixStream>,
     /// The answer to the last `Quiesce`.
     quiesced: Mutex<Option<Result<(), String>>>,
     changed: Condvar,
+    /// The workload's log of whoever takes a guest that stands by.
+    log: Mutex<Option<WorkloadLog>>,
 }
 
 impl LinkHandle {
     /// Of a stream whose other half its own thread reads.
     pub(super) fn new(writer: UnixStream) -> Self {
-        Self { writer: Mutex::new(writer), quiesced: Mutex::new(None), changed: Condvar::new() }
+        Self { writer: Mutex::new(writer), quiesced: Mutex::new(None), changed: Condvar::new(), log: Mutex::new(None) }
     }
 
     /// Writes one message.
@@ -66,6 +71,18 @@ impl LinkHandle {
             }
             quiesced = self.changed.wait_timeout(quiesced, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Tells a guest that stands by whose it is now; its own thread hears when it is ready.
+    pub(crate) fn renew(&self, run: &Run, config: GuestConfig, log: Option<WorkloadLog>) -> io::Result<()> {
+        *self.log.lock().unwrap_or_else(PoisonError::into_inner) = log;
+        let welcome = new_welcome(run, Some(config))?;
+        self.send(HostBody::Renew(Renew { welcome: Some(Box::new(welcome)), holds: false }))
+    }
+
+    /// The log that came with it.
+    pub(super) fn take_log(&self) -> Option<WorkloadLog> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Lets the workload go on. An agent that froze nothing takes it for what it is.

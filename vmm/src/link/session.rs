@@ -1,6 +1,6 @@
 //! The order of messages on the agent link, without I/O: a message in, what to do about it out.
 
-use msb_protocol::error::ApiError;
+use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::guest::{Exited, Failure, GuestBody, Output, OutputStream, Step};
 use msb_protocol::version::{GUEST_GENERATION, GUEST_GENERATION_MIN, negotiate};
 
@@ -20,6 +20,8 @@ pub enum LinkState {
     Renewing,
     /// The agent said hello and was welcomed.
     Greeted,
+    /// The guest is renewed, and stands by until it is renewed again.
+    Standing,
     /// The guest is set up.
     Up,
     /// The agent said goodbye.
@@ -40,6 +42,8 @@ pub enum Action {
     },
     /// The guest is set up; these were the steps.
     Ready(Vec<Step>),
+    /// The guest stands by.
+    Stands,
     /// The boot has failed in this stage.
     BootFailed {
         /// One of the known stages.
@@ -74,6 +78,8 @@ pub enum Action {
 #[derive(Debug)]
 pub struct LinkSession {
     state: LinkState,
+    /// Whether the guest is to stand by once it is renewed.
+    holds: bool,
     main_started: bool,
     main_exited: bool,
 }
@@ -81,12 +87,17 @@ pub struct LinkSession {
 impl LinkSession {
     /// Before the hello.
     pub fn new() -> Self {
-        Self { state: LinkState::Waiting, main_started: false, main_exited: false }
+        Self { state: LinkState::Waiting, holds: false, main_started: false, main_exited: false }
     }
 
-    /// Of a guest that was made of a saved one.
-    pub fn renewing() -> Self {
-        Self { state: LinkState::Renewing, ..Self::new() }
+    /// Of a guest that was made of a saved one, and is to stand by if it `holds`.
+    pub fn renewing(holds: bool) -> Self {
+        Self { state: LinkState::Renewing, holds, ..Self::new() }
+    }
+
+    /// Whether the guest is on its way to stand by.
+    pub fn holds(&self) -> bool {
+        self.holds
     }
 
     /// Where it is.
@@ -113,6 +124,11 @@ impl LinkSession {
                     let stage = STAGES[0].to_owned();
                     return Action::BootFailed { stage, error: error.into() };
                 }
+                if self.holds && !opened.holds {
+                    let message = "its agent cannot stand by: it was saved by another msb";
+                    let error = ApiError::new(ErrorCode::UnsupportedOperation, message);
+                    return Action::BootFailed { stage: STAGES[0].to_owned(), error };
+                }
                 self.state = LinkState::Greeted;
                 (self.main_started, self.main_exited) = (opened.main_pid != 0, opened.main_exited.is_some());
                 Action::Renewed { generation: opened.generation, main_pid: opened.main_pid }
@@ -125,14 +141,18 @@ impl LinkSession {
                     quiesced.error.chars().filter(|c| !c.is_control()).take(LOG_LINE_CHARS_MAX).collect();
                 Action::Quiesced(if error.is_empty() { Ok(()) } else { Err(error) })
             }
-            (LinkState::Greeted, GuestBody::Ready(ready)) => {
+            (LinkState::Greeted, GuestBody::Ready(_)) if self.holds => {
+                (self.state, self.holds) = (LinkState::Standing, false);
+                Action::Stands
+            }
+            (LinkState::Greeted | LinkState::Standing, GuestBody::Ready(ready)) => {
                 self.state = LinkState::Up;
                 let mut steps = ready.steps;
                 steps.truncate(STEPS_MAX);
                 Action::Ready(steps)
             }
-            (LinkState::Greeted, GuestBody::BootFailed(failure)) => boot_failed(failure),
-            (LinkState::Greeted | LinkState::Up, GuestBody::Log(log)) => {
+            (LinkState::Greeted | LinkState::Standing, GuestBody::BootFailed(failure)) => boot_failed(failure),
+            (LinkState::Greeted | LinkState::Standing | LinkState::Up, GuestBody::Log(log)) => {
                 Action::Log(log.line.chars().filter(|c| !c.is_control()).take(LOG_LINE_CHARS_MAX).collect())
             }
             (LinkState::Up, GuestBody::MainStarted(started)) if !self.main_started => {
@@ -165,17 +185,17 @@ impl Default for LinkSession {
 
 fn boot_failed(failure: Failure) -> Action {
     let stage = if STAGES.contains(&failure.stage.as_str()) { failure.stage.clone() } else { "other".to_owned() };
-    let unknown = msb_protocol::error::ErrorCode::from_name(&failure.code).is_none();
+    let unknown = ErrorCode::from_name(&failure.code).is_none();
     let mut error = ApiError::from(failure);
     if unknown {
-        error = ApiError::new(msb_protocol::error::ErrorCode::BootFailed, error.message);
+        error = ApiError::new(ErrorCode::BootFailed, error.message);
     }
     Action::BootFailed { stage, error }
 }
 
 #[cfg(test)]
 mod tests {
-    use msb_protocol::guest::{AgentHello, Goodbye, Log, Ready, Started};
+    use msb_protocol::guest::{AgentHello, Goodbye, Log, Opened, Ready, Started};
     use proptest::prelude::*;
 
     use super::*;
@@ -228,7 +248,28 @@ mod tests {
         let Action::BootFailed { stage, error } = link.take(GuestBody::BootFailed(failure)) else {
             panic!("a failure")
         };
-        assert_eq!((stage.as_str(), error.code), ("other", msb_protocol::error::ErrorCode::BootFailed));
+        assert_eq!((stage.as_str(), error.code), ("other", ErrorCode::BootFailed));
+    }
+
+    #[test]
+    fn a_guest_that_stands_by_is_up_when_it_is_renewed_again() {
+        let opened = |holds| GuestBody::Opened(Opened { generation: GUEST_GENERATION, holds, ..Opened::default() });
+        let mut link = LinkSession::renewing(true);
+        assert_eq!(link.take(opened(true)), Action::Renewed { generation: GUEST_GENERATION, main_pid: 0 });
+        assert_eq!(link.take(ready()), Action::Stands);
+        assert_eq!(link.state(), LinkState::Standing);
+        assert!(matches!(link.take(GuestBody::Log(Log { line: "x".into() })), Action::Log(_)));
+        assert_eq!(link.take(ready()), Action::Ready(vec![]));
+        assert_eq!(link.state(), LinkState::Up);
+        assert!(matches!(link.take(ready()), Action::Close(_)));
+        // Its workload would run by now.
+        let Action::BootFailed { stage, error } = LinkSession::renewing(true).take(opened(false)) else {
+            panic!("an agent that knows nothing of it")
+        };
+        assert_eq!((stage.as_str(), error.code), ("agent", ErrorCode::UnsupportedOperation));
+        let mut other = LinkSession::renewing(false);
+        other.take(opened(false));
+        assert_eq!(other.take(ready()), Action::Ready(vec![]));
     }
 
     proptest! {

@@ -40,12 +40,21 @@ const READ_BYTES: usize = 64 * 1024;
 /// No recursion and no large arrays but the read buffer, which is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
+/// What becomes of a guest that was made of a saved one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Renewal {
+    /// It goes on.
+    GoOn,
+    /// It stands by, until [`LinkHandle::renew`].
+    StandBy,
+}
+
 /// What the link needs.
 pub struct LinkOptions {
     /// Our end of the stream that the vsock device connects port 1025 to.
     pub stream: UnixStream,
-    /// Whether the guest was made of a saved one: the stream then leads to its agent, which is told what it is now.
-    pub renews: bool,
+    /// Whether the guest was made of a saved one, and what follows: the stream then leads to its agent, which is told what it is now.
+    pub renewal: Option<Renewal>,
     /// What the agent gets.
     pub config: GuestConfig,
     /// The run to report to.
@@ -68,11 +77,18 @@ pub fn start(options: LinkOptions) -> io::Result<JoinHandle<()>> {
             config: Some(options.config),
             run: options.run,
             log: options.log,
-            session: if options.renews { LinkSession::renewing() } else { LinkSession::new() },
+            session: match options.renewal {
+                Some(renewal) => LinkSession::renewing(renewal == Renewal::StandBy),
+                None => LinkSession::new(),
+            },
+            stood_by: None,
             clock: ClockWatch::new(),
             agent_lines: RateLimit::new(50, Duration::from_secs(1)),
         };
-        let served = if options.renews { link.renew().and_then(|()| link.serve()) } else { link.serve() };
+        let served = match options.renewal {
+            Some(renewal) => link.renew(renewal == Renewal::StandBy).and_then(|()| link.serve()),
+            None => link.serve(),
+        };
         if let Err(error) = served {
             tracing::warn!(%error, "agent link failed");
         }
@@ -93,13 +109,15 @@ struct Link {
     run: Run,
     log: Option<WorkloadLog>,
     session: LinkSession,
+    /// The agent's generation and the process of its main workload, to be told when somebody takes the guest that stands by.
+    stood_by: Option<(u32, u32)>,
     clock: ClockWatch,
     agent_lines: RateLimit,
 }
 
 impl Link {
     /// Waits for the device's `OK PORT`, then tells the agent what this guest is now.
-    fn renew(&mut self) -> io::Result<()> {
+    fn renew(&mut self, holds: bool) -> io::Result<()> {
         let mut line = Vec::with_capacity(CONNECTED_LEN_MAX);
         loop {
             let mut byte = [0u8];
@@ -119,11 +137,11 @@ impl Link {
             return Err(io::ErrorKind::InvalidData.into());
         }
         self.run.phases().mark("connected");
-        let welcome = self.new_welcome()?;
+        let welcome = new_welcome(&self.run, self.config.take())?;
         let open = Open {
             generation: GUEST_GENERATION,
             boot_id: welcome.boot_id.clone(),
-            kind: Some(OpenKind::Renew(Renew { welcome: Some(Box::new(welcome)) })),
+            kind: Some(OpenKind::Renew(Renew { welcome: Some(Box::new(welcome)), holds })),
         };
         self.send(HostBody::Open(open))
     }
@@ -171,19 +189,24 @@ impl Link {
                     steps = ?steps.iter().map(|step| (step.name.as_str(), step.duration_us)).collect::<Vec<_>>(),
                     "guest is ready"
                 );
+                if let Some((generation, main_pid)) = self.stood_by.take() {
+                    self.log = self.handle.take_log();
+                    self.tell_renewed(generation, main_pid);
+                }
                 self.run.phases().mark("setup");
                 self.run.agent_ready();
             }
+            Action::Stands => self.run.stands(),
             Action::BootFailed { stage, error } => {
                 tracing::warn!(stage, message = error.message, "guest could not be set up");
                 self.run.fail_boot(&stage, error);
                 self.run.stop();
             }
             Action::Renewed { generation, main_pid } => {
-                self.run.phases().mark("renewed");
-                self.run.agent_hello(generation);
-                if main_pid != 0 {
-                    self.run.main_started(main_pid);
+                if self.session.holds() {
+                    self.stood_by = Some((generation, main_pid));
+                } else {
+                    self.tell_renewed(generation, main_pid);
                 }
             }
             Action::Quiesced(outcome) => self.handle.note_quiesced(outcome),
@@ -221,6 +244,15 @@ impl Link {
         Ok(true)
     }
 
+    /// The guest is what the host says it is: the run begins.
+    fn tell_renewed(&self, generation: u32, main_pid: u32) {
+        self.run.phases().mark("renewed");
+        self.run.agent_hello(generation);
+        if main_pid != 0 {
+            self.run.main_started(main_pid);
+        }
+    }
+
     /// The guest's own times, counted back from now and never beyond what the host saw.
     fn mark_guest_phases(&self, init_uptime_us: u64, hello_uptime_us: u64) {
         let now_us = u64::try_from(self.run.started().elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -231,25 +263,26 @@ impl Link {
     }
 
     fn welcome(&mut self) -> io::Result<()> {
-        let welcome = self.new_welcome()?;
+        let welcome = new_welcome(&self.run, self.config.take())?;
         self.send(HostBody::Welcome(welcome))
-    }
-
-    fn new_welcome(&mut self) -> io::Result<Welcome> {
-        let mut entropy = vec![0u8; ENTROPY_BYTES];
-        getrandom(&mut entropy[..], GetRandomFlags::empty())?;
-        Ok(Welcome {
-            generation: GUEST_GENERATION,
-            boot_id: self.run.boot_id().0.as_bytes().to_vec(),
-            realtime_ns: realtime_ns(),
-            entropy,
-            config: self.config.take(),
-        })
     }
 
     fn send(&self, message: HostBody) -> io::Result<()> {
         self.handle.send(message)
     }
+}
+
+/// What a guest is told of the run that it is.
+pub(super) fn new_welcome(run: &Run, config: Option<GuestConfig>) -> io::Result<Welcome> {
+    let mut entropy = vec![0u8; ENTROPY_BYTES];
+    getrandom(&mut entropy[..], GetRandomFlags::empty())?;
+    Ok(Welcome {
+        generation: GUEST_GENERATION,
+        boot_id: run.boot_id().0.as_bytes().to_vec(),
+        realtime_ns: realtime_ns(),
+        entropy,
+        config,
+    })
 }
 
 /// Notices when the guest's clock should be set.
@@ -323,7 +356,7 @@ mod tests {
         let (ours, mut agent) = UnixStream::pair().expect("pair");
         let log = WorkloadLog::open(&path, 1 << 20, 1, run.boot_id()).expect("log");
         let config = GuestConfig { hostname: "box".into(), ..Default::default() };
-        let thread = start(LinkOptions { stream: ours, renews: false, config, run: run.clone(), log: Some(log) })
+        let thread = start(LinkOptions { stream: ours, renewal: None, config, run: run.clone(), log: Some(log) })
             .expect("start");
 
         say(&mut agent, GuestBody::AgentHello(AgentHello { generation: 1, ..Default::default() }));
@@ -357,7 +390,7 @@ mod tests {
             Run::new(SandboxId::generate(), BootId::generate(), Instant::now(), ConsoleLog::in_memory()).expect("run");
         let (ours, mut agent) = UnixStream::pair().expect("pair");
         let config = GuestConfig { hostname: "twin".into(), ..Default::default() };
-        let options = LinkOptions { stream: ours, renews: true, config, run: run.clone(), log: None };
+        let options = LinkOptions { stream: ours, renewal: Some(Renewal::GoOn), config, run: run.clone(), log: None };
         let thread = start(options).expect("start");
         agent.write_all(b"OK 1073741824\n").expect("write");
         let HostBody::Open(open) = receive(&mut agent) else { panic!("an opening") };
@@ -383,7 +416,7 @@ mod tests {
             let (ours, mut agent) = UnixStream::pair().expect("pair");
             let options = LinkOptions {
                 stream: ours,
-                renews: false,
+                renewal: None,
                 config: GuestConfig::default(),
                 run: run.clone(),
                 log: None,

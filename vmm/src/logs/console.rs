@@ -41,6 +41,13 @@ impl ConsoleLog {
         Self(Arc::new(Mutex::new(State { file: None, tail: Vec::new(), phases: None })))
     }
 
+    /// Its file was moved.
+    pub fn moved_to(&self, path: &Path) {
+        if let Some(file) = &mut self.lock().file {
+            file.moved_to(path);
+        }
+    }
+
     /// Marks the first byte of the guest on `phases`.
     pub fn mark_first_byte(&self, phases: Phases) {
         self.lock().phases = Some(phases);

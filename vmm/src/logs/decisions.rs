@@ -34,6 +34,13 @@ impl DecisionLog {
         Self(Arc::new(Shared { lines: Mutex::default(), file: Mutex::new(file) }))
     }
 
+    /// Its file was moved.
+    pub fn moved_to(&self, path: &Path) {
+        if let Some(file) = lock(&self.0.file).as_mut() {
+            file.moved_to(path);
+        }
+    }
+
     /// Leaves a line to be written. Never waits for a disk.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.0.lines);

@@ -24,6 +24,11 @@ impl RotatingFile {
         Ok(Self { path: path.to_owned(), file, size_bytes, size_max_bytes: size_max_bytes.max(1), files_max })
     }
 
+    /// The file was moved, with the folder it is in: old ones are put aside beside it there.
+    pub fn moved_to(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
+    }
+
     /// Writes whole records; they stay together in one file.
     pub fn write_record(&mut self, record: &[u8]) -> io::Result<()> {
         let length = record.len() as u64;
@@ -84,6 +89,15 @@ mod tests {
         assert_eq!(read("log.1"), "eeee\nffff\n");
         assert_eq!(read("log.2"), "cccc\ndddd\n");
         assert_eq!(fs::read_dir(directory.path()).expect("list").count(), 3);
+        // Where its folder has another name.
+        let moved = directory.path().join("moved");
+        fs::create_dir(&moved).expect("directory");
+        fs::rename(&path, moved.join("log")).expect("rename");
+        file.moved_to(&moved.join("log"));
+        file.write_record(b"hhhh\n").expect("write");
+        file.write_record(b"iiii\n").expect("write");
+        assert_eq!(fs::read_to_string(moved.join("log")).expect("read"), "iiii\n");
+        assert_eq!(fs::read_to_string(moved.join("log.1")).expect("read"), "gggg\nhhhh\n");
         // A record larger than the limit still gets a file of its own, and a reopened file goes on.
         let mut file = RotatingFile::open(&path, 10, 0).expect("open");
         file.write_record(&[b'x'; 20]).expect("write");

@@ -9,6 +9,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use msb_protocol::control::LogSource;
 use msb_protocol::id::BootId;
+use msb_protocol::vmm::{VmSpec, WORKLOAD_LOG_FILE};
 
 use super::rotate::RotatingFile;
 
@@ -26,6 +27,14 @@ pub struct WorkloadLog {
 }
 
 impl WorkloadLog {
+    /// Opens the log of the run of `spec`. Without one it runs all the same.
+    pub fn open_of(spec: &VmSpec) -> Option<Self> {
+        let path = spec.log_dir.join(WORKLOAD_LOG_FILE);
+        Self::open(&path, spec.log_size_max_bytes, spec.log_files_max, spec.boot_id)
+            .inspect_err(|error| tracing::error!(%error, "workload log cannot be written"))
+            .ok()
+    }
+
     /// Opens the log of a run.
     pub fn open(path: &Path, size_max_bytes: u64, files_max: u32, boot_id: BootId) -> io::Result<Self> {
         let file = RotatingFile::open(path, size_max_bytes, files_max)?;

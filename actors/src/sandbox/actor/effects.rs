@@ -14,7 +14,7 @@ use msb_protocol::id::BootId;
 use msb_protocol::labels;
 use msb_protocol::spec::Workload;
 use msb_protocol::state::SandboxState;
-use msb_protocol::vmm::{RestoreSpec, VmState};
+use msb_protocol::vmm::{RestoreSpec, VmSpec, VmState};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{SandboxActor, ends, sleeping};
@@ -111,6 +111,8 @@ impl SandboxActor {
         let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
         let (snapshots, begun_with) = (self.surroundings.snapshots.clone(), self.record.snapshot.clone());
         let pool = self.surroundings.pool.clone();
+        // A spec that makes no sense is told by the start itself.
+        let wanted = begun_with.as_ref().and_then(|_| self.vm_spec()?.ok());
         let wakes = self.machine.run().and_then(|run| run.wakes);
         self.later(ctx, async move {
             // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
@@ -119,9 +121,11 @@ impl SandboxActor {
                 None => None,
             };
             // One for a disk that is there already stays in the pool.
-            let ready = match &snapshot {
-                Some(Ok(snapshot)) if snapshot.manifest.pool_size() > 0 && !directories.upper.exists() => {
-                    pool.send(Take(snapshot.id.clone())).await.ok().flatten()
+            let ready = match (&snapshot, wanted) {
+                (Some(Ok(snapshot)), Some(spec))
+                    if snapshot.manifest.pool_size() > 0 && !directories.upper.exists() =>
+                {
+                    pool.send(Take { snapshot: snapshot.id.clone(), spec: Box::new(spec) }).await.ok().flatten()
                 }
                 _ => None,
             };
@@ -138,8 +142,8 @@ impl SandboxActor {
                                 let snapshot = snapshot?;
                                 let (size_bytes, bytes) =
                                     (snapshot.manifest.disk.size_bytes, u64::from(size_mib) << 20);
-                                let moved = ready.and_then(|Ready { disk, spare }| {
-                                    std::fs::rename(disk.path(), &directories.upper).ok().map(|()| spare)
+                                let moved = ready.and_then(|Ready { place, spare, .. }| {
+                                    place.move_to(&directories).ok().map(|()| spare)
                                 });
                                 if moved.is_none() {
                                     snapshots.files.clone_disk(
@@ -180,20 +184,22 @@ impl SandboxActor {
         });
     }
 
-    fn spawn_vm(&mut self, ctx: &mut Context<Self>) {
-        let (Some(run), Some(image)) = (self.machine.run(), self.image.as_ref()) else {
-            return self.hear(News::Spawned(Err(ApiError::internal("a start without an image"))), ctx);
-        };
-        let who = (self.record.id, &self.record.name);
-        let spec = plan::vm_spec(
-            who,
+    /// The VM of the run that begins; none without an image.
+    fn vm_spec(&self) -> Option<Result<VmSpec, ApiError>> {
+        let (run, image) = (self.machine.run()?, self.image.as_ref()?);
+        Some(plan::vm_spec(
+            (self.record.id, &self.record.name),
             (&self.record.spec, self.ports.ports()),
             run,
             (&image.config, image.lower.clone()),
             &self.surroundings.host,
             &self.directories,
             &self.surroundings.volumes(),
-        );
+        ))
+    }
+
+    fn spawn_vm(&mut self, ctx: &mut Context<Self>) {
+        let spec = self.vm_spec().unwrap_or_else(|| Err(ApiError::internal("a start without an image")));
         match spec {
             Err(error) => self.hear(News::Spawned(Err(error)), ctx),
             Ok(mut spec) => {
@@ -202,7 +208,7 @@ impl SandboxActor {
                     spec.restore = Some(files);
                     stands_by = spare;
                 }
-                let events = self.listen(run.boot_id);
+                let events = self.listen(spec.boot_id);
                 let (spec, listeners) = (Box::new(spec), self.ports.listeners());
                 // The turn of a start that failed just now, if this one follows it, is over.
                 self.turn = None;
@@ -214,7 +220,8 @@ impl SandboxActor {
                         turn = turn => turn,
                         _ = left => return News::Spawned(Err(ends::cancelled())),
                     };
-                    let launching = match stands_by.filter(|spare| spare.is_alive()) {
+                    // One that died since it was taken is a crash: its disk has been its own, and does not fit the template's memory.
+                    let launching = match stands_by {
                         Some(spare) => spare.launch(spec, listeners, events),
                         None => launcher.launch(spec, listeners, events),
                     };

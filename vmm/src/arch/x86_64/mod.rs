@@ -16,4 +16,4 @@ pub mod layout;
 pub mod memory_map;
 pub mod mp_table;
 pub mod registers;
-mod relocation;
+pub mod relocation;

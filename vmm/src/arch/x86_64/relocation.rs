@@ -7,7 +7,7 @@
 //! from 6.15 on have not this block); places of 32-bit ones. Called by `kernel`; what it is given is the user's file, so every place
 //! is checked. It never chooses where to.
 
-use vm_memory::VolatileSlice;
+use vm_memory::{VolatileMemory, VolatileSlice};
 use vm_memory::bitmap::BitmapSlice;
 
 /// Name of the section.
@@ -28,10 +28,10 @@ pub const STEP: u64 = 2 << 20;
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum RelocationError {
     /// Not words, or not blocks.
-    #[error("{} is not a table of relocations: {0}", SECTION.escape_ascii())]
+    #[error(".vmlinux.relocs is not a table of relocations: {0}")]
     NotATable(&'static str),
     /// A place that is not in the image.
-    #[error("{} moves {0:#x}, which lies outside the kernel", SECTION.escape_ascii())]
+    #[error(".vmlinux.relocs names {0:#x}, which lies outside the kernel")]
     Outside(u32),
 }
 

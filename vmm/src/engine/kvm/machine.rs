@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -80,13 +79,7 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
     let Made { kvm, vm, memory, content } = match restore {
-        Some(Restore::Standing(standing)) => {
-            check_size(&standing.content, memory_mib, cpus)?;
-            standing.map(Content::Saved)
-        }
-        Some(Restore::Saved { memory, state }) => {
-            make(&phases, || load_saved(memory_mib, cpus, memory, state))?.map(Content::Saved)
-        }
+        Some(restore) => make(&phases, || load_saved(memory_mib, cpus, restore))?,
         None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line))?,
     };
     phases.mark("vm_created");
@@ -134,22 +127,15 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
 }
 
 /// A VM with its memory, and what is in that.
-pub struct Made<T> {
+struct Made {
     kvm: Kvm,
     vm: VmFd,
     memory: GuestRam,
-    content: T,
-}
-
-impl<T> Made<T> {
-    fn map<U>(self, turn: impl FnOnce(T) -> U) -> Made<U> {
-        let Self { kvm, vm, memory, content } = self;
-        Made { kvm, vm, memory, content: turn(content) }
-    }
+    content: Content,
 }
 
 /// Makes the VM, and what `load` makes beside it: making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab).
-fn make<T>(phases: &Phases, load: impl FnOnce() -> Result<(GuestRam, T), BootError>) -> Result<Made<T>, BootError> {
+fn make(phases: &Phases, load: impl FnOnce() -> Result<(GuestRam, Content), BootError>) -> Result<Made, BootError> {
     let (made, loaded) = std::thread::scope(|scope| {
         let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
         // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
@@ -166,25 +152,6 @@ fn make<T>(phases: &Phases, load: impl FnOnce() -> Result<(GuestRam, T), BootErr
     let (memory, content) = loaded?;
     register_memory(&vm, &memory)?;
     Ok(Made { kvm, vm, memory, content })
-}
-
-/// A saved machine for which everything is made that does not depend on whose it will be: its VM, and its memory in it. No processor
-/// and no clock of it exists yet, so that for its guest no time passes while it stands.
-pub type Standing = Made<Box<SavedMachine>>;
-
-impl Standing {
-    /// Makes one of its files.
-    ///
-    /// # Errors
-    /// Engine kvm is not to be had, or the files do not fit what is asked for.
-    pub fn new(memory_mib: u32, cpus: u8, memory: File, state: Box<SavedMachine>) -> Result<Self, BootError> {
-        make(&Phases::new(Instant::now(), None), || load_saved(memory_mib, cpus, memory, state))
-    }
-
-    /// What was saved of it beside its memory.
-    pub fn state(&self) -> &SavedMachine {
-        &self.content
-    }
 }
 
 fn thread_failed(source: std::io::Error) -> BootError {
@@ -224,16 +191,12 @@ fn check_size(state: &SavedMachine, memory_mib: u32, cpus: u8) -> Result<(), Boo
     Ok(())
 }
 
-fn load_saved(
-    memory_mib: u32,
-    cpus: u8,
-    memory: File,
-    state: Box<SavedMachine>,
-) -> Result<(GuestRam, Box<SavedMachine>), BootError> {
+fn load_saved(memory_mib: u32, cpus: u8, restore: Restore) -> Result<(GuestRam, Content), BootError> {
+    let Restore { memory, state } = restore;
     check_size(&state, memory_mib, cpus)?;
     let memory =
         GuestRam::restored(memory_mib.into(), memory).map_err(|error| BootError::Restore { reason: chain(&error) })?;
-    Ok((memory, state))
+    Ok((memory, Content::Saved(state)))
 }
 
 fn load(
