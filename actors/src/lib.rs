@@ -5,7 +5,7 @@
 //!                              │                  └─ machine (pure)                 └─ msb-vmm, one process per VM
 //!                              ├─► ImageActor     single flight, blocking work on a pool
 //!                              ├─► SnapshotActor  the index of snapshots, and how they come and go
-//!                              ├─► PoolActor      ready forks of templates: disks, and VM processes that stand by
+//!                              ├─► PoolActor      ready forks of templates: machines that stand by
 //!                              └─► MetricsActor   samples per sandbox
 //!                            journal (one writer thread, redb)
 //! ```

@@ -7,7 +7,7 @@
 //!  Take (a sandbox's first start) ─► the oldest that lives ────────┘    └─ the template is gone: let go
 //! ```
 //!
-//! A ready fork was made of the template's memory, was renewed as any copy is, and is halted; its workload is frozen and never ran. It is renewed
+//! A ready fork was made of the template's memory, was renewed as any copy is, and is halted soon after; its workload is frozen and never ran. It is renewed
 //! again for whoever takes it. It is made as `msb run TEMPLATE` would be without options, and only a start that asks for nothing else takes it.
 //! None is kept for ever: they end with the service, and what the one before left is swept away. This actor never
 //! makes a sandbox; without a ready fork a start makes everything itself.

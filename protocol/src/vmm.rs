@@ -59,7 +59,7 @@ pub struct RequestFrame {
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
     /// In place of a first `Launch`: restore this machine, and renew it, but let nothing of its workload run. It is answered when the machine
-    /// stands, halted. The launch that comes then must take it over ([`VmSpec::takes_over`]); the process ends when the connection
+    /// stands; it is halted soon after. The launch that comes then must take it over ([`VmSpec::takes_over`]); the process ends when the connection
     /// does before that.
     StandBy(Box<VmSpec>),
     /// First on the first connection: boot this.

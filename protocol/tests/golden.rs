@@ -13,8 +13,8 @@ use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::spec::EngineChoice;
 use msb_protocol::state::{EndCause, ProcessEnd, SandboxState};
 use msb_protocol::vmm::{
-    self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, RestoreSpec, Sample,
-    ShareSpec, VmSpec, VmState, VmStatus,
+    self, DiskPart, EndRecord, Event, JailReport, Phase, Reply, Request, RequestFrame, RestoreSpec, Sample, ShareSpec,
+    VmSpec, VmState, VmStatus,
 };
 use prost::Message as _;
 

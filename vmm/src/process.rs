@@ -143,6 +143,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         request_id: launcher.request_id,
         spec: Box::new(spec.clone()),
         stands: false,
+        halted_at: None,
     });
     // One that stands by writes that of whoever takes it.
     let log = if stand_by.is_none() { WorkloadLog::open_of(spec) } else { None };

@@ -19,11 +19,8 @@ const RECIPE: &str = "2";
 const SOURCES: &[&str] = &["linux-source-6.1", "linux-source-6.12", "linux-source"];
 
 /// What is kept as it is built.
-const RESULTS: &[(&str, &str)] = &[
-    ("bzImage", "arch/x86/boot/bzImage"),
-    ("System.map", "System.map"),
-    ("config", ".config"),
-];
+const RESULTS: &[(&str, &str)] =
+    &[("bzImage", "arch/x86/boot/bzImage"), ("System.map", "System.map"), ("config", ".config")];
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {

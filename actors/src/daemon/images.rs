@@ -271,9 +271,8 @@ fn sandbox_rows(places: &[(Directories, bool)]) -> [DiskUsageRow; 2] {
 /// Disks of ready forks. They are made again as they are taken: what gives their space back is a smaller pool.
 fn ready_forks_row(pool: &Path) -> DiskUsageRow {
     let disks = std::fs::read_dir(pool).into_iter().flatten().flatten();
-    let (count, bytes) = disks.fold((0, 0), |(count, bytes), fork| {
-        (count + 1, bytes + allocated_bytes(&fork.path().join("upper.img")))
-    });
+    let (count, bytes) =
+        disks.fold((0, 0), |(count, bytes), fork| (count + 1, bytes + allocated_bytes(&fork.path().join("upper.img"))));
     DiskUsageRow { kind: "ready forks".into(), count, active: count, bytes, ..DiskUsageRow::default() }
 }
 

@@ -241,7 +241,7 @@ pub enum Adoption {
     Gone(Gone),
 }
 
-/// A VM that stands by, halted, with nothing of its workload running. It ends when this is dropped.
+/// A VM that stands by, with nothing of its workload running. It ends when this is dropped.
 pub trait Spare: Send {
     /// Whether it can still be launched.
     fn is_alive(&self) -> bool;

@@ -51,7 +51,7 @@ pub struct TemplateCreateArgs {
     /// A line for the sandbox's shell that warms it up; several run in turn
     #[arg(long, value_name = "COMMAND")]
     pub warm: Vec<String>,
-    /// Keep this many ready forks of it: copies whose disk and VM process are made before they are needed
+    /// Keep this many ready forks of it: copies that are made before they are needed
     #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=POOL_SIZE_MAX as u64))]
     pub pool: u64,
     /// How its sandbox is made, and so those that begin with it.

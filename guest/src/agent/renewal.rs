@@ -21,6 +21,7 @@ use super::link::Link;
 use super::{Agent, VERSION};
 use crate::failure::GuestError;
 use crate::root::environment;
+use crate::session::exec;
 use crate::session::stream::FrameStream;
 use crate::session::workload::Host;
 use crate::sys;
@@ -75,6 +76,13 @@ pub(super) fn renew(agent: &Agent, mut stream: FrameStream, renew: Renew, boot_i
     }
     steps.done("link");
     if renew.holds {
+        if let Err(error) = exec::rehearse(&agent.guest) {
+            link.log(&format!("a session could not be rehearsed: {}", error.message));
+        }
+        steps.done("rehearsal");
+        // What is due by the time it goes on would be done before the first command of whoever takes it.
+        rustix::fs::sync();
+        steps.done("flush");
         link.send(GuestBody::Ready(Ready { ready_uptime_us: uptime_us(), steps: steps.steps }));
     } else if go_on(agent, link, *welcome, steps) {
         // This thread's stream is the link's now. A failed start is told there by the workload itself.

@@ -91,6 +91,23 @@ impl Process {
         }
     }
 
+    /// Starts this program with a word, confined as a session's process is but in no cgroup of the workload's: that may be frozen.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_own(guest: &Guest, word: &str) -> Result<Self, GuestError> {
+        let exec = ExecConfig { argv: vec!["msb-agent".into(), word.into()], ..ExecConfig::default() };
+        let command = prepare(guest, &exec)?;
+        let program = rustix::fs::open("/proc/self/exe", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| GuestError::exec("cannot open the agent's own program", errno))?;
+        let (mut process, ends) = Self::with_pipes(guest, false)?;
+        let stdio = [ends.stdio[0].as_fd(), ends.stdio[1].as_fd(), ends.stdio[2].as_fd()];
+        let plan = Spawn { program: Some(program.as_fd()), ..plan(guest, &command, stdio, None) };
+        let child = sys::spawn(&plan).map_err(|error| describe(error, &exec, &command))?;
+        (process.pid, process.pidfd) = (child.pid, child.pidfd);
+        Ok(process)
+    }
+
     fn with_pipes(guest: &Guest, stdin: bool) -> Result<(Self, ChildEnds), GuestError> {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|errno| GuestError::exec("cannot make a pipe", errno));
         let (stdin_read, stdin_write) = if stdin {

@@ -59,7 +59,10 @@ fn each_boot_has_its_kernel_somewhere_else() {
     };
     let first = places();
     let lines: Vec<&str> = first.lines().collect();
-    assert!(matches!(lines[..], [text, code] if text.starts_with("ffffffff") && !code.contains("00000000-")), "{first}");
+    assert!(
+        matches!(lines[..], [text, code] if text.starts_with("ffffffff") && !code.contains("00000000-")),
+        "{first}"
+    );
     home.succeeds(&["restart", "box"]);
     // One of some five hundred in its own addresses, one of some thirty in memory.
     assert_ne!(places(), first);

@@ -311,8 +311,19 @@ fn ready_forks_stand_by_and_become_whoever_takes_them() {
     home.succeeds(&["rm", "-f", "one"]);
     wait_until("they are not made again", || stand("2/2"));
 
+    // Long enough for them to be halted.
+    std::thread::sleep(Duration::from_secs(15));
     // One with a workload of its own, whose output, clock and end are those of any other.
-    home.succeeds(&["run", "-d", "--name", "main", "warm", "sh", "-c", "echo said; cat /dev/shm/file; date +%s; sleep 1000"]);
+    home.succeeds(&[
+        "run",
+        "-d",
+        "--name",
+        "main",
+        "warm",
+        "sh",
+        "-c",
+        "echo said; cat /dev/shm/file; date +%s; sleep 1000",
+    ]);
     wait_until("no output", || home.succeeds(&["logs", "main"]).lines().count() == 3);
     let logged = home.succeeds(&["logs", "main"]);
     let lines: Vec<&str> = logged.lines().collect();

@@ -36,6 +36,9 @@ const REQUESTS_MAX: usize = 32;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Least time between two samples.
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// How long a machine that stands by runs on before it is halted: what its kernel puts off (a journal's commit, write-back, timers of the
+/// network) is done by then, and not when somebody takes it.
+const SETTLING: Duration = Duration::from_secs(10);
 const STACK_BYTES: usize = 512 * 1024;
 
 /// What the control thread needs.
@@ -67,8 +70,10 @@ pub struct StandBy {
     pub request_id: u64,
     /// What stands.
     pub spec: Box<VmSpec>,
-    /// Whether it does, and was halted.
+    /// Whether it does.
     pub stands: bool,
+    /// When it is halted.
+    pub halted_at: Option<Instant>,
 }
 
 /// What becomes known while the thread runs.
@@ -191,7 +196,7 @@ impl Server {
                 self.accept();
             }
             self.serve_connections();
-            self.mind_stand_by();
+            self.mind_stand_by(Instant::now());
             self.send_samples(Instant::now());
             self.pass_events_on();
             if let Some((_, decisions)) = &self.network {
@@ -245,6 +250,8 @@ impl Server {
         }
         let lost = facts.agent_lost_at.map(|lost| lost + AGENT_LOST_GRACE);
         let goodbye = facts.goodbye_at.map(|goodbye| goodbye + GOODBYE_GRACE);
+        // Halted where its connection is looked at.
+        next = next.into_iter().chain(self.stand_by.as_ref().and_then(|stand_by| stand_by.halted_at)).min();
         for deadline in lost.into_iter().chain(goodbye) {
             if now >= deadline {
                 self.run.stop();
@@ -368,21 +375,34 @@ impl Server {
         Ok(Reply::Done)
     }
 
-    /// Halts a machine that is ready to stand by, and says so; ends one that nobody will take any more, or that did not come so far.
-    fn mind_stand_by(&mut self) {
-        let Some(StandBy { request_id, stands, .. }) = &mut self.stand_by else { return };
-        let facts = self.run.facts();
+    /// Says that a machine stands by, and halts it a while later; ends one that nobody will take any more, or that did not come so far.
+    fn mind_stand_by(&mut self, now: Instant) {
+        let Some(StandBy { request_id, stands, halted_at, .. }) = &mut self.stand_by else { return };
         let Some(daemon) = self.connections.first_mut() else { return self.run.stop() };
+        let facts = self.run.facts();
+        let is_over = self.ending.load(Ordering::SeqCst);
         let result = match facts.boot_failure {
             Some(failure) => Err(failure.error),
-            None if facts.stands && !*stands => self.run.halt().map(|()| Reply::Done),
-            None if self.ending.load(Ordering::SeqCst) && !*stands => {
-                Err(ApiError::new(ErrorCode::BootFailed, "the machine ended before it stood"))
+            None if is_over => Err(ApiError::new(ErrorCode::BootFailed, "the machine ended before it stood")),
+            None if halted_at.is_some_and(|at| at <= now) => {
+                *halted_at = None;
+                if let Err(error) = self.run.halt() {
+                    tracing::warn!(message = error.message, "a machine that stands by cannot be halted");
+                    self.run.stop();
+                }
+                return;
+            }
+            None if facts.stands && !*stands => {
+                *halted_at = Some(now + SETTLING);
+                Ok(Reply::Done)
             }
             None => return,
         };
-        let failed = result.is_err();
+        if *stands {
+            return;
+        }
         *stands = true;
+        let failed = result.is_err();
         daemon.send(&Message::Reply { id: *request_id, result });
         if failed {
             self.stand_by = None;

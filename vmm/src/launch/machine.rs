@@ -16,8 +16,7 @@ use msb_protocol::guest::{AGENT_PORT, GUEST_CID, LINK_PORT};
 use msb_protocol::paths::SOCKET_PATH_LEN_MAX;
 use msb_protocol::spec::{CPUS_MAX, EngineChoice, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use msb_protocol::vmm::{
-    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL,
-    VSOCK_SOCKET, VmSpec,
+    DECISION_LOG_FILE, DiskPart, Event, LOWER_SERIAL, LOWER_SHARE, RestoreSpec, UPPER_SERIAL, VSOCK_SOCKET, VmSpec,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -252,12 +251,7 @@ fn check_kernel(saved: &SavedMachine, spec: &RestoreSpec, kernel: &KernelFile) -
 ///
 /// # Errors
 /// What is wrong, for users.
-pub fn prepare(
-    spec: &VmSpec,
-    engine: EngineChoice,
-    run: &Run,
-    listeners: Vec<OwnedFd>,
-) -> Result<Prepared, ApiError> {
+pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<OwnedFd>) -> Result<Prepared, ApiError> {
     let kernel = kernel_file::open(&spec.kernel)?;
     let initramfs = File::open(&spec.initramfs).map_err(|error| failed("initramfs", &spec.initramfs, &error))?;
     let upper = open_upper(&spec.upper)?;

@@ -7,8 +7,8 @@
 //! from 6.15 on have not this block); places of 32-bit ones. Called by `kernel`; what it is given is the user's file, so every place
 //! is checked. It never chooses where to.
 
-use vm_memory::{VolatileMemory, VolatileSlice};
 use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{VolatileMemory, VolatileSlice};
 
 /// Name of the section.
 pub const SECTION: &[u8] = b".vmlinux.relocs";
@@ -70,7 +70,11 @@ pub fn apply<B: BitmapSlice>(
             address.store(address.load().wrapping_add(shift));
         } else {
             let address = image.get_ref::<u32>(place).map_err(outside)?;
-            let moved = if block == blocks { address.load().wrapping_add(shift_32) } else { address.load().wrapping_sub(shift_32) };
+            let moved = if block == blocks {
+                address.load().wrapping_add(shift_32)
+            } else {
+                address.load().wrapping_sub(shift_32)
+            };
             address.store(moved);
         }
     }

@@ -80,7 +80,9 @@ pub fn build(machine: Machine) -> Result<Built, BootError> {
     }
     let Made { kvm, vm, memory, content } = match restore {
         Some(restore) => make(&phases, || load_saved(memory_mib, cpus, restore))?,
-        None => make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line))?,
+        None => {
+            make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line))?
+        }
     };
     phases.mark("vm_created");
 
@@ -212,9 +214,16 @@ fn load(
         preference: EntryPreference::default(),
         low_end: size_bytes,
         // One that cannot be read is refused below.
-        kept_bytes: initramfs.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len()).next_multiple_of(4096),
+        kept_bytes: initramfs
+            .and_then(|file| file.metadata().ok())
+            .map_or(0, |metadata| metadata.len())
+            .next_multiple_of(4096),
         // The word that the unpacker of a bzImage looks for (kernel-parameters.txt).
-        random: if command_line.split_whitespace().any(|word| word == "nokaslr") { None } else { Some(u64::from_ne_bytes(random()?)) },
+        random: if command_line.split_whitespace().any(|word| word == "nokaslr") {
+            None
+        } else {
+            Some(u64::from_ne_bytes(random()?))
+        },
     };
     let kernel = kernel::load(&file.file, file.format, placement, map).map_err(|error| refused(&error))?;
     let initramfs = initramfs
