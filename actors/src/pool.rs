@@ -20,7 +20,7 @@ use actix::prelude::*;
 use msb_protocol::error::ApiError;
 use msb_protocol::id::{BootId, SandboxId, SandboxName};
 use msb_protocol::network::NetworkSpec;
-use msb_protocol::paths::{HomeLayout, sandbox_run_dir};
+use msb_protocol::paths::HomeLayout;
 use msb_protocol::snapshot::ReadyForks;
 use msb_protocol::spec::{EngineChoice, SandboxSpec, Workload};
 use msb_protocol::vmm::VmSpec;
@@ -231,19 +231,6 @@ impl PoolActor {
     }
 }
 
-/// Where a ready fork is until somebody has it.
-fn place(workshop: &Workshop, number: u64, id: SandboxId) -> Directories {
-    let root = workshop.home.pool().join(number.to_string());
-    Directories {
-        logs: root.join("logs"),
-        upper: root.join("upper.img"),
-        heartbeat: root.join("heartbeat.json").into(),
-        run: sandbox_run_dir(&workshop.runtime_dir, id),
-        boot_errors: root.join("boot-errors"),
-        root,
-    }
-}
-
 /// The machine of a sandbox that begins with the template and asks for nothing else.
 fn spec_of(
     workshop: &Workshop,
@@ -267,7 +254,8 @@ async fn make(workshop: Arc<Workshop>, snapshot: Snapshot, number: u64) -> Resul
     let lost = |error| ApiError::internal(format!("the image actor: {error}"));
     let image = workshop.images.send(Prepare(snapshot.manifest.image.digest.clone())).await.map_err(lost)??;
     let id = SandboxId::generate();
-    let directories = place(&workshop, number, id);
+    let root = workshop.home.pool().join(number.to_string());
+    let directories = Directories::at(root, &workshop.home, &workshop.runtime_dir, id);
     let spec = Box::new(spec_of(&workshop, &snapshot, &image, id, &directories)?);
     let (files, size_bytes) = (workshop.snapshots.files.clone(), snapshot.manifest.disk.size_bytes);
     let prepared = tokio::task::spawn_blocking(move || {

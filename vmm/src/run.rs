@@ -1,8 +1,8 @@
 //! One run of a VM as all threads of the process see it: where it is, what was said, why it will end.
 //!
 //! Written by the agent link (hello, ready, main workload, goodbye), the control thread (intents, deadlines) and `main` (the engine's
-//! end); read by all of them. A machine that stands by is nobody's run until it is taken. Every change that the daemon must hear of becomes an [`Event`] in a bounded queue, which the control
-//! thread empties. Nothing in here waits.
+//! end); read by all of them. A machine that stands by is nobody's run until it is taken. Every change that the daemon must hear of becomes an
+//! [`Event`] in a bounded queue, which the control thread empties. Nothing in here waits.
 
 use std::any::Any;
 use std::collections::VecDeque;

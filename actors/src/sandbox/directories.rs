@@ -40,7 +40,12 @@ impl Directories {
     /// Where a sandbox's files are.
     #[must_use]
     pub fn new(home: &HomeLayout, runtime_dir: &Path, name: &SandboxName, id: SandboxId) -> Self {
-        let root = home.sandbox(name);
+        Self::at(home.sandbox(name), home, runtime_dir, id)
+    }
+
+    /// Those of a machine whose own directory is elsewhere.
+    #[must_use]
+    pub fn at(root: PathBuf, home: &HomeLayout, runtime_dir: &Path, id: SandboxId) -> Self {
         Self {
             logs: root.join("logs"),
             upper: root.join("upper.img"),

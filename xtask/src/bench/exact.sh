@@ -4,7 +4,7 @@ set -u
 export MSB_HOME=/root/home XDG_RUNTIME_DIR=/run/msb PATH=/payload/msb/bin:$PATH
 mkdir -p -m 700 $XDG_RUNTIME_DIR $MSB_HOME
 # In memory, behind a file system of the disk's kind: how long QEMU's own threads take for a block is not this lab's time, and nothing repeats with it.
-modprobe loop; truncate -s 1500M /dev/shm/home.img; mkfs.ext4 -q /dev/shm/home.img && mount -o loop /dev/shm/home.img $MSB_HOME && chmod 700 $MSB_HOME
+modprobe loop && truncate -s 1500M /dev/shm/home.img && mkfs.ext4 -q /dev/shm/home.img && mount -o loop /dev/shm/home.img $MSB_HOME && chmod 700 $MSB_HOME || exit 1
 tracing=/sys/kernel/tracing; mountpoint -q $tracing || mount -t tracefs tracing $tracing
 want() { local key; [ "$ROWS" = , ] && return 0; for key in "$@"; do [[ $ROWS == *,$key,* ]] && return 0; done; return 1; }
 median() { sort -n | awk '{v[NR]=$1} END {if (NR) print v[int((NR+1)/2)]}'; }
