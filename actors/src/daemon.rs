@@ -166,6 +166,10 @@ impl Daemon {
             Some((snapshot, image)) => (Some(snapshot), Some(image)),
             None => (None, self.fetch_for(&request).await?),
         };
+        // A ready fork, if one stands, brings its own.
+        if snapshot.as_ref().is_none_or(|snapshot| snapshot.manifest.pool_size() == 0) {
+            self.surroundings.expect_start(&request.spec);
+        }
         let sandbox = self.supervisor.send(Create { request, creator, snapshot }).await.map_err(mailbox)??;
         Ok((sandbox, lease))
     }

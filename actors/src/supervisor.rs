@@ -22,8 +22,10 @@ use actix::prelude::*;
 use msb_protocol::control::{ActorRow, CreateRequest};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::{SandboxId, SandboxName};
+use msb_protocol::mount::MountSource;
 use msb_protocol::paths::HomeLayout;
 use msb_protocol::snapshot::SnapshotParent;
+use msb_protocol::spec::{EngineChoice, SandboxSpec};
 use tokio::sync::{mpsc, watch};
 
 use crate::clock::Clock;
@@ -101,6 +103,17 @@ impl Surroundings {
     pub fn volumes(&self) -> Volumes {
         let home = self.home.home.canonicalize().unwrap_or_else(|_| self.home.home.clone());
         Volumes::new(HomeLayout::new(home).volumes())
+    }
+
+    /// A start of a sandbox like this is on its way: what any machine on KVM needs is begun meanwhile.
+    pub fn expect_start(&self, spec: &SandboxSpec) {
+        let engine = if spec.engine == EngineChoice::Auto { self.host.engine } else { spec.engine };
+        // Those with files of the host's are given to a process that starts now: it sees what is mounted now.
+        let is_apart =
+            !spec.root.is_local() && spec.mounts.iter().all(|mount| matches!(mount.source, MountSource::Tmpfs { .. }));
+        if engine != EngineChoice::Qemu && is_apart {
+            self.launcher.expect();
+        }
     }
 }
 

@@ -201,7 +201,7 @@ metrics! {
     State "microsandbox.state" One Gauge Unsigned Sandbox [ATTRIBUTE_STATE] "1 for the state the sandbox is in"
     BootDuration "microsandbox.boot.duration" Seconds Gauge Float Sandbox [ATTRIBUTE_PHASE] "duration of each phase of the last boot"
     Sandboxes "microsandbox.sandboxes" Sandboxes Gauge Unsigned Daemon [ATTRIBUTE_STATE] "sandboxes the daemon knows, by state"
-    ReadyForks "microsandbox.template.ready_forks" Forks Gauge Unsigned Daemon [ATTRIBUTE_TEMPLATE] "ready forks that stand by, by template"
+    ReadyForks "microsandbox.template.ready_forks" Forks Gauge Unsigned Daemon [ATTRIBUTE_TEMPLATE] "ready forks that stand by, by the template or snapshot they are of"
     ExportsSuccess "microsandbox.collector.exports.success" One Counter Unsigned Collector [] "batches the backend took"
     ExportsFailure "microsandbox.collector.exports.failure" One Counter Unsigned Collector [] "batches the backend refused or did not answer"
     CollectionsDropped "microsandbox.collector.collections.dropped" One Counter Unsigned Collector [] "collections dropped because the buffer was full, oldest first"

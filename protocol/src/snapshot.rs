@@ -23,9 +23,9 @@ pub const SNAPSHOT_MANIFEST_LEN_MAX: usize = 4 << 20;
 pub const SNAPSHOTS_MAX: usize = 10_000;
 /// The label that makes a snapshot with memory a template.
 pub const TEMPLATE_LABEL: &str = "msb.template";
-/// The label of a template that says how many ready forks of it are kept.
+/// The label of a snapshot with memory that says how many ready forks of it are kept.
 pub const POOL_LABEL: &str = "msb.template.pool";
-/// Most ready forks of one template.
+/// Most ready forks of one snapshot.
 pub const POOL_SIZE_MAX: usize = 16;
 
 /// The name of a snapshot: the rule is that of sandboxes.
@@ -85,22 +85,22 @@ pub struct SnapshotManifest {
     pub transient: bool,
 }
 
-/// Ready forks of a template: copies that only have to be told who they are.
+/// Ready forks of a snapshot with memory: copies that only have to be told who they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ReadyForks {
     /// Those that stand.
     pub ready: u64,
-    /// Those that the template asks for.
+    /// Those that it asks for.
     pub wanted: u64,
 }
 
 impl SnapshotManifest {
-    /// Ready forks that it asks for; none unless it is a template.
+    /// Ready forks that it asks for; none without memory.
     #[must_use]
     pub fn pool_size(&self) -> usize {
-        let is_template = self.memory.is_some() && !self.transient && self.labels.contains_key(TEMPLATE_LABEL);
+        let has_forks = self.memory.is_some() && !self.transient;
         let asked = self.labels.get(POOL_LABEL).and_then(|size| size.parse().ok()).unwrap_or(0);
-        if is_template { asked.min(POOL_SIZE_MAX) } else { 0 }
+        if has_forks { asked.min(POOL_SIZE_MAX) } else { 0 }
     }
 
     /// Parses the bytes of a manifest, and checks everything that can be checked without its disk.

@@ -1,7 +1,7 @@
 //! The VMM border: what `msbd` and `msb-vmm` say to each other on a sandbox's control socket.
 //!
 //! Frames ([`crate::frame`]) with JSON bodies. The first connection is the socketpair that `msb-vmm` got as its standard
-//! input; it begins with [`Request::Launch`], before which [`Request::StandBy`] may come. A daemon that was restarted connects to
+//! input; it begins with [`Request::Launch`], before which [`Request::MakeVm`] or [`Request::StandBy`] may come. A daemon that was restarted connects to
 //! `<run>/control.sock` and begins with [`Request::Adopt`]. The newest connection gets the events. `msb-vmm` lives on when every connection is gone.
 
 use std::path::PathBuf;
@@ -58,6 +58,9 @@ pub struct RequestFrame {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
+    /// Before a first `Launch`: a machine will be wanted soon, so begin what every machine needs. Not answered; the process ends when the connection
+    /// does before the launch.
+    MakeVm,
     /// In place of a first `Launch`: restore this machine, and renew it, but let nothing of its workload run. It is answered when the machine
     /// stands; it is halted soon after. The launch that comes then must take it over ([`VmSpec::takes_over`]); the process ends when the connection
     /// does before that.

@@ -19,7 +19,7 @@ use msb_actors::sandbox::heartbeat::HeartbeatWriter;
 use msb_actors::snapshots::{SnapshotFiles, Snapshots};
 use msb_actors::starts::Starts;
 use msb_actors::supervisor::Surroundings;
-use msb_actors::vm::process::ProcessLauncher;
+use msb_actors::vm::process::{Begun, ProcessLauncher};
 use msb_actors::vm::samples::SampleReader;
 use msb_protocol::error::ApiError;
 use msb_supervisor::api::{self, ApiState};
@@ -177,6 +177,7 @@ async fn serve(
         sample_interval_ms: settings.sample_interval_ms(),
         samples: SampleReader::start(metrics.clone()),
         scopes: systemd::scopes(door_scopes).await,
+        begun: Begun::default(),
     });
     let known: Vec<_> = found.records.iter().map(|record| record.id).collect();
     recovery::sweep(&settings.runtime_dir, &known, &*launcher).await;

@@ -55,7 +55,7 @@ fn main() -> anyhow::Result<()> {
         work_directory: std::env::temp_dir(),
         phases: phases.clone(),
     };
-    let mut engine = KvmEngine::new();
+    let mut engine = KvmEngine::new(None);
     engine.boot(machine)?;
     let end = engine.run();
     phases.mark("ended");

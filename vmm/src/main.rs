@@ -1,25 +1,30 @@
 //! `msb-vmm`: one virtual machine. Started by `msbd` with a control socket as its standard input; by hand for benches and debugging.
 //!
 //! ```text
-//!  msb-vmm                    standard input is a socket: wait for `Launch`, or stand by for one (`StandBy`)
+//!  msb-vmm                    standard input is a socket: wait for `Launch`, maybe with a VM begun (`MakeVm`), or stand by for one (`StandBy`)
 //!  msb-vmm --spec FILE        boot the VmSpec in FILE (JSON), as a benchmark or a developer does; control.sock works as usual
 //!  msb-vmm --probe            print which engine this host can run (JSON)
 //!  msb-vmm --explain TARGET   print which rule of the VmNetwork on standard input (JSON) would decide about TARGET (JSON)
 //!  msb-vmm --version
 //! ```
 //!
-//! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`.
+//! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`, and this
+//! process itself where it was started before it was known whose.
 
 use std::ffi::OsString;
+use std::fs::OpenOptions;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use msb_protocol::vmm::VMM_LOG_FILE;
 use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
+use msb_vmm::engine::kvm::machine::EmptyVm;
 use msb_vmm::engine::qemu::child::{CHILD_WORD, become_qemu};
 use msb_vmm::jail::namespaces;
 use msb_vmm::jail::process::{close_inherited, make_room_for_descriptors};
@@ -85,13 +90,32 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
     }
     namespaces::enter();
     let mut connection = Connection::new(stream).context("control socket")?;
-    let no_launch = "no launch request came";
-    let (request_id, first) = receive_first(&mut connection, LAUNCH_TIMEOUT).context(no_launch)?;
-    let (spec, stands_by) = match first {
-        First::Launch(spec) => (spec, false),
-        First::StandBy(spec) => (spec, true),
+    let (mut started, mut empty_vm) = (started, None);
+    let (request_id, spec, stands_by) = loop {
+        match receive_first(&mut connection, LAUNCH_TIMEOUT) {
+            Ok((_, First::MakeVm)) => empty_vm = Some(EmptyVm::begin()),
+            Ok((request_id, First::Launch(spec))) => break (request_id, spec, false),
+            Ok((request_id, First::StandBy(spec))) => break (request_id, spec, true),
+            // The start that it was begun for came to nothing.
+            Err(_) if empty_vm.is_some() => return Ok(0),
+            Err(error) => return Err(error).context("no launch request came"),
+        }
     };
-    Ok(process::run(&spec, Some(Launcher { connection, request_id, stands_by }), started))
+    if empty_vm.is_some() {
+        started = Instant::now();
+        if let Err(error) = log_to(&spec.log_dir.join(VMM_LOG_FILE)) {
+            tracing::warn!(sandbox = %spec.name, %error, "the log of a VM process goes where the service's goes");
+        }
+    }
+    Ok(process::run(&spec, Some(Launcher { connection, request_id, stands_by, empty_vm }), started))
+}
+
+/// From now on standard output and error are this file.
+fn log_to(path: &Path) -> anyhow::Result<()> {
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    nix::unistd::dup2_stdout(&file)?;
+    nix::unistd::dup2_stderr(&file)?;
+    Ok(())
 }
 
 fn launched_by_hand(path: &Path, started: Instant) -> anyhow::Result<u8> {

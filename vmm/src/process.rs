@@ -23,6 +23,7 @@ use crate::control::{Connection, Control, ControlOptions, StandBy};
 use crate::devices::virtio::event_loop::LoopHandle;
 use crate::end::{self, EVIDENCE_BYTES, Verdict};
 use crate::engine::kvm::KvmEngine;
+use crate::engine::kvm::machine::EmptyVm;
 use crate::engine::qemu::QemuEngine;
 use crate::engine::{Engine, EngineEnd};
 use crate::jail::{self, FilePlan, JailPlan};
@@ -42,6 +43,8 @@ pub struct Launcher {
     pub request_id: u64,
     /// Whether the machine is to stand by, until a launch takes it.
     pub stands_by: bool,
+    /// The VM, if that was begun before the request came.
+    pub empty_vm: Option<EmptyVm>,
 }
 
 /// Runs one machine from beginning to end; gives the exit code.
@@ -154,7 +157,8 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
         launcher.connection.send(&reply);
     }
 
-    let mut engine = make_engine(chosen.engine, qemu);
+    let empty_vm = launcher.as_mut().and_then(|launcher| launcher.empty_vm.take());
+    let mut engine = make_engine(chosen.engine, qemu, empty_vm);
     run.set_stopper(engine.stopper());
     if let Some(halter) = engine.halter() {
         run.set_halter(halter);
@@ -191,7 +195,7 @@ fn boot_and_run(spec: &VmSpec, run: &Run, launcher: &mut Option<Launcher>) -> Re
                 }
                 Err(error) => {
                     // With the machine its vsock device goes, which the link below waits for.
-                    engine = Box::new(KvmEngine::new());
+                    engine = Box::new(KvmEngine::default());
                     EngineEnd::Failed { detail: format!("the jail could not be closed: {error}") }
                 }
             };
@@ -248,10 +252,14 @@ fn close_jail(
     Ok(report)
 }
 
-fn make_engine(engine: EngineChoice, qemu: Option<PathBuf>) -> Box<dyn Engine> {
+fn make_engine(engine: EngineChoice, qemu: Option<PathBuf>, empty_vm: Option<EmptyVm>) -> Box<dyn Engine> {
     match (engine, qemu) {
-        (EngineChoice::Qemu, Some(program)) => Box::new(QemuEngine::new(program)),
-        _ => Box::new(KvmEngine::new()),
+        (EngineChoice::Qemu, Some(program)) => {
+            // Nobody's; its thread is over before the jail closes.
+            drop(empty_vm.map(EmptyVm::finish));
+            Box::new(QemuEngine::new(program))
+        }
+        _ => Box::new(KvmEngine::new(empty_vm)),
     }
 }
 

@@ -177,6 +177,7 @@ impl Daemon {
         }
         let source = self.find(from).await?.view.borrow().detail.spec.clone();
         let names = fork_names(&request)?;
+        self.surroundings.expect_start(&source);
         // Of no interest once the copies are there: what they share with it stays theirs without its name.
         let name = snapshot_name(&format!("fork-{}", SandboxId::generate()))?;
         let taking = CreateSnapshot { name: name.clone(), from: from.clone(), labels: BTreeMap::new(), memory: true };

@@ -87,6 +87,7 @@ pub struct FakeLauncher {
     vms: Mutex<HashMap<PathBuf, Arc<FakeVm>>>,
     pids: AtomicU32,
     launched: AtomicU64,
+    expected: AtomicU64,
     launched_standing: AtomicU64,
     boots: Mutex<Vec<BootId>>,
 }
@@ -120,6 +121,7 @@ impl FakeLauncher {
             vms: Mutex::default(),
             pids: AtomicU32::new(4_000_000),
             launched: AtomicU64::new(0),
+            expected: AtomicU64::new(0),
             launched_standing: AtomicU64::new(0),
             boots: Mutex::default(),
         })
@@ -149,6 +151,12 @@ impl FakeLauncher {
     pub fn alive(&self) -> usize {
         let vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
         vms.values().filter(|vm| vm.gone.lock().unwrap_or_else(PoisonError::into_inner).is_none()).count()
+    }
+
+    /// How often a launch was said to be on its way.
+    #[must_use]
+    pub fn expected(&self) -> u64 {
+        self.expected.load(Ordering::Relaxed)
     }
 
     /// How many were ever launched.
@@ -234,6 +242,9 @@ impl Launcher for Arc<FakeLauncher> {
     ) -> Boxed<Result<VmHandle, ApiError>> {
         (**self).launch(spec, listeners, events)
     }
+    fn expect(&self) {
+        (**self).expect();
+    }
     fn stand_by(&self, _: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
         let made = match self.faults().stand_by {
             true => Err(ApiError::new(ErrorCode::EngineUnavailable, "injected: nothing stands by")),
@@ -286,6 +297,10 @@ impl Launcher for FakeLauncher {
         }
         tokio::spawn(live(vm, faults, self.clock.clone(), events, queue, inputs));
         Box::pin(async move { Ok(VmHandle { identity, commands }) })
+    }
+
+    fn expect(&self) {
+        self.expected.fetch_add(1, Ordering::Relaxed);
     }
 
     fn stand_by(&self, _: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {

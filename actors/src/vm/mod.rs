@@ -263,6 +263,8 @@ pub trait Launcher: Send + Sync + 'static {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Boxed<Result<VmHandle, ApiError>>;
+    /// A launch is on its way: what every machine needs may be begun. Never fails, and costs nothing for long where no launch comes.
+    fn expect(&self);
     /// Starts one of a saved machine before it is known whose it will be.
     fn stand_by(&self, spec: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>>;
     /// Looks for one.

@@ -10,15 +10,21 @@
 //!
 //! `msb-vmm` begins a session of its own, gets an empty environment, the control link as its standard input and `<logs>/vmm.log`
 //! as its output. It never inherits another descriptor: the standard library opens everything close-on-exec.
+//!
+//! ```text
+//!  expect (a start is on its way) ─► a process that makes its VM meanwhile ─► the next launch takes it
+//!                                      │ nobody came for it                    (its log is its own affair then)
+//!                                      ▼ let go
+//! ```
 
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use msb_protocol::error::{ApiError, ErrorCode};
@@ -52,6 +58,8 @@ const ADOPT_TIMEOUT: Duration = Duration::from_secs(5);
 const RECORD_LEN_MAX: u64 = 1 << 20;
 /// How long past its own limit a boot may take before the VM process itself is held to be stuck.
 const BOOT_SLACK: Duration = Duration::from_secs(20);
+/// How long a process that was begun waits for its launch. It gives up by itself later than this.
+const EXPECTED_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests that wait for their answers at once.
 const PENDING_MAX: usize = 64;
 
@@ -64,8 +72,26 @@ pub struct ProcessLauncher {
     pub sample_interval_ms: u64,
     /// Who reads them.
     pub samples: SampleReader,
-    /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it.
+    /// Where systemd runs the service: each VM process gets a scope of its own, so that what happens to the service's does not happen to it. One
+    /// that stood by before it was known whose it is gets it when somebody takes it.
     pub scopes: Option<Scopes>,
+    /// A process that was begun for the next launch.
+    pub begun: Begun,
+}
+
+/// A process that was begun before it is known whose it is; one at most.
+#[derive(Clone, Debug, Default)]
+pub struct Begun(Arc<Mutex<Option<Process>>>);
+
+impl Begun {
+    fn lock(&self) -> MutexGuard<'_, Option<Process>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process, if there is one and it lives.
+    fn take(&self) -> Option<Process> {
+        self.lock().take().filter(Process::is_alive)
+    }
 }
 
 impl Launcher for ProcessLauncher {
@@ -77,6 +103,13 @@ impl Launcher for ProcessLauncher {
     ) -> Boxed<Result<VmHandle, ApiError>> {
         let this = self.clone();
         Box::pin(async move { this.spawn(spec, listeners, events).await })
+    }
+
+    fn expect(&self) {
+        if let Err(error) = self.begin() {
+            // The launch itself says so if it is worth saying.
+            tracing::debug!(%error, "no VM process was begun");
+        }
     }
 
     fn stand_by(&self, spec: Box<VmSpec>) -> Boxed<Result<Box<dyn Spare>, ApiError>> {
@@ -119,11 +152,20 @@ impl Launcher for ProcessLauncher {
 }
 
 /// A VM process that was started.
+#[derive(Debug)]
 struct Process {
     child: tokio::process::Child,
     identity: ProcessIdentity,
     pidfd: Option<OwnedFd>,
     control: UnixStream,
+    /// It was started in its scope.
+    in_scope: bool,
+}
+
+impl Process {
+    fn is_alive(&self) -> bool {
+        self.pidfd.as_ref().is_some_and(|pidfd| !identity::has_ended(pidfd))
+    }
 }
 
 /// A process that stands by; it ends when its control link is closed.
@@ -134,7 +176,7 @@ struct ProcessSpare {
 
 impl Spare for ProcessSpare {
     fn is_alive(&self) -> bool {
-        self.process.pidfd.as_ref().is_some_and(|pidfd| !identity::has_ended(pidfd))
+        self.process.is_alive()
     }
 
     fn launch(
@@ -186,38 +228,52 @@ impl ProcessLauncher {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Result<VmHandle, ApiError> {
+        // What the host has mounted since it was begun it may not see.
+        if spec.shares.is_empty()
+            && spec.disks.is_empty()
+            && let Some(process) = self.begun.take()
+        {
+            return self.hand_over(process, spec, listeners, events).await;
+        }
         let command = match &self.scopes {
             Some(Scopes::Manager(manager)) => {
                 let mut command = tokio::process::Command::from(manager.command(&scope::unit(spec.boot_id)));
                 command.args(["/usr/bin/env", "-i"]).arg(&self.program);
                 command
             }
-            Some(Scopes::Door(_)) | None => {
-                let mut command = tokio::process::Command::new(&self.program);
-                command.env_clear();
-                command
-            }
+            Some(Scopes::Door(_)) | None => self.command(),
         };
-        let process = self.start(command, &spec.log_dir)?;
+        let mut process = self.start(command, Some(&spec.log_dir), &[])?;
+        process.in_scope = matches!(self.scopes, Some(Scopes::Manager(_)));
         self.hand_over(process, spec, listeners, events).await
     }
 
-    /// Starts the program, with a control link as its standard input and its log in `log_dir` as its output.
-    fn start(&self, mut command: tokio::process::Command, log_dir: &Path) -> Result<Process, ApiError> {
-        let log_path = log_dir.join(VMM_LOG_FILE);
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&log_path)
-            .map_err(|error| failed(&log_path.display().to_string(), error))?;
-        let second = log.try_clone().map_err(|error| failed(&log_path.display().to_string(), error))?;
-        let (ours, theirs) =
+    /// The program, started by nobody but this service.
+    fn command(&self) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(&self.program);
+        command.env_clear();
+        command
+    }
+
+    /// Starts the program, with a control link as its standard input, in which `wire` waits, and its log in `log_dir`, or the service's, as its
+    /// output.
+    fn start(
+        &self,
+        mut command: tokio::process::Command,
+        log_dir: Option<&Path>,
+        wire: &[u8],
+    ) -> Result<Process, ApiError> {
+        if let Some(log_path) = log_dir.map(|directory| directory.join(VMM_LOG_FILE)) {
+            let failed = |error| failed(&log_path.display().to_string(), error);
+            let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&log_path).map_err(failed)?;
+            command.stdout(log.try_clone().map_err(failed)?).stderr(log);
+        }
+        let (mut ours, theirs) =
             StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
+        // A few bytes into an empty socket.
+        ours.write_all(wire).map_err(|error| failed("the control link", error))?;
         let child = command
             .stdin(OwnedFd::from(theirs))
-            .stdout(log)
-            .stderr(second)
             .current_dir("/")
             // A daemon that ends leaves its VMs alone.
             .kill_on_drop(false)
@@ -228,19 +284,35 @@ impl ProcessLauncher {
         let pidfd = identity.open();
         ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
         let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
-        Ok(Process { child, identity, pidfd, control })
+        Ok(Process { child, identity, pidfd, control, in_scope: false })
+    }
+
+    /// Starts a process for the next launch, unless one waits for it.
+    fn begin(&self) -> Result<(), ApiError> {
+        // systemd-run starts a process in its scope, which is named for the run.
+        if matches!(self.scopes, Some(Scopes::Manager(_))) {
+            return Ok(());
+        }
+        let mut place = self.begun.lock();
+        if place.as_ref().is_some_and(Process::is_alive) {
+            return Ok(());
+        }
+        let mut wire = Vec::new();
+        encode_json(&RequestFrame { id: 1, request: Request::MakeVm }, &mut wire).map_err(ApiError::internal)?;
+        let process = self.start(self.command(), None, &wire)?;
+        let (begun, pid) = (self.begun.clone(), process.identity.pid);
+        *place = Some(process);
+        drop(place);
+        tokio::spawn(async move {
+            tokio::time::sleep(EXPECTED_TIMEOUT).await;
+            drop(begun.lock().take_if(|process| process.identity.pid == pid));
+        });
+        Ok(())
     }
 
     /// Starts a process that stands by with a saved machine.
     async fn stand_by(self, spec: Box<VmSpec>) -> Result<Box<dyn Spare>, ApiError> {
-        if matches!(self.scopes, Some(Scopes::Manager(_))) {
-            let message =
-                "where the service manager starts VM processes, none can be started before it is known whose it is";
-            return Err(ApiError::new(ErrorCode::UnsupportedOperation, message));
-        }
-        let mut command = tokio::process::Command::new(&self.program);
-        command.env_clear();
-        let mut process = self.start(command, &spec.log_dir)?;
+        let mut process = self.start(self.command(), Some(&spec.log_dir), &[])?;
         let mut wire = Vec::new();
         let limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;
         let frame = RequestFrame { id: 1, request: Request::StandBy(spec) };
@@ -275,11 +347,18 @@ impl ProcessLauncher {
         listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Result<VmHandle, ApiError> {
-        let Process { mut child, identity, pidfd, control } = process;
+        let Process { mut child, identity, pidfd, control, in_scope } = process;
         // Before it is told what to do: all that it makes and uses afterwards is in its scope.
-        if let Some(Scopes::Door(socket)) = &self.scopes
-            && let Err(error) = scope::ask(socket, identity.pid, spec.boot_id).await
-        {
+        let moved = match self.scopes.clone() {
+            Some(Scopes::Door(socket)) => scope::ask(&socket, identity.pid, spec.boot_id).await,
+            Some(Scopes::Manager(manager)) if !in_scope => {
+                let (unit, pid) = (scope::unit(spec.boot_id), identity.pid);
+                let moving = tokio::task::spawn_blocking(move || manager.move_process(&unit, pid));
+                moving.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+            }
+            Some(Scopes::Manager(_)) | None => Ok(()),
+        };
+        if let Err(error) = moved {
             tracing::warn!(boot_id = %spec.boot_id, %error, "a VM process has no scope of its own and shares the service's");
         }
         let boot_limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;

@@ -3,6 +3,7 @@
 //! ```text
 //!  service of a user's manager, or of root ── systemd-run --scope ──► msb-BOOT.scope in msb.slice, with the VM process from its start
 //!  service behind the door of a host ── (pid, boot id) ──► front door, as root ── systemd-run --scope ──► the same
+//!  either, of a process that stood by before ── systemd-run --scope ──► a scope, which takes the process in
 //! ```
 //!
 //! Called by the launcher, by the daemon when it starts and by the front door. Nothing here runs where systemd did not start the service.

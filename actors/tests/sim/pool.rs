@@ -1,14 +1,16 @@
 //! Ready forks over fake VMs: they are made, taken, made again, and go with their template; without one a start makes everything itself.
 
+use msb_protocol::mount::{Mount, MountOptions, MountSource};
 use msb_protocol::network::{NetworkSpec, PortTransport, PublishedPort};
-use msb_protocol::snapshot::{CreateSnapshot, POOL_LABEL, ReadyForks, TEMPLATE_LABEL};
+use msb_protocol::snapshot::{CreateSnapshot, POOL_LABEL, ReadyForks};
 
 use super::*;
 
+/// A snapshot with memory that asks for so many.
 async fn template(world: &World, size: &str) -> SandboxSpec {
     world.create(detached("web")).await;
-    let labels = [(TEMPLATE_LABEL, "true"), (POOL_LABEL, size)].map(|(key, value)| (key.into(), value.into()));
-    let taking = CreateSnapshot { name: name("warm"), from: name("web"), labels: labels.into(), memory: true };
+    let labels = [(POOL_LABEL.into(), size.into())].into();
+    let taking = CreateSnapshot { name: name("warm"), from: name("web"), labels, memory: true };
     world.daemon.take_snapshot(taking).await.unwrap().spec
 }
 
@@ -130,5 +132,27 @@ fn a_snapshot_that_asks_for_none_has_none() {
         assert_eq!(forks(&world).await, None);
         start(&world, "one", &spec).await;
         assert_eq!((world.launcher.launched_standing(), disks(&world)), (0, 0));
+    });
+}
+
+#[test]
+fn a_machine_is_begun_before_it_is_known_whose_it_is_unless_one_stands_by() {
+    simulate(|world| async move {
+        let spec = template(&world, "1").await;
+        let mut before = world.launcher.expected();
+        assert!(before > 0, "the first start had none begun");
+        until_ready(&world, 1).await;
+        start(&world, "one", &spec).await;
+        assert_eq!((world.launcher.launched_standing(), world.launcher.expected()), (1, before));
+        // None stands by now.
+        start(&world, "two", &spec).await;
+        assert!(world.launcher.expected() > before, "a start with a snapshot had none begun");
+        // A process sees what was mounted when it began, and engine qemu has no use for one.
+        before = world.launcher.expected();
+        let source = MountSource::Directory { path: world.directory.path().display().to_string() };
+        let mount = Mount { target: "/mnt".into(), source, options: MountOptions::default() };
+        world.create(SandboxSpec { mounts: vec![mount], ..detached("three") }).await;
+        world.create(SandboxSpec { engine: EngineChoice::Qemu, ..detached("four") }).await;
+        assert_eq!(world.launcher.expected(), before);
     });
 }

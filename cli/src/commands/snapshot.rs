@@ -10,7 +10,9 @@ use futures_util::{Stream, StreamExt};
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity::show_bytes;
-use msb_protocol::snapshot::{CreateSnapshot, ImportSnapshot, SnapshotDetail, SnapshotKind, snapshot_name};
+use msb_protocol::snapshot::{
+    CreateSnapshot, ImportSnapshot, POOL_LABEL, POOL_SIZE_MAX, SnapshotDetail, SnapshotKind, snapshot_name,
+};
 use tokio_util::io::ReaderStream;
 
 use super::save;
@@ -61,6 +63,24 @@ pub struct SnapshotCreateArgs {
     /// Its memory too, while it runs (engine kvm)
     #[arg(long)]
     pub memory: bool,
+    /// With --memory: what is made of it beforehand.
+    #[command(flatten)]
+    pub pool: PoolArgs,
+}
+
+/// Ready forks of a snapshot with memory.
+#[derive(Debug, Args)]
+pub struct PoolArgs {
+    /// Keep this many ready forks of it: copies that are made before they are needed
+    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=POOL_SIZE_MAX as u64))]
+    pub pool: u64,
+}
+
+impl PoolArgs {
+    /// The label that asks for them.
+    pub(super) fn label(&self) -> Option<(String, String)> {
+        (self.pool > 0).then(|| (POOL_LABEL.to_owned(), self.pool.to_string()))
+    }
 }
 
 /// Options that name one snapshot.
@@ -122,10 +142,13 @@ pub async fn run(command: SnapshotCommand, context: &Context) -> Result<ExitStat
 }
 
 async fn create(args: SnapshotCreateArgs, context: &Context) -> Result<ExitStatus, Failure> {
+    if args.pool.pool > 0 && !args.memory {
+        return Err(failure::invalid("ready forks are made of a memory: --pool goes with --memory"));
+    }
     let request = CreateSnapshot {
         name: named(&args.name)?,
         from: parse::name(&args.from)?,
-        labels: parse::labels(&args.label).into_iter().collect(),
+        labels: parse::labels(&args.label).into_iter().chain(args.pool.label()).collect(),
         memory: args.memory,
     };
     let client = context.client().await?;
@@ -218,6 +241,10 @@ fn render(detail: &SnapshotDetail, zone: &jiff::tz::TimeZone) -> String {
                 .unwrap_or_default(),
         ),
         ("Memory digest", detail.memory.as_ref().map(|memory| memory.digest.clone()).unwrap_or_default()),
+        (
+            "Ready forks",
+            summary.ready_forks.map(|forks| format!("{} of {}", forks.ready, forks.wanted)).unwrap_or_default(),
+        ),
         ("CPUs", spec.cpus.to_string()),
         ("Memory", show_bytes(u64::from(spec.memory_mib) << 20)),
         ("User", spec.user.clone().unwrap_or_default()),

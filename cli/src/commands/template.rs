@@ -6,15 +6,13 @@ use msb_protocol::control::ExecRequest;
 use msb_protocol::error::{ApiError, ErrorCode};
 use msb_protocol::id::SandboxName;
 use msb_protocol::quantity::show_bytes;
-use msb_protocol::snapshot::{
-    CreateSnapshot, POOL_LABEL, POOL_SIZE_MAX, SnapshotDetail, SnapshotKind, TEMPLATE_LABEL, snapshot_name,
-};
+use msb_protocol::snapshot::{CreateSnapshot, SnapshotDetail, SnapshotKind, TEMPLATE_LABEL, snapshot_name};
 use msb_protocol::spec::Workload;
 use msb_sdk::Client;
 use msb_sdk::exec::OUTPUT_LEN_MAX_DEFAULT;
 
 use super::create;
-use super::snapshot::{self, SnapshotArgs, SnapshotsArgs};
+use super::snapshot::{self, PoolArgs, SnapshotArgs, SnapshotsArgs};
 use crate::context::{Context, host_variable};
 use crate::creation::CreationArgs;
 use crate::failure::{ExitStatus, Failure, invalid};
@@ -51,9 +49,9 @@ pub struct TemplateCreateArgs {
     /// A line for the sandbox's shell that warms it up; several run in turn
     #[arg(long, value_name = "COMMAND")]
     pub warm: Vec<String>,
-    /// Keep this many ready forks of it: copies that are made before they are needed
-    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=POOL_SIZE_MAX as u64))]
-    pub pool: u64,
+    /// What is made of it beforehand.
+    #[command(flatten)]
+    pub pool: PoolArgs,
     /// How its sandbox is made, and so those that begin with it.
     #[command(flatten)]
     pub creation: CreationArgs,
@@ -132,9 +130,7 @@ async fn create(args: TemplateCreateArgs, context: &Context) -> Result<ExitStatu
     (spec.detached, spec.ephemeral) = (false, true);
     let mut labels = spec.labels.clone();
     labels.insert(TEMPLATE_LABEL.to_owned(), "true".to_owned());
-    if args.pool > 0 {
-        labels.insert(POOL_LABEL.to_owned(), args.pool.to_string());
-    }
+    labels.extend(args.pool.label());
     let detail = create::create(spec, false, &args.creation, context).await?;
     let from = detail.summary.name;
     let made = async {

@@ -61,6 +61,31 @@ pub(crate) fn a_service_of_ones_own_is_started_by_its_socket(_: u32) -> Next {
     Next::Go
 }
 
+/// One stands by in the service's own group, where it ends with the service, and goes to a scope like any other when it becomes somebody's.
+pub(crate) fn a_ready_fork_has_a_scope_once_it_is_taken(_: u32) -> Next {
+    let before = machines();
+    session(
+        CARL,
+        "msb create --engine kvm -m 128M --name source busybox && msb snapshot create warm --from source --memory --pool 1",
+    );
+    session(CARL, "msb rm -f source");
+    wait_until("one stands by", || session(CARL, "msb snapshot inspect warm").contains("1 of 1"));
+    let standing: Vec<u32> = machines().into_iter().filter(|pid| !before.contains(pid)).collect();
+    let [machine] = standing[..] else { panic!("{standing:?} stand by") };
+    let place = group(machine);
+    assert!(place.ends_with("/msbd.service"), "{place}");
+    assert_eq!(
+        session(CARL, "msb create --engine kvm --name taken --snapshot warm >/dev/null && msb exec taken -- echo on"),
+        "on\n"
+    );
+    assert!(lives(machine), "another was made in its place");
+    let place = group(machine);
+    assert!(place.contains("/msb.slice/msb-") && place.ends_with(".scope"), "{place}");
+    session(CARL, "msb rm -f taken && msb snapshot rm warm");
+    wait_until("none is left", || machines() == before);
+    Next::Go
+}
+
 pub(crate) fn logging_out_ends_what_does_not_linger(_: u32) -> Next {
     // With linger nothing ends: each line above was a session of its own, and so is this one.
     let machine = machines();

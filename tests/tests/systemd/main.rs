@@ -29,6 +29,7 @@ const CASES: &[Case] = &[
     ("slice", host::the_slice_is_stopped_with_a_flush),
     ("watchdog", host::a_service_that_hangs_is_replaced),
     ("own", alone::a_service_of_ones_own_is_started_by_its_socket),
+    ("fork", alone::a_ready_fork_has_a_scope_once_it_is_taken),
     ("logout", alone::logging_out_ends_what_does_not_linger),
     ("reboot", host::a_boot_brings_back_what_was_asked_for),
     ("uninstall", host::removal_leaves_nothing),

@@ -221,6 +221,8 @@ pub enum First {
     Launch(Box<VmSpec>),
     /// Stand by with this; the launch follows when somebody takes it.
     StandBy(Box<VmSpec>),
+    /// Begin what every machine needs; another of these follows.
+    MakeVm,
 }
 
 /// Waits for the request that begins the first connection; gives its id too.
@@ -237,6 +239,7 @@ pub fn receive_first(connection: &mut Connection, timeout: Duration) -> io::Resu
                     Ok((frame.id, First::Launch(spec)))
                 }
                 Request::StandBy(spec) => Ok((frame.id, First::StandBy(spec))),
+                Request::MakeVm => Ok((frame.id, First::MakeVm)),
                 _ => Err(io::Error::other("the first request is not a launch")),
             };
         }

@@ -443,7 +443,9 @@ impl Server {
     fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
         match request {
             Request::Launch { .. } => Err(ApiError::internal("answered where its connection is")),
-            Request::StandBy(_) => Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch")),
+            Request::MakeVm | Request::StandBy(_) => {
+                Err(ApiError::new(ErrorCode::InvalidRequest, "this VM process has its launch"))
+            }
             Request::Adopt { generation: 0 } => {
                 Err(ApiError::new(ErrorCode::UnsupportedOperation, "generation 0 of the VMM border does not exist"))
             }

@@ -81,6 +81,10 @@ impl SandboxActor {
 
     fn lease(&mut self, ctx: &mut Context<Self>) {
         self.failure = None;
+        // A first start with a snapshot may find a ready fork.
+        if self.record.snapshot.is_none() || self.machine.run().is_some_and(|run| run.wakes.is_some()) {
+            self.surroundings.expect_start(&self.record.spec);
+        }
         if self.record.spec.root.is_local() {
             let root = PreparedImage::local(&self.record.spec.image);
             return self.later(ctx, async move { News::Leased(Ok(root)) });
@@ -110,7 +114,7 @@ impl SandboxActor {
             (self.directories.clone(), self.surroundings.images.clone(), self.record.spec.root_size_mib);
         let (volumes, spec) = (self.surroundings.volumes(), self.record.spec.clone());
         let (snapshots, begun_with) = (self.surroundings.snapshots.clone(), self.record.snapshot.clone());
-        let pool = self.surroundings.pool.clone();
+        let surroundings = Arc::clone(&self.surroundings);
         // A spec that makes no sense is told by the start itself.
         let wanted = begun_with.as_ref().and_then(|_| self.vm_spec()?.ok());
         let wakes = self.machine.run().and_then(|run| run.wakes);
@@ -125,10 +129,18 @@ impl SandboxActor {
                 (Some(Ok(snapshot)), Some(spec))
                     if snapshot.manifest.pool_size() > 0 && !directories.upper.exists() =>
                 {
-                    pool.send(Take { snapshot: snapshot.id.clone(), spec: Box::new(spec) }).await.ok().flatten()
+                    surroundings
+                        .pool
+                        .send(Take { snapshot: snapshot.id.clone(), spec: Box::new(spec) })
+                        .await
+                        .ok()
+                        .flatten()
                 }
                 _ => None,
             };
+            if begun_with.is_some() && ready.is_none() {
+                surroundings.expect_start(&spec);
+            }
             let prepared = {
                 tokio::task::spawn_blocking(move || {
                     directories.prepare()?;

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -72,17 +73,17 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> BootError {
     }
 }
 
-/// Builds `machine`. Nothing of the guest has run when this returns.
-pub fn build(machine: Machine) -> Result<Built, BootError> {
+/// Builds `machine`, in `empty` if that was begun. Nothing of the guest has run when this returns.
+pub fn build(machine: Machine, empty: Option<EmptyVm>) -> Result<Built, BootError> {
     let Machine { cpus, memory_mib, kernel, initramfs, command_line, devices, console, phases, restore, .. } = machine;
     if devices.len() > MMIO_SLOT_COUNT {
         return Err(BootError::TooManyDevices { given: devices.len(), engine: "kvm", slots: MMIO_SLOT_COUNT });
     }
     let Made { kvm, vm, memory, content } = match restore {
-        Some(restore) => make(&phases, || load_saved(memory_mib, cpus, restore))?,
-        None => {
-            make(&phases, || load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line))?
-        }
+        Some(restore) => make(empty, &phases, || load_saved(memory_mib, cpus, restore))?,
+        None => make(empty, &phases, || {
+            load(memory_mib, &kernel, initramfs.as_ref().map(|(_path, file)| file), &command_line)
+        })?,
     };
     phases.mark("vm_created");
 
@@ -136,28 +137,43 @@ struct Made {
     content: Content,
 }
 
-/// Makes the VM, and what `load` makes beside it: making a VM waits for RCU grace periods in the host kernel (8 ms in the exact lab).
-fn make(phases: &Phases, load: impl FnOnce() -> Result<(GuestRam, Content), BootError>) -> Result<Made, BootError> {
-    let (made, loaded) = std::thread::scope(|scope| {
-        let making = std::thread::Builder::new().name("make-vm".into()).spawn_scoped(scope, make_vm);
-        // On a host with one free processor it would else begin to wait when the kernel is loaded, and not before.
+/// A VM without memory that is being made, on a thread of its own: that waits for RCU grace periods in the host kernel (8 ms in the
+/// exact lab). Begun by [`build`], or by `main` before it is known what is to run.
+pub struct EmptyVm(std::io::Result<JoinHandle<Result<(Kvm, VmFd), BootError>>>);
+
+impl EmptyVm {
+    /// Begins to make one.
+    pub fn begin() -> Self {
+        let making = std::thread::Builder::new().name("make-vm".into()).spawn(make_vm);
+        // On a host with one free processor it would else begin to wait when the rest is done, and not before.
         std::thread::yield_now();
-        let loaded = load();
-        phases.mark("kernel_loaded");
-        let made = match making {
-            Ok(thread) => thread.join().unwrap_or_else(|_| Err(thread_failed(std::io::ErrorKind::Other.into()))),
-            Err(source) => Err(thread_failed(source)),
-        };
-        (made, loaded)
-    });
-    let (kvm, vm) = made?;
+        Self(making)
+    }
+
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// What KVM says.
+    pub fn finish(self) -> Result<(Kvm, VmFd), BootError> {
+        let failed = |source| BootError::System { what: "start a thread that makes the VM".into(), source };
+        let thread = self.0.map_err(failed)?;
+        thread.join().unwrap_or_else(|_| Err(failed(std::io::ErrorKind::Other.into())))
+    }
+}
+
+/// Makes the VM, unless that was begun, and what `load` makes beside it.
+fn make(
+    empty: Option<EmptyVm>,
+    phases: &Phases,
+    load: impl FnOnce() -> Result<(GuestRam, Content), BootError>,
+) -> Result<Made, BootError> {
+    let making = empty.unwrap_or_else(EmptyVm::begin);
+    let loaded = load();
+    phases.mark("kernel_loaded");
+    let (kvm, vm) = making.finish()?;
     let (memory, content) = loaded?;
     register_memory(&vm, &memory)?;
     Ok(Made { kvm, vm, memory, content })
-}
-
-fn thread_failed(source: std::io::Error) -> BootError {
-    BootError::System { what: "start a thread that makes the VM".into(), source }
 }
 
 /// The VM with its interrupt controllers and timer, without memory.

@@ -33,12 +33,15 @@ use crate::transport::mmio::saved::SavedTransport;
 
 use bus::Bus;
 use ending::Ending;
+use machine::EmptyVm;
 use saved::SavedMachine;
 use vcpu::VcpuThreads;
 
 /// One machine on KVM.
 #[derive(Default)]
 pub struct KvmEngine {
+    /// Begun before the machine was known.
+    empty: Option<EmptyVm>,
     ending: Arc<Ending>,
     booted: Option<Booted>,
     /// The VM after its end. Closing it makes KVM wait for grace periods (36 ms in the exact lab), for which whoever waits for the end has no
@@ -80,9 +83,9 @@ impl Saver for KvmSaver {
 }
 
 impl KvmEngine {
-    /// An engine without a machine yet.
-    pub fn new() -> Self {
-        Self::default()
+    /// An engine without a machine yet, that makes it in `empty` if that was begun.
+    pub fn new(empty: Option<EmptyVm>) -> Self {
+        Self { empty, ..Self::default() }
     }
 }
 
@@ -107,7 +110,7 @@ impl Engine for KvmEngine {
 
     fn boot(&mut self, machine: Machine) -> Result<(), BootError> {
         let (phases, kernel) = (machine.phases.clone(), machine.kernel.fingerprint.clone());
-        let machine::Built { vm, bus, vcpus, devices } = machine::build(machine)?;
+        let machine::Built { vm, bus, vcpus, devices } = machine::build(machine, self.empty.take())?;
         let threads = VcpuThreads::park(vcpus, &bus, &self.ending)?;
         phases.mark("vcpus_parked");
         self.booted = Some(Booted { threads, bus, phases, vm, kernel, devices });
