@@ -480,6 +480,9 @@ pub struct RestoreSpec {
     pub memory: PathBuf,
     /// Everything else.
     pub state: PathBuf,
+    /// Where it is noted which pages of the memory are written first, by one machine for the next. A wish; made if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<PathBuf>,
 }
 
 /// A shared directory or file.

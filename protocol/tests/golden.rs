@@ -598,7 +598,7 @@ fn a_machine_that_stands_by_becomes_whoever_asks_for_the_same() {
     assert!(taken(|own| own.suspends = true));
     assert!(!taken(|own| own.memory_mib += 1));
     assert!(!taken(|own| own.guest.env.clear()));
-    assert!(!taken(|own| own.restore = Some(RestoreSpec { memory: "/m".into(), state: "/s".into() })));
+    assert!(!taken(|own| own.restore = Some(RestoreSpec { memory: "/m".into(), state: "/s".into(), written: None })));
     assert!(!taken(|own| own.shares.push(ShareSpec {
         name: "a".into(),
         path: "/a".into(),

@@ -281,6 +281,13 @@ impl Run {
         Ok(saved)
     }
 
+    /// Notes which pages its guest has written so far, where somebody wants to know; once.
+    pub fn note_written(&self) {
+        if let Some(saver) = self.0.saver.get() {
+            saver.note_written();
+        }
+    }
+
     /// Halts the machine or lets it go on, once its agent is ready.
     ///
     /// # Errors

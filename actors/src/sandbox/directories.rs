@@ -36,6 +36,12 @@ pub struct Directories {
     pub boot_errors: PathBuf,
 }
 
+/// Where machines made of the memory of the sandbox in `root` note which pages they wrote first.
+#[must_use]
+pub fn written(root: &Path) -> PathBuf {
+    root.join("memory.written")
+}
+
 impl Directories {
     /// Where a sandbox's files are.
     #[must_use]
@@ -78,7 +84,11 @@ impl Directories {
     #[must_use]
     pub fn memory(&self, run: BootId) -> RestoreSpec {
         let directory = self.root.join(format!("{MEMORY_PREFIX}{run}"));
-        RestoreSpec { memory: directory.join("memory.img"), state: directory.join("machine.json") }
+        RestoreSpec {
+            memory: directory.join("memory.img"),
+            state: directory.join("machine.json"),
+            written: Some(written(&self.root)),
+        }
     }
 
     /// The same, if it is there.
@@ -101,7 +111,7 @@ impl Directories {
     /// # Errors
     /// `disk_full`, `permission_denied` or `home_unusable` naming the path.
     pub fn create_memory(&self, run: BootId) -> Result<(File, File), ApiError> {
-        let RestoreSpec { memory, state } = self.memory(run);
+        let RestoreSpec { memory, state, .. } = self.memory(run);
         let create = |path: &Path| {
             let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
             file.map_err(|error| file_error(path, &error))
@@ -117,7 +127,7 @@ impl Directories {
     /// # Errors
     /// As [`Self::create_memory`].
     pub fn sync_memory(&self, run: BootId) -> Result<(), ApiError> {
-        let RestoreSpec { memory, state } = self.memory(run);
+        let RestoreSpec { memory, state, .. } = self.memory(run);
         let directory = memory.parent().unwrap_or(&self.root);
         for path in [&memory, &state, &self.upper, directory, &self.root] {
             File::open(path).and_then(|file| file.sync_all()).map_err(|error| file_error(path, &error))?;

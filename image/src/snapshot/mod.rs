@@ -32,6 +32,8 @@ pub use error::SnapshotError;
 const MANIFEST: &str = "manifest.json";
 const DISK: &str = "disk.img";
 const MEMORY: &str = "memory.img";
+/// What machines made of it note for each other; no part of it.
+const WRITTEN: &str = "memory.written";
 const MACHINE: &str = "machine.json";
 /// Largest file of processors and devices, in bytes.
 const MACHINE_LEN_MAX: u64 = 8 << 20;
@@ -261,7 +263,8 @@ impl SnapshotFiles {
     /// The files of a snapshot's memory and machine.
     #[must_use]
     pub fn memory_files(&self, name: &SandboxName) -> RestoreSpec {
-        RestoreSpec { memory: self.path(name).join(MEMORY), state: self.path(name).join(MACHINE) }
+        let place = self.path(name);
+        RestoreSpec { memory: place.join(MEMORY), state: place.join(MACHINE), written: Some(place.join(WRITTEN)) }
     }
 
     /// Writes a snapshot as one `.tar.zst`, its disk as a sparse entry. What is damaged is not written to its end.

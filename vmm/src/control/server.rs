@@ -39,6 +39,8 @@ const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// How long a machine that stands by runs on before it is halted: what its kernel puts off (a journal's commit, write-back, timers of the
 /// network) is done by then, and not when somebody takes it.
 const SETTLING: Duration = Duration::from_secs(10);
+/// How long a guest that was made of a saved one has run when it is noted which pages it has written.
+const FIRST_WRITES: Duration = Duration::from_secs(2);
 const STACK_BYTES: usize = 512 * 1024;
 
 /// What the control thread needs.
@@ -122,6 +124,7 @@ impl Control {
             ending: Arc::clone(&ending),
             goodbye_sampled: false,
             saved: None,
+            noted_at: None,
         };
         let thread =
             std::thread::Builder::new().name("control".into()).stack_size(STACK_BYTES).spawn(move || server.serve())?;
@@ -178,6 +181,8 @@ struct Server {
     goodbye_sampled: bool,
     /// The machine, while it stands because it was written down.
     saved: Option<Saved>,
+    /// When it is noted what the guest has written, once it is ready.
+    noted_at: Option<Instant>,
 }
 
 impl Server {
@@ -199,12 +204,14 @@ impl Server {
             self.mind_stand_by(Instant::now());
             self.send_samples(Instant::now());
             self.pass_events_on();
+            self.mind_note(Instant::now());
             if let Some((_, decisions)) = &self.network {
                 decisions.flush();
             }
             if self.ending.load(Ordering::SeqCst) {
                 // Events announced before the flag was set are in the queue by now.
                 self.pass_events_on();
+                self.run.note_written();
                 self.say_farewell();
                 return;
             }
@@ -251,7 +258,9 @@ impl Server {
         let lost = facts.agent_lost_at.map(|lost| lost + AGENT_LOST_GRACE);
         let goodbye = facts.goodbye_at.map(|goodbye| goodbye + GOODBYE_GRACE);
         // Halted where its connection is looked at.
-        next = next.into_iter().chain(self.stand_by.as_ref().and_then(|stand_by| stand_by.halted_at)).min();
+        let halted_at = self.stand_by.as_ref().and_then(|stand_by| stand_by.halted_at);
+        let noted_at = self.noted_at.filter(|noted_at| now < *noted_at);
+        next = next.into_iter().chain(halted_at).chain(noted_at).min();
         for deadline in lost.into_iter().chain(goodbye) {
             if now >= deadline {
                 self.run.stop();
@@ -260,6 +269,15 @@ impl Server {
             }
         }
         next.map(|deadline| deadline.saturating_duration_since(now))
+    }
+
+    /// Once, some time after the guest was ready. At its end else.
+    fn mind_note(&mut self, now: Instant) {
+        match self.noted_at {
+            None if self.run.facts().state == VmState::Ready => self.noted_at = Some(now + FIRST_WRITES),
+            Some(noted_at) if now >= noted_at => self.run.note_written(),
+            _ => {}
+        }
     }
 
     /// Waits for something to do, and finds out what: an idle machine asks the kernel for nothing else each second.
@@ -386,6 +404,7 @@ impl Server {
             None if is_over => Err(ApiError::new(ErrorCode::BootFailed, "the machine ended before it stood")),
             None if halted_at.is_some_and(|at| at <= now) => {
                 *halted_at = None;
+                self.run.note_written();
                 if let Err(error) = self.run.halt() {
                     tracing::warn!(message = error.message, "a machine that stands by cannot be halted");
                     self.run.stop();

@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use crate::devices::virtio::device::VirtioDevice;
 use crate::launch::phases::Phases;
+use crate::memory::written::Written;
 
 /// Where serial output of the guest goes: bounded, never blocks on a slow reader (see `logs::console`).
 pub type ConsoleSink = Box<dyn Write + Send>;
@@ -184,12 +185,16 @@ pub trait Saver: Send + Sync {
     /// # Errors
     /// In words, or what the files say. Nothing stands then.
     fn save(&self, memory: &File, state: &File) -> std::io::Result<Box<dyn Any + Send>>;
+    /// Notes which pages the guest has written so far, where somebody wants to know; once.
+    fn note_written(&self);
 }
 
 /// What a machine is made of in place of a kernel: the files of a saved one.
 pub struct Restore {
     /// Its memory.
     pub memory: File,
+    /// The pages of it that are written first.
+    pub written: Option<Written>,
     /// Everything else.
     pub state: Box<kvm::saved::SavedMachine>,
 }

@@ -34,6 +34,7 @@ use crate::engine::kvm::saved::{SavedError, SavedMachine};
 use crate::engine::{BootError, KernelFile, Machine, Restore};
 use crate::jail::ThreadClass;
 use crate::logs::decisions::DecisionLog;
+use crate::memory::written::Written;
 use crate::run::Run;
 
 /// Files of a read-only root at most: an image's layers and its metadata, with room.
@@ -355,7 +356,12 @@ pub fn prepare(spec: &VmSpec, engine: EngineChoice, run: &Run, listeners: Vec<Ow
         Some(saved) => {
             let (memory, state) = open_saved(saved)?;
             check_kernel(&state, saved, &kernel)?;
-            Some(Restore { memory, state })
+            // Without it all goes the same way, a little later.
+            let written = saved.written.as_ref().and_then(|path| {
+                let opened = Written::open(path, &memory);
+                opened.inspect_err(|error| tracing::debug!(%error, "no note of pages that are written first")).ok()
+            });
+            Some(Restore { memory, written, state })
         }
     };
     let machine = Machine {

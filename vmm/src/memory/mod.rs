@@ -17,6 +17,7 @@
 
 pub mod saved;
 pub mod transfer;
+pub mod written;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
+use self::written::Written;
 use crate::arch::x86_64::layout::{HIGH_MEMORY_START, LOW_MEMORY_END, MEMORY_MAX_MIB, MEMORY_MIN_MIB};
 
 /// The map devices and loaders read and write through. Cloning shares the memory.
@@ -86,6 +88,8 @@ pub struct GuestRam {
     size_bytes: u64,
     /// Says which pages the host holds; none where it cannot be asked, or where nobody will.
     pagemap: Option<Arc<File>>,
+    /// The pages that are written first, where that is kept.
+    written: Option<Arc<Written>>,
 }
 
 /// The guest-physical ranges `(start, length)` in bytes that a guest of `size_bytes` has, in order: one, or two around the hole.
@@ -132,7 +136,7 @@ impl GuestRam {
         let map = GuestMap::from_regions(regions).map_err(|_| MemoryError::Layout)?;
         // Opened here: a jailed process may not, where it is not root's.
         let pagemap = if backing == Backing::Shared { None } else { File::open(saved::PAGEMAP).ok().map(Arc::new) };
-        Ok(GuestRam { map, backing, file, size_bytes, pagemap })
+        Ok(GuestRam { map, backing, file, size_bytes, pagemap, written: None })
     }
 
     /// The map to read and write through.

@@ -16,8 +16,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemoryError, WriteVolatile};
+use vm_memory::{
+    GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, VolatileMemoryError, WriteVolatile,
+};
 
+use super::written::Written;
 use super::{Backing, GuestRam, MemoryError, PAGE_SIZE};
 
 /// Where the kernel says which pages of a process there are (proc(5)): eight bytes each.
@@ -30,17 +33,23 @@ const STEP_PAGES: u64 = 16 << 10;
 const LOOK_BYTES: usize = 512;
 
 impl GuestRam {
-    /// Memory of `size_mib` MiB whose content is that of `file`, privately: what is written stays here.
+    /// Memory of `size_mib` MiB whose content is that of `file`, privately: what is written stays here. The pages that `written` names are its own
+    /// at once.
     ///
     /// # Errors
     /// A file of another size, or what the host says.
-    pub fn restored(size_mib: u64, file: File) -> Result<Self, MemoryError> {
+    pub fn restored(size_mib: u64, file: File, written: Option<Written>) -> Result<Self, MemoryError> {
         let failed = |source| MemoryError::Map { mib: size_mib, source };
         let found = file.metadata().map_err(failed)?.len();
         if found != size_mib << 20 {
             return Err(failed(io::Error::other(format!("the saved memory has {found} bytes"))));
         }
-        Self::build(size_mib, Backing::Restored, Some(Arc::new(file)))
+        let mut memory = Self::build(size_mib, Backing::Restored, Some(Arc::new(file)))?;
+        if let Some(written) = written {
+            memory.own_now(&written);
+            memory.written = Some(Arc::new(written));
+        }
+        Ok(memory)
     }
 
     /// Writes all of it into the empty file `out`. Nobody may write to it meanwhile.
@@ -48,31 +57,38 @@ impl GuestRam {
     /// # Errors
     /// What either file says, or a memory that cannot be saved.
     pub fn save(&self, out: &File) -> io::Result<()> {
-        let pagemap = self.pagemap.as_ref().ok_or_else(|| io::Error::other("this memory cannot be saved"))?;
         out.set_len(self.size_bytes)?;
-        let mut file_offset = 0;
-        let mut entries = vec![0u8; (STEP_PAGES * 8) as usize];
+        self.look_at_pages(|region, first, file_page, entries| {
+            let mut held: Vec<bool> = entries.iter().map(|entry| entry & HELD != 0).collect();
+            if let (Backing::Restored, Some(file)) = (self.backing, &self.file) {
+                add_data(file, file_page * PAGE_SIZE, &mut held)?;
+            }
+            for (start, length) in runs(&held) {
+                copy(region, (first + start) * PAGE_SIZE, length, out, (file_page + start) * PAGE_SIZE)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Shows `see` all pages in steps: their region, the first page's number in it and in a file of this memory, and what the kernel says of
+    /// each (pagemap, proc(5)).
+    pub(super) fn look_at_pages(
+        &self,
+        mut see: impl FnMut(&GuestRegionMmap, u64, u64, &[u64]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let pagemap = self.pagemap.as_ref().ok_or_else(|| io::Error::other("this memory's pages cannot be seen"))?;
+        let mut file_page = 0;
+        let mut bytes = vec![0u8; (STEP_PAGES * 8) as usize];
         for region in self.map.iter() {
             let host_page = region.as_ptr().addr() as u64 / PAGE_SIZE;
             let pages = region.len() / PAGE_SIZE;
-            let mut first = 0;
-            while first < pages {
-                let count = STEP_PAGES.min(pages - first);
-                let entries = &mut entries[..(count * 8) as usize];
-                pagemap.read_exact_at(entries, (host_page + first) * 8)?;
-                let mut held: Vec<bool> = entries
-                    .chunks_exact(8)
-                    .map(|entry| entry.try_into().map_or(0, u64::from_ne_bytes) & HELD != 0)
-                    .collect();
-                if let (Backing::Restored, Some(file)) = (self.backing, &self.file) {
-                    add_data(file, file_offset + first * PAGE_SIZE, &mut held)?;
-                }
-                for (start, length) in runs(&held) {
-                    copy(region, (first + start) * PAGE_SIZE, length, out, file_offset + (first + start) * PAGE_SIZE)?;
-                }
-                first += count;
+            for first in (0..pages).step_by(STEP_PAGES as usize) {
+                let bytes = &mut bytes[..(STEP_PAGES.min(pages - first) * 8) as usize];
+                pagemap.read_exact_at(bytes, (host_page + first) * 8)?;
+                let entries: Vec<u64> = bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect();
+                see(region, first, file_page + first, &entries)?;
             }
-            file_offset += region.len();
+            file_page += pages;
         }
         Ok(())
     }
@@ -102,7 +118,7 @@ fn add_data(file: &File, offset: u64, held: &mut [bool]) -> io::Result<()> {
 }
 
 /// Runs of set flags: where each begins and how long it is.
-fn runs(flags: &[bool]) -> Vec<(u64, u64)> {
+pub(super) fn runs(flags: &[bool]) -> Vec<(u64, u64)> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for (index, _) in flags.iter().enumerate().filter(|(_, flag)| **flag) {
         match runs.last_mut() {
@@ -167,8 +183,8 @@ mod tests {
         assert_eq!(first.metadata().expect("its size").len(), 64 << 20);
         assert!(first.metadata().expect("its size").blocks() * 512 < 1 << 20, "it is not sparse");
 
-        let one = GuestRam::restored(64, first.try_clone().expect("clone")).expect("restored");
-        let two = GuestRam::restored(64, first.try_clone().expect("clone")).expect("restored");
+        let one = GuestRam::restored(64, first.try_clone().expect("clone"), None).expect("restored");
+        let two = GuestRam::restored(64, first.try_clone().expect("clone"), None).expect("restored");
         one.map().write_slice(b"one", GuestAddress(8192)).expect("write");
         one.map().write_slice(b"two", GuestAddress(1 << 20)).expect("write");
         let read = |memory: &GuestRam, place| {
@@ -183,7 +199,7 @@ mod tests {
         // A copy of a copy has what the copy wrote and what it left as it was.
         let second = file();
         one.save(&second).expect("saved");
-        let three = GuestRam::restored(64, second).expect("restored");
+        let three = GuestRam::restored(64, second, None).expect("restored");
         assert_eq!((&read(&three, 8192), &read(&three, 1 << 20), &read(&three, 0)), (b"one", b"two", b"abc"));
         assert_eq!(&read(&three, (64 << 20) - 3), b"abc");
     }
@@ -192,6 +208,6 @@ mod tests {
     fn a_file_of_another_size_is_refused() {
         let short = file();
         short.set_len(63 << 20).expect("length");
-        assert!(GuestRam::restored(64, short).is_err());
+        assert!(GuestRam::restored(64, short, None).is_err());
     }
 }

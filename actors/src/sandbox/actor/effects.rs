@@ -24,6 +24,7 @@ use crate::journal::{Change, EventDraft};
 use crate::metrics::meter::{Meter, Subject};
 use crate::metrics::{Forget, LastWords};
 use crate::pool::{Ready, Take};
+use crate::sandbox::directories::written;
 use crate::sandbox::machine::{Effect, Event, StartPhase, State};
 use crate::sandbox::network::BoundPorts;
 use crate::sandbox::probe::Probed;
@@ -118,6 +119,7 @@ impl SandboxActor {
         // A spec that makes no sense is told by the start itself.
         let wanted = begun_with.as_ref().and_then(|_| self.vm_spec()?.ok());
         let wakes = self.machine.run().and_then(|run| run.wakes);
+        let sandboxes = self.surroundings.home.sandboxes();
         self.later(ctx, async move {
             // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
             let snapshot = match &begun_with {
@@ -166,7 +168,12 @@ impl SandboxActor {
                                     )?;
                                 }
                                 if snapshot.manifest.memory.is_some() {
-                                    let files = snapshots.files.memory_files(&snapshot.name);
+                                    let mut files = snapshots.files.memory_files(&snapshot.name);
+                                    if snapshot.manifest.transient {
+                                        // It is gone soon; the next copies of the same source go by these.
+                                        files.written =
+                                            Some(written(&sandboxes.join(snapshot.manifest.source.as_str())));
+                                    }
                                     restore = Some(Restore { files, spare: moved });
                                 }
                             }

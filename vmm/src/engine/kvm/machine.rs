@@ -210,10 +210,10 @@ fn check_size(state: &SavedMachine, memory_mib: u32, cpus: u8) -> Result<(), Boo
 }
 
 fn load_saved(memory_mib: u32, cpus: u8, restore: Restore) -> Result<(GuestRam, Content), BootError> {
-    let Restore { memory, state } = restore;
+    let Restore { memory, written, state } = restore;
     check_size(&state, memory_mib, cpus)?;
-    let memory =
-        GuestRam::restored(memory_mib.into(), memory).map_err(|error| BootError::Restore { reason: chain(&error) })?;
+    let memory = GuestRam::restored(memory_mib.into(), memory, written)
+        .map_err(|error| BootError::Restore { reason: chain(&error) })?;
     Ok((memory, Content::Saved(state)))
 }
 

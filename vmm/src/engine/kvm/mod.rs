@@ -80,6 +80,10 @@ impl Saver for KvmSaver {
         self.memory.save(memory)?;
         Ok(Box::new(frozen))
     }
+
+    fn note_written(&self) {
+        self.memory.note_written();
+    }
 }
 
 impl KvmEngine {
