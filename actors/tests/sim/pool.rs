@@ -3,6 +3,7 @@
 use msb_protocol::mount::{Mount, MountOptions, MountSource};
 use msb_protocol::network::{NetworkSpec, PortTransport, PublishedPort};
 use msb_protocol::snapshot::{CreateSnapshot, POOL_LABEL, ReadyForks};
+use msb_protocol::spec::EngineChoice;
 
 use super::*;
 
