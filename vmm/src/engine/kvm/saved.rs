@@ -251,11 +251,16 @@ impl SavedMachine {
         if bytes.len() as u64 > FILE_BYTES_MAX {
             return Err(damaged(&format!("it has more than {FILE_BYTES_MAX} bytes")));
         }
-        let Versioned { format } = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
+        let saved = serde_json::from_slice::<Self>(&bytes);
+        let format = match &saved {
+            Ok(saved) => saved.format,
+            // Of a later format it is the number that is told, not what else is not known of it.
+            Err(_) => serde_json::from_slice::<Versioned>(&bytes).map_err(|error| damaged(&error))?.format,
+        };
         if !(FORMAT_MIN..=FORMAT).contains(&format) {
             return Err(SavedError::Format(format));
         }
-        let saved: Self = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
+        let saved = saved.map_err(|error| damaged(&error))?;
         let ordered = saved.vcpus.iter().enumerate().all(|(number, vcpu)| usize::from(vcpu.id) == number);
         if saved.vcpus.is_empty() || !ordered || saved.vm.chips.len() != 3 {
             return Err(damaged(&"it contradicts itself"));
