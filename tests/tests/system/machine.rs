@@ -70,6 +70,29 @@ fn each_boot_has_its_kernel_somewhere_else() {
 }
 
 #[test]
+fn each_boot_that_comes_to_nothing_leaves_no_machine() {
+    if msb_tests::engine() != "kvm" {
+        println!("skipped: only engine kvm begins a machine before it knows whose it is");
+        return;
+    }
+    let home = Home::with_busybox("begun");
+    home.succeeds(&["create", "--name", "box", "busybox"]);
+    // The log of the one that was begun is its sandbox's from its launch on.
+    let log = std::fs::read_to_string(home.path().join("sandboxes/box/logs/vmm.log")).expect("its log");
+    assert!(log.contains("sandbox=box"), "{log}");
+    // One has begun by the time that its name is found to be taken.
+    home.fails(&["create", "--name", "box", "busybox"], 1, "sandbox_already_exists");
+    assert_eq!(home.running("msb-vmm").len(), 2);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while home.running("msb-vmm").len() != 1 {
+        assert!(Instant::now() < deadline, "it waits for ever: {:?}", home.processes());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(home.msb(["exec", "box", "--", "echo", "on"]).run().succeeds().text(), "on\n");
+    home.finish();
+}
+
+#[test]
 fn memory_that_a_guest_frees_goes_back_to_the_host() {
     if msb_tests::engine() != "kvm" {
         println!("skipped: only engine kvm has a balloon");
