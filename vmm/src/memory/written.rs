@@ -59,7 +59,7 @@ impl Written {
         let mut bytes = vec![0; (own.len() as usize).min(HEADER_BYTES + PAGES_MAX * RUN_BYTES)];
         file.read_exact_at(&mut bytes, 0)?;
         let noted = parse(&bytes, memory.len() / PAGE_SIZE);
-        let is_current = noted.is_some() && own.modified()? >= memory.modified()?;
+        let is_current = noted.is_some() && own.modified()? > memory.modified()?;
         let notes = !is_current && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
         Ok(Self { runs: noted.unwrap_or_default(), file: Mutex::new(notes.then_some(file)) })
     }
@@ -150,10 +150,14 @@ fn encode(runs: &[(u64, u64)]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
 
     /// A saved memory of 64 MiB with something in each of its first pages.
     fn saved() -> File {
@@ -163,6 +167,7 @@ mod tests {
         }
         let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).expect("a file");
         memory.save(&file).expect("saved");
+        file.set_modified(SystemTime::now() - HOUR).expect("its time");
         file
     }
 
@@ -197,7 +202,7 @@ mod tests {
         two.map().read_slice(&mut bytes, GuestAddress(3 * PAGE_SIZE)).expect("read");
         assert_eq!(&bytes, b"saved", "its content changed");
         // Of a memory that was written since, anew.
-        file.write_all_at(b"younger", 0).expect("write");
+        file.set_modified(SystemTime::now() + HOUR).expect("its time");
         let three = restored(&file, &note);
         three.map().write_slice(b"own", GuestAddress(70 * PAGE_SIZE)).expect("write");
         three.note_written();
