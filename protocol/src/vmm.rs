@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ApiError;
 use crate::guest::GuestConfig;
 use crate::id::{BootId, SandboxId, SandboxName};
-use crate::network::VmNetwork;
+use crate::network::{PORTS_COUNT_MAX, VmNetwork};
 use crate::spec::EngineChoice;
 use crate::state::{EndCause, ProcessEnd};
 
@@ -38,6 +38,8 @@ pub const VMM_LOG_FILE: &str = "vmm.log";
 pub const CONSOLE_LOG_FILE: &str = "console.log";
 /// File name of the network's decision log in the log directory: JSON lines; rotated as the workload's log.
 pub const DECISION_LOG_FILE: &str = "network.jsonl";
+/// Most descriptors of a launch: the listeners of published ports, and a log.
+pub const LAUNCH_DESCRIPTORS_MAX: usize = PORTS_COUNT_MAX + 1;
 /// virtio serial of the read-only root.
 pub const LOWER_SERIAL: &str = "root";
 /// Name of the share that is the read-only root where that is a directory of the host.
@@ -65,7 +67,8 @@ pub enum Request {
     /// stands; it is halted soon after. The launch that comes then must take it over ([`VmSpec::takes_over`]); the process ends when the connection
     /// does before that.
     StandBy(Box<VmSpec>),
-    /// First on the first connection: boot this.
+    /// First on the first connection: boot this. The listeners of its published ports come along, and behind them its log ([`VMM_LOG_FILE`]) if the
+    /// process was told to [`Request::MakeVm`], which its output goes to from then on.
     Launch {
         /// What to boot.
         spec: Box<VmSpec>,

@@ -8,20 +8,17 @@
 //!  msb-vmm --version
 //! ```
 //!
-//! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`, and this
-//! process itself where it was started before it was known whose.
+//! The exit code names the cause of the end (`msb_vmm::end::exit_code`). Logs go to standard error, which `msbd` makes `vmm.log`; of a
+//! process that was started before it was known whose, with the launch.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use msb_protocol::vmm::VMM_LOG_FILE;
 use msb_vmm::control::{Connection, First, explain_network, receive_first};
 use msb_vmm::end::EXIT_USAGE;
 use msb_vmm::engine::kvm::machine::EmptyVm;
@@ -103,19 +100,11 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
     };
     if empty_vm.is_some() {
         started = Instant::now();
-        if let Err(error) = log_to(&spec.log_dir.join(VMM_LOG_FILE)) {
-            tracing::warn!(sandbox = %spec.name, %error, "the log of a VM process goes where the service's goes");
+        if let Some(log) = connection.take_last_descriptor() {
+            nix::unistd::dup2_stdout(&log).and_then(|()| nix::unistd::dup2_stderr(&log)).context("its log")?;
         }
     }
     Ok(process::run(&spec, Some(Launcher { connection, request_id, stands_by, empty_vm }), started))
-}
-
-/// From now on standard output and error are this file.
-fn log_to(path: &Path) -> anyhow::Result<()> {
-    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-    nix::unistd::dup2_stdout(&file)?;
-    nix::unistd::dup2_stderr(&file)?;
-    Ok(())
 }
 
 fn launched_by_hand(path: &Path, started: Instant) -> anyhow::Result<u8> {

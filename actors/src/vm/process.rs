@@ -17,7 +17,7 @@
 //!                                      ▼ let go
 //! ```
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -160,6 +160,8 @@ struct Process {
     control: UnixStream,
     /// It was started in its scope.
     in_scope: bool,
+    /// It was started with its log.
+    has_log: bool,
 }
 
 impl Process {
@@ -192,6 +194,13 @@ impl Spare for ProcessSpare {
 fn failed(what: &str, error: io::Error) -> ApiError {
     let code = if error.kind() == io::ErrorKind::StorageFull { ErrorCode::DiskFull } else { ErrorCode::BootFailed };
     ApiError::new(code, format!("{what}: {error}"))
+}
+
+/// The log of a VM process.
+fn open_log(log_dir: &Path) -> Result<File, ApiError> {
+    let path = log_dir.join(VMM_LOG_FILE);
+    let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
+    opened.map_err(|error| failed(&path.display().to_string(), error))
 }
 
 /// The VM process as the driver holds it.
@@ -255,18 +264,17 @@ impl ProcessLauncher {
         command
     }
 
-    /// Starts the program, with a control link as its standard input, in which `wire` waits, and its log in `log_dir`, or the service's, as its
-    /// output.
+    /// Starts the program, with a control link as its standard input, in which `wire` waits, and its log in `log_dir`, or the service's until it has
+    /// one, as its output.
     fn start(
         &self,
         mut command: tokio::process::Command,
         log_dir: Option<&Path>,
         wire: &[u8],
     ) -> Result<Process, ApiError> {
-        if let Some(log_path) = log_dir.map(|directory| directory.join(VMM_LOG_FILE)) {
-            let failed = |error| failed(&log_path.display().to_string(), error);
-            let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&log_path).map_err(failed)?;
-            command.stdout(log.try_clone().map_err(failed)?).stderr(log);
+        if let Some(log_dir) = log_dir {
+            let log = open_log(log_dir)?;
+            command.stdout(log.try_clone().map_err(|error| failed("the log of a VM process", error))?).stderr(log);
         }
         let (mut ours, theirs) =
             StdUnixStream::pair().map_err(|error| failed("a control link could not be made", error))?;
@@ -284,7 +292,7 @@ impl ProcessLauncher {
         let pidfd = identity.open();
         ours.set_nonblocking(true).map_err(|error| failed("the control link", error))?;
         let control = UnixStream::from_std(ours).map_err(|error| failed("the control link", error))?;
-        Ok(Process { child, identity, pidfd, control, in_scope: false })
+        Ok(Process { child, identity, pidfd, control, in_scope: false, has_log: log_dir.is_some() })
     }
 
     /// Starts a process for the next launch, unless one waits for it.
@@ -344,10 +352,10 @@ impl ProcessLauncher {
         self,
         process: Process,
         spec: Box<VmSpec>,
-        listeners: Vec<Arc<OwnedFd>>,
+        mut listeners: Vec<Arc<OwnedFd>>,
         events: EventSink,
     ) -> Result<VmHandle, ApiError> {
-        let Process { mut child, identity, pidfd, control, in_scope } = process;
+        let Process { mut child, identity, pidfd, control, in_scope, has_log } = process;
         // Before it is told what to do: all that it makes and uses afterwards is in its scope.
         let moved = match self.scopes.clone() {
             Some(Scopes::Door(socket)) => scope::ask(&socket, identity.pid, spec.boot_id).await,
@@ -360,6 +368,10 @@ impl ProcessLauncher {
         };
         if let Err(error) = moved {
             tracing::warn!(boot_id = %spec.boot_id, %error, "a VM process has no scope of its own and shares the service's");
+        }
+        if !has_log {
+            // Behind the listeners, as it is looked for.
+            listeners.push(Arc::new(open_log(&spec.log_dir)?.into()));
         }
         let boot_limit = Duration::from_millis(spec.boot_timeout_ms) + BOOT_SLACK;
         let mut driver = Driver {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use msb_protocol::frame::{Decoder, FrameError, SPEC_LEN_MAX, decode_json, encode_json};
 use msb_protocol::id::BootId;
 use msb_protocol::network::PORTS_COUNT_MAX;
-use msb_protocol::vmm::{Event, Message, Request, RequestFrame, Sample, SampleEncoder, VmSpec};
+use msb_protocol::vmm::{Event, LAUNCH_DESCRIPTORS_MAX, Message, Request, RequestFrame, Sample, SampleEncoder, VmSpec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -75,6 +75,11 @@ impl Connection {
         std::mem::take(&mut self.descriptors)
     }
 
+    /// The last of the descriptors that came with the launch.
+    pub fn take_last_descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptors.pop()
+    }
+
     /// Sends duplicates of `descriptors` along with the next bytes (SCM_RIGHTS, unix(7)).
     pub(super) fn attach(&mut self, descriptors: &[OwnedFd]) {
         for descriptor in descriptors {
@@ -87,7 +92,7 @@ impl Connection {
 
     /// Reads bytes and the descriptors that come with them.
     fn receive_bytes(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PORTS_COUNT_MAX))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(LAUNCH_DESCRIPTORS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
         let received = recvmsg(&self.stream, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
