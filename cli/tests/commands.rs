@@ -136,6 +136,7 @@ fn snapshots() {
         &["snapshot", "create", "warm", "--from", "old"],
         &["snapshot", "create", "new", "--from", "web"],
         &["snapshot", "create", "../x", "--from", "old"],
+        &["snapshot", "create", "new", "--from", "old", "--pool", "2"],
         &["snapshot", "create", "new"],
         &["snapshot", "ls"],
         &["snap", "list", "-q"],

@@ -31,6 +31,8 @@ use tracing_subscriber::fmt::format::FmtSpan;
 
 /// How long a daemon may take to send its request after it has started us.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same of one that was begun before there was a launch: longer than the daemon keeps it, and asks for its scope.
+const BEGUN_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -89,7 +91,8 @@ fn launched_by_daemon(started: Instant) -> anyhow::Result<u8> {
     let mut connection = Connection::new(stream).context("control socket")?;
     let (mut started, mut empty_vm) = (started, None);
     let (request_id, spec, stands_by) = loop {
-        match receive_first(&mut connection, LAUNCH_TIMEOUT) {
+        let timeout = if empty_vm.is_some() { BEGUN_TIMEOUT } else { LAUNCH_TIMEOUT };
+        match receive_first(&mut connection, timeout) {
             Ok((_, First::MakeVm)) => empty_vm = Some(EmptyVm::begin()),
             Ok((request_id, First::Launch(spec))) => break (request_id, spec, false),
             Ok((request_id, First::StandBy(spec))) => break (request_id, spec, true),
