@@ -1,5 +1,5 @@
 //! Descriptors over a Unix socket (SCM_RIGHTS, unix(7)): to a VM process the listeners of published ports and the files of a snapshot, from
-//! it the listeners again and what is left of its machine; to a client the stream to its agent. Called by `vm::process`, and by the service's
+//! it the listeners again and what is left of its machine; to a client the stream to its agent. Called by `vm::process` and `vm::driver`, and by the service's
 //! API, which hands streams over.
 
 use std::io::{self, IoSlice, IoSliceMut};

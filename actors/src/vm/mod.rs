@@ -6,6 +6,8 @@
 
 pub mod agent;
 pub mod descriptors;
+mod driver;
+mod end_record;
 mod explain;
 pub mod files;
 pub mod process;
