@@ -12,8 +12,8 @@
 //! as its output. It never inherits another descriptor: the standard library opens everything close-on-exec.
 //!
 //! ```text
-//!  expect (a start is on its way) ─► a process that makes its VM meanwhile ─► the next launch takes it
-//!                                      │ nobody came for it                    (its log is its own affair then)
+//!  expect (a start is on its way) ─► a process that makes its VM meanwhile ─► the next launch takes it,
+//!                                      │ nobody came for it                    and brings its log
 //!                                      ▼ let go
 //! ```
 
