@@ -16,11 +16,14 @@ use rustix::net::{
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
-/// Sends bytes, and the descriptors with the first of them.
+/// Sends bytes, and descriptors with the first of them if there are any.
 ///
 /// # Errors
 /// As sendmsg(2).
 pub async fn send(link: &mut UnixStream, bytes: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<()> {
+    if descriptors.is_empty() {
+        return link.write_all(bytes).await;
+    }
     let (first, rest) = bytes.split_at(bytes.len().min(1));
     send_first(link, first, descriptors).await?;
     link.write_all(rest).await
@@ -31,7 +34,7 @@ async fn send_first(link: &UnixStream, bytes: &[u8], descriptors: &[Arc<OwnedFd>
     link.async_io(Interest::WRITABLE, || {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(LAUNCH_DESCRIPTORS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        if !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+        if !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
             return Err(io::Error::other("too many descriptors for one message"));
         }
         let sent = sendmsg(link, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;

@@ -22,7 +22,6 @@ use msb_protocol::state::ProcessEnd;
 use msb_protocol::vmm::{
     EndRecord, Event, Message, NetworkExplanation, Phase, Reply, Request, RequestFrame, VmSpec, VmState, VmStatus,
 };
-use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
@@ -98,52 +97,27 @@ impl Driver {
     /// Sends the spec, and the listeners of the published ports with its first byte.
     pub(super) async fn launch(&mut self, spec: Box<VmSpec>, listeners: &[Arc<OwnedFd>]) -> io::Result<()> {
         let id = self.next_id;
-        self.next_id += 1;
         let mut wire = Vec::new();
         // A launch carries the sandbox's whole environment, which does not fit an ordinary frame.
         encode_json_spec(&RequestFrame { id, request: Request::Launch { spec } }, &mut wire)
             .map_err(io::Error::other)?;
-        let sending = descriptors::send(&mut self.control, &wire, listeners);
-        match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
-            Ok(sent) => sent?,
-            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-        }
-        self.pending.push((id, Pending::Status));
-        Ok(())
+        self.send(&wire, listeners, Some(Pending::Status)).await
     }
 
-    /// Asks for the machine to be written down; the files go with the request's first byte.
-    async fn save(
-        &mut self,
-        (memory, state): (OwnedFd, OwnedFd),
-        flush: bool,
-        reply: oneshot::Sender<Result<(), ApiError>>,
-    ) -> io::Result<()> {
+    /// Sends a request, and descriptors with its first byte.
+    async fn request(&mut self, request: Request, with: &[Arc<OwnedFd>], pending: Option<Pending>) -> io::Result<()> {
         let id = self.next_id;
-        self.next_id += 1;
-        let mut wire = Vec::new();
-        encode_json(&RequestFrame { id, request: Request::Save { flush } }, &mut wire).map_err(io::Error::other)?;
-        let files = [Arc::new(memory), Arc::new(state)];
-        let sending = descriptors::send(&mut self.control, &wire, &files);
-        match tokio::time::timeout(ANSWER_TIMEOUT, sending).await {
-            Ok(sent) => sent?,
-            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-        }
-        if self.pending.len() < PENDING_MAX {
-            self.pending.push((id, Pending::Done(reply)));
-        }
-        Ok(())
-    }
-
-    async fn request(&mut self, request: Request, pending: Option<Pending>) -> io::Result<()> {
-        let id = self.next_id;
-        self.next_id += 1;
         let mut wire = Vec::new();
         encode_json(&RequestFrame { id, request }, &mut wire).map_err(io::Error::other)?;
-        match tokio::time::timeout(ANSWER_TIMEOUT, self.control.write_all(&wire)).await {
-            Ok(written) => written?,
-            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-        }
+        self.send(&wire, with, pending).await
+    }
+
+    /// Sends the frame of request number `next_id`, whose answer is `pending`.
+    async fn send(&mut self, wire: &[u8], with: &[Arc<OwnedFd>], pending: Option<Pending>) -> io::Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let sending = descriptors::send(&mut self.control, wire, with);
+        tokio::time::timeout(ANSWER_TIMEOUT, sending).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
         if let Some(pending) = pending
             && self.pending.len() < PENDING_MAX
         {
@@ -275,7 +249,7 @@ impl Driver {
                     self.reach_agent(events);
                     // Only now does it know what confines it: its state goes up first, then that it is ready.
                     self.ready_phases = Some(phases);
-                    if self.request(Request::Status, Some(Pending::Status)).await.is_ok() {
+                    if self.request(Request::Status, &[], Some(Pending::Status)).await.is_ok() {
                         return true;
                     }
                     VmEvent::AgentReady { phases: self.ready_phases.take().unwrap_or_default() }
@@ -312,7 +286,7 @@ impl Driver {
     async fn obey(&mut self, command: VmCommand) {
         let sent = match command {
             VmCommand::Shutdown { cause, grace_ms } => {
-                let sent = self.request(Request::ExpectEnd { cause }, None).await;
+                let sent = self.request(Request::ExpectEnd { cause }, &[], None).await;
                 if let Some(agent) = &self.agent {
                     // The queue holds what the link has not taken yet; one shutdown in it is enough.
                     let _ = agent.try_send(Shutdown { grace_ms, ..Shutdown::default() });
@@ -321,7 +295,8 @@ impl Driver {
             }
             VmCommand::Kill { cause } => {
                 self.kills += 1;
-                let asked = if self.kills == 1 { self.request(Request::Kill { cause }, None).await } else { Ok(()) };
+                let asked =
+                    if self.kills == 1 { self.request(Request::Kill { cause }, &[], None).await } else { Ok(()) };
                 if (self.kills > 1 || asked.is_err())
                     && let Some(pidfd) = &self.pidfd
                 {
@@ -329,15 +304,18 @@ impl Driver {
                 }
                 Ok(())
             }
-            VmCommand::Pause(reply) => self.request(Request::Pause, Some(Pending::Done(reply))).await,
-            VmCommand::Resume(reply) => self.request(Request::Resume, Some(Pending::Done(reply))).await,
-            VmCommand::Save { memory, state, flush, reply } => self.save((memory, state), flush, reply).await,
-            VmCommand::Release => self.request(Request::Release, None).await,
+            VmCommand::Pause(reply) => self.request(Request::Pause, &[], Some(Pending::Done(reply))).await,
+            VmCommand::Resume(reply) => self.request(Request::Resume, &[], Some(Pending::Done(reply))).await,
+            VmCommand::Save { memory, state, flush, reply } => {
+                let files = [memory, state].map(Arc::new);
+                self.request(Request::Save { flush }, &files, Some(Pending::Done(reply))).await
+            }
+            VmCommand::Release => self.request(Request::Release, &[], None).await,
             VmCommand::ExplainNetwork(target, reply) => {
-                self.request(Request::ExplainNetwork { target }, Some(Pending::Explanation(reply))).await
+                self.request(Request::ExplainNetwork { target }, &[], Some(Pending::Explanation(reply))).await
             }
             VmCommand::ConsoleTail(reply) => {
-                self.request(Request::ConsoleTail { bytes_max: 64 << 10 }, Some(Pending::ConsoleTail(reply))).await
+                self.request(Request::ConsoleTail { bytes_max: 64 << 10 }, &[], Some(Pending::ConsoleTail(reply))).await
             }
         };
         if let Err(error) = sent {

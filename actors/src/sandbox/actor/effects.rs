@@ -82,8 +82,8 @@ impl SandboxActor {
 
     fn lease(&mut self, ctx: &mut Context<Self>) {
         self.failure = None;
-        // A first start with a snapshot may find a ready fork.
-        if self.record.snapshot.is_none() || self.machine.run().is_some_and(|run| run.wakes.is_some()) {
+        // With a snapshot it is first looked for a ready fork.
+        if self.record.snapshot.is_none() {
             self.surroundings.expect_start(&self.record.spec);
         }
         if self.record.spec.root.is_local() {
@@ -119,7 +119,6 @@ impl SandboxActor {
         // A spec that makes no sense is told by the start itself.
         let wanted = begun_with.as_ref().and_then(|_| self.vm_spec()?.ok());
         let wakes = self.machine.run().and_then(|run| run.wakes);
-        let sandboxes = self.surroundings.home.sandboxes();
         self.later(ctx, async move {
             // Whether it is needed is seen below; a sandbox that has its disk does not need the snapshot any more.
             let snapshot = match &begun_with {
@@ -172,7 +171,7 @@ impl SandboxActor {
                                     if snapshot.manifest.transient {
                                         // It is gone soon; the next copies of the same source go by these.
                                         files.written =
-                                            Some(written(&sandboxes.join(snapshot.manifest.source.as_str())));
+                                            Some(written(&surroundings.home.sandbox(&snapshot.manifest.source)));
                                     }
                                     restore = Some(Restore { files, spare: moved });
                                 }
